@@ -1,0 +1,243 @@
+"""Eviction of KV-cache tokens in place, straight on the paged cache.
+
+Per due sequence, layer and KV head (G query heads, head size D, W window queries, n candidates):
+
+    a[j] = mean over g, w of softmax_j(q[g, w] . k[j] * scale)      then average pooling over slots
+    r[j] = max_d v[j] - min_d v[j]
+    protected = the P largest r (the sinks first); of the rest the largest log a + Gumbel noise stay
+    survivors above the budget T are copied into the freed slots below it
+
+Three launches cover all sequences, layers and heads:
+
+1. ``row_statistics``: maximum and sum of exponentials of every query row, over a split of the
+   candidates. The mean of softmaxes needs them before it can weigh a single key.
+2. ``candidate_scores``: merges the splits' statistics, computes the logits again and writes a and
+   r; 8 bytes of scratch per candidate.
+3. ``select_and_move``: one program a head; thresholds by digit search, no sort.
+
+Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each and are read
+once per launch that needs them: 3 MiB (keeping K on chip between the passes would take
+256 KiB x 16 of registers a head, or a grid-wide barrier every 2 us). Each pass multiplies
+2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s;
+132 SMs x 16 exp2 a cycle) that is 0.66 us of memory, 0.54 us of tensor cores and 0.56 us of
+exponentials a head: balanced, so all three have to overlap, for which two programs of 8 warps share
+an SM (112 KiB of shared memory each: the 256 query rows stay, three K tiles are in flight).
+Writing the logits out instead of computing them twice would cost 4 MiB of traffic, 0.9 us.
+Selection reads 17 x 16 KiB from L1 or L2; the moves are W * 2D elements in the steady state.
+
+Why candidates are split: one due sequence of Qwen3-8B is 36 x 8 = 288 heads for 264 program slots,
+two waves of which the second is 9 % full. ``choose_splits`` counts waves; with 4 splits it is
+90 tile times instead of 132 where 70 would be perfect. At 64 due sequences it chooses 1 split.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import triton.language as tl
+
+from .launch import HEAD_SIZES, device_limits, plan_launch, power_of_two
+from .paged import NUM_HEADER, ring_entries_per_block
+from .parameters import EvictionParameters
+from .scoring import MAX_SPLITS, candidate_scores, row_statistics
+from .selection import select_and_move
+
+SCRATCH_BYTES = 64 * 2**20
+"""Default bound on scratch memory."""
+
+TRITON_TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+SELECT_TILE = 1024
+MOVE_TILE = 64
+
+
+def evict_paged(
+    kv_pointers: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer_indices: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    parameters: EvictionParameters,
+    *,
+    group_size: int,
+    softmax_scale: float,
+    num_state_blocks: int,
+    max_num_cached: int,
+    first_kv_head: int = 0,
+    scratch: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> None:
+    """Evict from the due sequences among ``rows``, in all layers, in place.
+
+    A row that is not due by its own header (``first`` of 0, or the position not a whole number of
+    windows after ``first``) is left alone, so the caller may pass more rows than are due. Nothing
+    synchronises with the host.
+
+    Args:
+        kv_pointers: [layers] int64, ``data_ptr()`` of each layer's cache, 16-byte aligned.
+        kv_cache: [num_blocks, H, block_size, 2 * D], any one of them: all layers share its
+            shape, strides and dtype. Keys are ``[..., :D]``; the last dimension is contiguous.
+        layer_indices: [layers] int32, indices in the whole model; they key the draws.
+        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
+        positions: [R] int32 or int64, tokens that each sequence has computed so far.
+        parameters: of the eviction.
+        group_size: query heads per KV head (G).
+        softmax_scale: of the model's attention; the temperature is divided out here.
+        num_state_blocks: state blocks in each row.
+        max_num_cached: at least the cached length of every due sequence; a sequence that is
+            longer is left alone, because it would overrun the scratch memory.
+        first_kv_head: index in the whole model of this rank's first KV head.
+        scratch: [bytes] uint8 to work in, else up to ``SCRATCH_BYTES`` are allocated. More heads
+            than fit are launched one part after the other.
+        num_splits: programs that share a head's candidates, else the counted best.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype, device or stride is not supported.
+    """
+    num_layers, num_due = kv_pointers.shape[0], rows.shape[0]
+    if num_due == 0 or num_layers == 0:
+        return
+    _check_cache(kv_cache)
+    _check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), kv_cache.device)
+    _check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), kv_cache.device)
+    _check_tensor("rows", rows, (num_due,), (torch.int32,), kv_cache.device)
+    _check_block_table(block_table, kv_cache.device)
+    _check_tensor(
+        "positions",
+        positions,
+        (block_table.shape[0],),
+        (torch.int32, torch.int64),
+        kv_cache.device,
+    )
+    _, num_kv_heads, block_size, pair_size = kv_cache.shape
+    head_size, num_rows = pair_size // 2, group_size * parameters.window
+    token_column = NUM_HEADER + num_state_blocks
+    _check_ring(parameters.window, group_size, block_size, num_state_blocks)
+    if max_num_cached > (block_table.shape[1] - token_column) * block_size:
+        raise ValueError(
+            f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
+        )
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must be in [1, {MAX_SPLITS}], got {num_splits}")
+    if scratch is not None:
+        _check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), kv_cache.device)
+    num_tasks = num_due * num_layers * num_kv_heads
+    plan = plan_launch(
+        num_tasks,
+        max_num_cached,
+        num_rows,
+        head_size,
+        kv_cache.element_size(),
+        device_limits(kv_cache.device),
+        SCRATCH_BYTES if scratch is None else scratch.shape[0],
+        num_splits,
+    )
+    if scratch is None:
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=kv_cache.device)
+    words = scratch[: plan.scratch_bytes].view(torch.int32)
+    per_launch, per_row = plan.tasks_per_launch * plan.capacity, MAX_SPLITS * num_rows
+    scores, ordered, maxima, sums = words.split(
+        [per_launch, per_launch, plan.tasks_per_launch * per_row, plan.tasks_per_launch * per_row]
+    )
+    scores, maxima, sums = (tensor.view(torch.float32) for tensor in (scores, maxima, sums))
+
+    interpreted = kv_cache.device.type == "cpu"
+    geometry = dict(
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        table_stride=block_table.stride(0),
+        block_stride=kv_cache.stride(0),
+        head_stride=kv_cache.stride(1),
+        slot_stride=kv_cache.stride(2),
+        TOKEN_COLUMN=token_column,
+        KV_TYPE=TRITON_TYPES[kv_cache.dtype],
+        WINDOW=parameters.window,
+        GROUP=group_size,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+    )
+    tile = plan.tile
+    scoring = dict(
+        capacity=plan.capacity,
+        num_splits=plan.num_splits,
+        budget=parameters.budget,
+        scale=softmax_scale / parameters.temperature * math.log2(math.e),
+        STATE_COLUMN=NUM_HEADER,
+        EXACT=interpreted or kv_cache.dtype == torch.float32,
+        HEAD_PADDED=power_of_two(head_size),
+        QUERY_TILE=tile.queries,
+        KEY_TILE=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **geometry,
+    )
+    num_chunks = -(-num_rows // tile.queries)
+    seed_low, seed_high = (_signed(parameters.seed >> shift) for shift in (0, 32))
+    where = (kv_pointers, block_table, rows, positions)
+    with nullcontext() if interpreted else torch.cuda.device(kv_cache.device):
+        for offset in range(0, num_tasks, plan.tasks_per_launch):
+            num = min(plan.tasks_per_launch, num_tasks - offset)
+            row_statistics[(num * num_chunks * plan.num_splits,)](
+                *where, maxima, sums, task_offset=offset, **scoring
+            )
+            candidate_scores[(num * plan.num_splits,)](
+                *where,
+                maxima,
+                sums,
+                scores,
+                ordered,
+                task_offset=offset,
+                sinks=parameters.sinks,
+                **scoring,
+            )
+            select_and_move[(num,)](
+                kv_pointers,
+                layer_indices,
+                block_table,
+                rows,
+                positions,
+                scores,
+                ordered,
+                task_offset=offset,
+                capacity=plan.capacity,
+                budget=parameters.budget,
+                protected=parameters.protected,
+                seed_low=seed_low,
+                seed_high=seed_high,
+                first_kv_head=first_kv_head,
+                GUMBEL=parameters.sampling == "gumbel",
+                SMOOTHING=parameters.smoothing,
+                PAIR_PADDED=power_of_two(pair_size),
+                TILE=SELECT_TILE,
+                MOVE_TILE=MOVE_TILE,
+                num_warps=8,
+                **geometry,
+            )
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as an int32, so that the argument has one type whatever the seed."""
+    return ((word + 2**31) & 0xFFFFFFFF) - 2**31
+
+
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like kv_cache, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")

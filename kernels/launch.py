@@ -1,0 +1,169 @@
+"""How an eviction is cut into programs: tiles, splits and launches, from counted costs."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .scoring import MAX_SPLITS
+
+HEAD_SIZES = (64, 96, 128, 192, 256)
+MAX_QUERY_TILE = 256
+SPLIT_OVERHEAD = 2
+"""Cost of starting a program (loading its queries), in K tiles of work."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a launch must fit into.
+
+    Attributes:
+        num_sms: streaming multiprocessors.
+        shared_memory: bytes that one program may use.
+    """
+
+    num_sms: int
+    shared_memory: int
+
+
+INTERPRETER_LIMITS = DeviceLimits(num_sms=1, shared_memory=227 * 1024)
+
+
+@dataclass(frozen=True)
+class ScoringTile:
+    """Tile of the two scoring launches.
+
+    Attributes:
+        queries: query rows of a program; they stay in shared memory.
+        keys: candidates per step.
+        num_warps: warps of a program.
+        num_stages: K tiles in flight.
+        programs_per_sm: programs that share an SM by their shared memory.
+    """
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How tasks (due sequence, layer, KV head) are launched.
+
+    Attributes:
+        tile: of the scoring launches.
+        num_splits: programs that share the candidates of one task.
+        tasks_per_launch: so many that their scratch memory fits.
+        capacity: slots of a scratch row.
+        scratch_bytes: of one launch.
+    """
+
+    tile: ScoringTile
+    num_splits: int
+    tasks_per_launch: int
+    capacity: int
+    scratch_bytes: int
+
+
+@lru_cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Limits of a CUDA device; made-up ones for the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER_LIMITS
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits(
+        properties.multi_processor_count, properties.shared_memory_per_block_optin
+    )
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache
+def scoring_tile(
+    num_rows: int, head_size: int, element_size: int, shared_memory: int
+) -> ScoringTile:
+    """The largest query tile that leaves room for a second program on the SM, else the largest.
+
+    Args:
+        num_rows: query rows of a KV head, G * W.
+        shared_memory: bytes that one program may use.
+    """
+    row_bytes = power_of_two(head_size) * element_size
+    largest = min(MAX_QUERY_TILE, max(16, power_of_two(num_rows)))
+    if element_size == 4:
+        # fp32 products run on the FMA units, whose operands are registers.
+        return ScoringTile(min(largest, 32), 32, 4, 1, 1)
+    for programs in (2, 1):
+        queries = largest
+        while queries >= min(largest, 64):
+            for keys, num_stages in ((64, 3), (64, 2)):
+                if programs * ((queries + num_stages * keys) * row_bytes + 1024) <= shared_memory:
+                    num_warps = 8 if queries >= 128 else 4
+                    return ScoringTile(queries, keys, num_warps, num_stages, programs)
+            queries //= 2
+    raise ValueError(
+        f"head size {head_size} with {element_size}-byte elements does not fit "
+        f"{shared_memory} bytes of shared memory"
+    )
+
+
+def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
+    """Splits of the candidates that take the least time, counted in waves of K tiles.
+
+    ``ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``; fewer splits win a tie.
+
+    Args:
+        num_tasks: heads of a launch.
+        num_tiles: K tiles of the longest.
+        num_slots: programs that run at once.
+    """
+
+    def cost(splits: int) -> int:
+        waves = -(-num_tasks * splits // num_slots)
+        return waves * (-(-num_tiles // splits) + SPLIT_OVERHEAD)
+
+    return min(range(1, min(MAX_SPLITS, num_tiles) + 1), key=cost)
+
+
+def plan_launch(
+    num_tasks: int,
+    max_num_cached: int,
+    num_rows: int,
+    head_size: int,
+    element_size: int,
+    limits: DeviceLimits,
+    scratch_bytes: int,
+    num_splits: int | None = None,
+) -> LaunchPlan:
+    """Cut an eviction into launches.
+
+    Args:
+        num_tasks: due sequences * layers * KV heads.
+        max_num_cached: the most tokens that one of them has cached.
+        num_rows: query rows of a KV head, G * W.
+        scratch_bytes: bound on the scratch memory.
+        num_splits: fixed number of splits instead of the counted best.
+
+    Raises:
+        ValueError: if the scratch of a single head does not fit.
+    """
+    tile = scoring_tile(num_rows, head_size, element_size, limits.shared_memory)
+    capacity = -(-max_num_cached // 16) * 16
+    per_task = 8 * (capacity + MAX_SPLITS * num_rows)
+    tasks_per_launch = min(num_tasks, scratch_bytes // per_task)
+    if tasks_per_launch == 0:
+        raise ValueError(
+            f"scratch of {scratch_bytes} bytes is too small for {max_num_cached} cached tokens: "
+            f"{per_task} are needed"
+        )
+    num_launches = -(-num_tasks // tasks_per_launch)
+    tasks_per_launch = -(-num_tasks // num_launches)
+    if num_splits is None:
+        num_slots = limits.num_sms * tile.programs_per_sm
+        num_splits = choose_splits(tasks_per_launch, -(-capacity // tile.keys), num_slots)
+    return LaunchPlan(tile, num_splits, tasks_per_launch, capacity, tasks_per_launch * per_task)

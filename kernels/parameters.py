@@ -1,0 +1,41 @@
+"""The numbers that one eviction needs, resolved and checked."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Sampling = Literal["gumbel", "greedy"]
+
+
+@dataclass(frozen=True)
+class EvictionParameters:
+    """Parameters of one eviction of one KV head, all of them absolute counts.
+
+    Attributes:
+        budget: tokens that a sequence holds right after an eviction, the window included.
+        window: newest tokens; never evicted, their queries score the rest. Also the period.
+        protected: candidates kept for their large value range; the sinks count among them.
+        sinks: first slots of the sequence; always protected.
+        smoothing: odd width of the average pooling over slots; 1 is off.
+        temperature: divides the attention logits before the softmax.
+        sampling: ``gumbel`` draws at random, ``greedy`` keeps the largest scores.
+        seed: 64-bit seed of the counter-based generator.
+    """
+
+    budget: int
+    window: int
+    protected: int
+    sinks: int = 4
+    smoothing: int = 5
+    temperature: float = 1.0
+    sampling: Sampling = "gumbel"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.window < self.budget:
+            raise ValueError(f"window must be in [1, budget), got {self.window}")
+        if not self.sinks <= self.protected <= self.budget - self.window:
+            raise ValueError(
+                f"protected must be in [sinks, budget - window], got {self.protected}"
+            )
+        if self.smoothing < 1 or self.smoothing % 2 == 0:
+            raise ValueError(f"smoothing must be odd and positive, got {self.smoothing}")

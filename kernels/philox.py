@@ -1,0 +1,51 @@
+"""Counter-based random numbers: Philox4x32-10 in plain torch.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function
+of (seed, counter): it does not depend on the batch, on the order of the launches or on the device,
+and the Triton kernel computes the same bits.
+"""
+
+import torch
+
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def philox_word(
+    seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> torch.Tensor:
+    """First output word of Philox4x32-10.
+
+    Args:
+        seed: 64-bit key.
+        c0, c1, c2, c3: int64 tensors that broadcast; each counter word in [0, 2**32).
+
+    Returns:
+        int64 tensor of the broadcast shape, values in [0, 2**32).
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    for _ in range(_ROUNDS):
+        # The product of two 32-bit words fills all 64 bits: int64 wraps, the bits are right.
+        product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = (
+            (product_b >> 32 & _MASK) ^ c1 ^ k0,
+            product_b & _MASK,
+            (product_a >> 32 & _MASK) ^ c3 ^ k1,
+            product_a & _MASK,
+        )
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+    return c0
+
+
+def gumbel(
+    seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> torch.Tensor:
+    """Standard Gumbel noise, ``-log(-log(u))``, one fp32 draw per counter.
+
+    ``u = (word >> 9 + 0.5) * 2**-23`` is exact in fp32 and never 0 or 1, so the noise is finite.
+    """
+    uniform = ((philox_word(seed, c0, c1, c2, c3) >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))

@@ -1,0 +1,124 @@
+"""One eviction in plain fp32 torch, vectorised over KV heads.
+
+This is the CPU path of the product, the oracle of the Triton kernel's tests and the baseline of
+its benchmark. It works on dense per-head tensors in slot order; who reads them from pages and
+writes the moves back is the caller's business.
+
+Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
+"""
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from .parameters import EvictionParameters
+from .philox import gumbel
+
+
+def attention_scores(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, smoothing: int
+) -> torch.Tensor:
+    """Mean attention that the window's queries pay to each candidate.
+
+    ``a[g, j] = mean_w softmax_j(q_wg . k_j * scale)``, the softmax over the candidates only, then
+    average pooling over slots (stride 1, zero padding), then the mean over the G query heads.
+
+    Args:
+        queries: [H, W * G, D] fp32, window-major, or any batch of them.
+        keys: [H, D, n] fp32, the candidates' keys with the head dimension first.
+        scale: factor on the logits: ``1 / (sqrt(D) * temperature)``.
+        smoothing: odd pooling width; 1 is off.
+
+    Returns:
+        [H, n] fp32.
+    """
+    probabilities = torch.softmax(queries @ keys * scale, dim=-1)
+    # Pooling and means are linear: the mean over heads may come before the pooling.
+    scores = probabilities.mean(dim=-2)
+    if smoothing > 1:
+        scores = avg_pool1d(scores, smoothing, stride=1, padding=smoothing // 2)
+    return scores
+
+
+def value_range(values: torch.Tensor) -> torch.Tensor:
+    """``max_d v - min_d v`` of each token: [..., n, D] -> [..., n], fp32."""
+    minimum, maximum = torch.aminmax(values, dim=-1)
+    return maximum.float() - minimum.float()
+
+
+def sampling_noise(
+    parameters: EvictionParameters,
+    num_candidates: int,
+    eviction_index: int,
+    layer_index: int,
+    kv_heads: torch.Tensor,
+    content_key: int,
+) -> torch.Tensor:
+    """Gumbel noise of one eviction of one layer: [H, n] fp32.
+
+    The counter is (slot, eviction index, layer * 65536 + KV head, content key of the request):
+    nothing in it depends on the batch, the rank or the row that the request happens to have.
+
+    Args:
+        kv_heads: [H] int64, indices of the KV heads in the whole, unsharded model.
+    """
+    slot = torch.arange(num_candidates)
+    return gumbel(
+        parameters.seed,
+        slot[None, :],
+        torch.tensor(eviction_index),
+        (layer_index * 65536 + kv_heads)[:, None],
+        torch.tensor(content_key),
+    )
+
+
+def select_survivors(
+    parameters: EvictionParameters,
+    scores: torch.Tensor,
+    ranges: torch.Tensor,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
+    """Choose which candidates stay.
+
+    The sinks and then the largest value ranges are protected; from the rest, the largest
+    ``log a + noise`` stay. With Gumbel noise that draws without replacement in proportion to ``a``
+    (Gumbel-top-k: Kool et al., arXiv 1903.06059). Ties go to the lower slot.
+
+    Args:
+        scores: [H, n] fp32, non-negative.
+        ranges: [H, n] fp32.
+        noise: [H, n] fp32, or None for the deterministic top-k.
+
+    Returns:
+        [H, n] bool with exactly ``budget - window`` true per head.
+    """
+    num_kept = parameters.budget - parameters.window
+    ranges = ranges.clone()
+    ranges[:, : parameters.sinks] = torch.inf
+    by_range = torch.sort(ranges, dim=-1, descending=True, stable=True).indices
+    priority = scores.clone() if noise is None else scores.log() + noise
+    priority.scatter_(-1, by_range[:, : parameters.protected], torch.inf)
+    by_priority = torch.sort(priority, dim=-1, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    return keep.scatter_(-1, by_priority[:, :num_kept], True)
+
+
+def plan_moves(
+    parameters: EvictionParameters, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which survivors fill which freed slots.
+
+    Survivors below the budget stay where they are. The i-th survivor at or above it, the window
+    included, is copied into the i-th freed slot below it, head by head: a head frees exactly as
+    many slots as it needs, because ``budget`` tokens survive in all.
+
+    Args:
+        keep: [H, n] bool, from :func:`select_survivors`.
+
+    Returns:
+        (head, source slot, destination slot), each [moves] int64, sorted by head.
+    """
+    budget, window = parameters.budget, parameters.window
+    keep = torch.cat([keep, keep.new_ones(keep.shape[0], window)], dim=-1)
+    head, destination = (~keep[:, :budget]).nonzero(as_tuple=True)
+    _, source = keep[:, budget:].nonzero(as_tuple=True)
+    return head, source + budget, destination

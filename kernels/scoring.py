@@ -1,0 +1,274 @@
+"""Scores of the candidates: the two launches that stream K and V, on tensor cores."""
+
+import triton
+import triton.language as tl
+
+from .paged import head_base, load_task, ring_pointers, slot_pointers
+from .selection import HIGHEST, ordered_bits
+
+MAX_SPLITS = 16
+"""Most programs that share the candidates of one head."""
+
+_MAX_SPLITS = tl.constexpr(MAX_SPLITS)
+_VARYING = ["task_offset", "num_splits", "capacity", "budget", "sinks", "scale"]
+
+
+@triton.jit
+def load_queries(
+    base,
+    table_row,
+    index,
+    block_stride,
+    slot_stride,
+    STATE_COLUMN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Query rows [len(index), HEAD_PADDED] of the ring; row = entry * G + head, zeros beyond."""
+    live = index < GROUP * WINDOW
+    dims = tl.arange(0, HEAD_PADDED)
+    pointers = ring_pointers(
+        base,
+        table_row,
+        index // GROUP,
+        index % GROUP,
+        live,
+        STATE_COLUMN,
+        block_stride,
+        slot_stride,
+        GROUP,
+        HEAD_SIZE,
+        BLOCK_SIZE,
+    )
+    mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+    return tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def multiply(a, b, EXACT: tl.constexpr):
+    """``a @ b`` accumulated in fp32: on tensor cores, or with fp32 operands if EXACT."""
+    if EXACT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b)
+
+
+@triton.jit
+def split_range(split, num_splits, candidates, TILE: tl.constexpr):
+    """First and last + 1 candidate of a split: whole tiles, evenly; may be empty at the end."""
+    length = tl.cdiv(tl.cdiv(candidates, TILE), num_splits) * TILE
+    return split * length, tl.minimum((split + 1) * length, candidates)
+
+
+@triton.jit(do_not_specialize=_VARYING[:4] + _VARYING[5:])
+def row_statistics(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    positions,  # [R] int32 or int64
+    maxima,  # [tasks, splits, G * W] fp32, out, in units of log2
+    sums,  # [tasks, splits, G * W] fp32, out
+    task_offset,
+    num_splits,
+    capacity,
+    budget,
+    scale,  # log2(e) / (sqrt(D) * temperature)
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    TOKEN_COLUMN: tl.constexpr,
+    STATE_COLUMN: tl.constexpr,
+    KV_TYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
+    """``m = max_j x_j`` and ``l = sum_j 2^(x_j - m)`` per query row, over one split."""
+    NUM_CHUNKS: tl.constexpr = (GROUP * WINDOW + QUERY_TILE - 1) // QUERY_TILE
+    program = tl.program_id(0)
+    split = program % num_splits
+    chunk = program // num_splits % NUM_CHUNKS
+    local_task = program // (num_splits * NUM_CHUNKS)
+    table_row, layer, head, candidates, _ = load_task(
+        local_task + task_offset,
+        rows,
+        positions,
+        block_table,
+        table_stride,
+        num_layers,
+        num_kv_heads,
+        budget,
+        capacity,
+        WINDOW,
+    )
+    if candidates > 0:
+        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
+        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
+        queries = load_queries(
+            base,
+            table_row,
+            index,
+            block_stride,
+            slot_stride,
+            STATE_COLUMN,
+            WINDOW,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            BLOCK_SIZE,
+        )
+        dims = tl.arange(0, HEAD_PADDED)
+        maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
+        total = tl.zeros([QUERY_TILE], tl.float32)
+        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        for start in range(begin, end, KEY_TILE):
+            slots = start + tl.arange(0, KEY_TILE)
+            live = slots < end
+            pointers = slot_pointers(
+                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            )
+            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+            logits = multiply(queries, tl.trans(keys), EXACT) * scale
+            logits = tl.where(live[None, :], logits, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+            # A row may have seen only -inf so far: do not subtract infinities.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            total = total * tl.exp2(maximum - shift)
+            total += tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+            maximum = new_maximum
+        out = (local_task.to(tl.int64) * num_splits + split) * (GROUP * WINDOW) + index
+        tl.store(maxima + out, maximum, mask=index < GROUP * WINDOW)
+        tl.store(sums + out, total, mask=index < GROUP * WINDOW)
+
+
+@triton.jit
+def merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS: tl.constexpr):
+    """log2 of the softmax denominator per query row, +inf for padding rows (weight 0)."""
+    splits = tl.arange(0, _MAX_SPLITS)
+    offsets = row_offset + splits[:, None] * ROWS + index[None, :]
+    live = (splits < num_splits)[:, None] & (index < ROWS)[None, :]
+    split_maximum = tl.load(maxima + offsets, mask=live, other=float("-inf"))
+    split_sum = tl.load(sums + offsets, mask=live, other=0.0)
+    maximum = tl.max(split_maximum, axis=0)
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.sum(split_sum * tl.exp2(split_maximum - shift[None, :]), axis=0)
+    return tl.where(index < ROWS, shift + tl.log2(total), float("inf"))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def candidate_scores(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    positions,  # [R] int32 or int64
+    maxima,  # [tasks, splits, G * W] fp32
+    sums,  # [tasks, splits, G * W] fp32
+    scores,  # [tasks, capacity] fp32, out: sum over the query rows, before pooling
+    ordered,  # [tasks, capacity] int32, out: ordered bits of the value range
+    task_offset,
+    num_splits,
+    capacity,
+    budget,
+    sinks,
+    scale,  # log2(e) / (sqrt(D) * temperature)
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    TOKEN_COLUMN: tl.constexpr,
+    STATE_COLUMN: tl.constexpr,
+    KV_TYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
+    """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
+
+    Keys are the rows of the product here, so that the sum over queries stays within a warp.
+    """
+    ROWS: tl.constexpr = GROUP * WINDOW
+    program = tl.program_id(0)
+    split = program % num_splits
+    local_task = program // num_splits
+    table_row, layer, head, candidates, _ = load_task(
+        local_task + task_offset,
+        rows,
+        positions,
+        block_table,
+        table_stride,
+        num_layers,
+        num_kv_heads,
+        budget,
+        capacity,
+        WINDOW,
+    )
+    if candidates > 0:
+        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
+        dims = tl.arange(0, HEAD_PADDED)
+        out = local_task.to(tl.int64) * capacity
+        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        for chunk in range((ROWS + QUERY_TILE - 1) // QUERY_TILE):
+            index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
+            queries = load_queries(
+                base,
+                table_row,
+                index,
+                block_stride,
+                slot_stride,
+                STATE_COLUMN,
+                WINDOW,
+                GROUP,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                BLOCK_SIZE,
+            )
+            row_offset = local_task.to(tl.int64) * num_splits * ROWS
+            log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
+            for start in range(begin, end, KEY_TILE):
+                slots = start + tl.arange(0, KEY_TILE)
+                live = slots < end
+                pointers = slot_pointers(
+                    base,
+                    table_row,
+                    slots,
+                    live,
+                    TOKEN_COLUMN,
+                    block_stride,
+                    slot_stride,
+                    BLOCK_SIZE,
+                )
+                pointers = pointers[:, None] + dims[None, :]
+                mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+                keys = tl.load(pointers, mask=mask, other=0.0)
+                logits = multiply(keys, tl.trans(queries), EXACT) * scale
+                score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
+                if chunk == 0:
+                    values = tl.load(pointers + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
+                    highest = tl.max(tl.where(mask, values, float("-inf")), axis=1)
+                    lowest = tl.min(tl.where(mask, values, float("inf")), axis=1)
+                    bits = ordered_bits(highest - lowest)
+                    bits = tl.where(slots < sinks, HIGHEST, bits)
+                    tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
+                else:
+                    score += tl.load(scores + out + slots, mask=live, other=0.0)
+                tl.store(scores + out + slots, score, mask=live)
+            # The next chunk adds to scores that other threads of this program wrote.
+            tl.debug_barrier()

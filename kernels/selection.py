@@ -1,0 +1,226 @@
+"""Selection and moves: exact top-k without a sort, on rows of scratch memory.
+
+A float is ranked by its ordered bits, an unsigned integer that grows with it. The k-th largest is
+found digit by digit: sixteen thresholds are counted at once, so eight sweeps settle 32 bits. Ties
+at the threshold go to the lower slot, by a prefix count.
+"""
+
+import triton
+import triton.language as tl
+
+from .paged import head_base, load_task, slot_pointers
+
+DIGIT_BITS = tl.constexpr(4)
+HIGHEST = tl.constexpr(0xFFFFFFFF)
+"""Above the ordered bits of every float: always selected first."""
+
+
+@triton.jit
+def ordered_bits(x):
+    """fp32 -> uint32 with the same order; -0 equals +0 and NaN is the largest, as in torch.sort."""
+    bits = (x + 0.0).to(tl.uint32, bitcast=True)
+    bits = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(x == x, bits, tl.full(bits.shape, 0xFFC00000, tl.uint32))
+
+
+@triton.jit
+def load_ordered(ordered, slots, live):
+    """Ordered bits of slots as uint32, 0 (below every float) where not live."""
+    return tl.load(ordered + slots, mask=live, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def kth_largest(ordered, length, k, TILE: tl.constexpr):
+    """The k-th largest of ``ordered[:length]``, and how many equal to it are among the k largest.
+
+    Args:
+        ordered: pointer to int32, the bits of ordered uint32.
+        k: at most length; 0 gives a threshold that nothing reaches.
+
+    Returns:
+        (threshold uint32, ties int32): x is selected if ``x > threshold``, or if
+        ``x == threshold`` and fewer than ``ties`` equal ones lie in lower slots.
+    """
+    DIGITS: tl.constexpr = 2**DIGIT_BITS
+    digits = tl.arange(0, DIGITS)
+    threshold = tl.full([1], 0, tl.uint32)
+    for step in range(32 // DIGIT_BITS):
+        shift = 32 - DIGIT_BITS * (step + 1)
+        levels = threshold + (digits << shift).to(tl.uint32)
+        counts = tl.zeros([DIGITS, TILE], tl.int32)
+        for start in range(0, length, TILE):
+            slots = start + tl.arange(0, TILE)
+            x = load_ordered(ordered, slots, slots < length)
+            counts += (x[None, :] >= levels[:, None]).to(tl.int32)
+        reached = tl.sum((tl.sum(counts, axis=1) >= k).to(tl.int32), axis=0)
+        threshold += ((reached - 1) << shift).to(tl.uint32)
+    above = tl.zeros([TILE], tl.int32)
+    for start in range(0, length, TILE):
+        slots = start + tl.arange(0, TILE)
+        above += (load_ordered(ordered, slots, slots < length) > threshold).to(tl.int32)
+    return threshold, k - tl.sum(above, axis=0)
+
+
+@triton.jit
+def select_tile(x, live, threshold, ties, ties_seen):
+    """Which of one tile are selected; tiles must come in ascending order.
+
+    Returns:
+        (selected, ties seen so far including this tile).
+    """
+    tied = live & (x == threshold)
+    tied_count = tied.to(tl.int32)
+    rank = ties_seen + tl.cumsum(tied_count, axis=0) - tied_count
+    selected = live & ((x > threshold) | (tied & (rank < ties)))
+    return selected, ties_seen + tl.sum(tied_count, axis=0)
+
+
+@triton.jit
+def gumbel_noise(seed_low, seed_high, slots, eviction, stream, key):
+    """Standard Gumbel noise per slot: ``kernels/philox.py`` bit for bit up to the logarithms."""
+    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    word, _, _, _ = tl.philox((high << 32) | low, slots, eviction, stream, key)
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def pooled_scores(scores, slots, live, length, SMOOTHING: tl.constexpr):
+    """Sum of the scores around each slot, zero outside ``[0, length)``."""
+    pooled = tl.zeros(slots.shape, tl.float32)
+    for offset in tl.static_range(SMOOTHING):
+        neighbours = slots + offset - SMOOTHING // 2
+        inside = live & (neighbours >= 0) & (neighbours < length)
+        pooled += tl.load(scores + neighbours, mask=inside, other=0.0)
+    return pooled
+
+
+@triton.jit(
+    do_not_specialize=[
+        "task_offset",
+        "capacity",
+        "budget",
+        "protected",
+        "seed_low",
+        "seed_high",
+        "first_kv_head",
+    ]
+)
+def select_and_move(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    layer_indices,  # [layers] int32, in the whole model
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    positions,  # [R] int32 or int64
+    scores,  # [tasks, capacity] fp32; reused for the list of freed slots
+    ordered,  # [tasks, capacity] int32; ranges in, overwritten with the sampling keys
+    task_offset,
+    capacity,
+    budget,
+    protected,
+    seed_low,  # int32 bits
+    seed_high,  # int32 bits
+    first_kv_head,  # of this rank in the whole model
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    TOKEN_COLUMN: tl.constexpr,
+    KV_TYPE: tl.constexpr,
+    GUMBEL: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAIR_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MOVE_TILE: tl.constexpr,
+):
+    """Choose the survivors of one head and copy those above the budget into freed slots."""
+    local_task = tl.program_id(0)
+    table_row, layer, head, candidates, eviction = load_task(
+        local_task + task_offset,
+        rows,
+        positions,
+        block_table,
+        table_stride,
+        num_layers,
+        num_kv_heads,
+        budget,
+        capacity,
+        WINDOW,
+    )
+    if candidates > 0:
+        scores += local_task.to(tl.int64) * capacity
+        ordered += local_task.to(tl.int64) * capacity
+
+        # Protected: the largest value ranges. Everything else gets its sampling key.
+        threshold, ties = kth_largest(ordered, candidates, protected, TILE)
+        key = tl.load(table_row + 1)
+        stream = tl.load(layer_indices + layer) * 65536 + first_kv_head + head
+        ties_seen = 0
+        for start in range(0, candidates, TILE):
+            slots = start + tl.arange(0, TILE)
+            live = slots < candidates
+            x = load_ordered(ordered, slots, live)
+            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
+            priority = pooled_scores(scores, slots, live, candidates, SMOOTHING)
+            priority = priority / (SMOOTHING * GROUP * WINDOW)
+            if GUMBEL:
+                noise = gumbel_noise(seed_low, seed_high, slots, eviction, stream, key)
+                priority = tl.log(priority) + noise
+            bits = tl.where(kept, HIGHEST, ordered_bits(priority))
+            tl.store(ordered + slots, bits.to(tl.int32, bitcast=True), mask=live)
+        tl.debug_barrier()
+
+        # Survivors; the slots below the budget that do not survive, in ascending order.
+        threshold, ties = kth_largest(ordered, candidates, budget - WINDOW, TILE)
+        freed = scores.to(tl.pointer_type(tl.int32))
+        num_freed = 0
+        ties_seen = 0
+        for start in range(0, budget, TILE):
+            slots = start + tl.arange(0, TILE)
+            live = slots < budget
+            x = load_ordered(ordered, slots, live)
+            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
+            gone = (live & ~kept).to(tl.int32)
+            rank = num_freed + tl.cumsum(gone, axis=0) - gone
+            tl.store(freed + rank, slots, mask=gone > 0)
+            num_freed += tl.sum(gone, axis=0)
+        tl.debug_barrier()
+
+        # The i-th survivor above the budget, the window last, fills the i-th freed slot. Sources
+        # and destinations are disjoint.
+        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
+        dims = tl.arange(0, PAIR_PADDED)
+        num_moved = 0
+        for start in range(budget, candidates + WINDOW, MOVE_TILE):
+            slots = start + tl.arange(0, MOVE_TILE)
+            live = slots < candidates
+            x = load_ordered(ordered, slots, live)
+            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
+            kept = kept | ((slots >= candidates) & (slots < candidates + WINDOW))
+            count = kept.to(tl.int32)
+            rank = num_moved + tl.cumsum(count, axis=0) - count
+            num_moved += tl.sum(count, axis=0)
+            target_slots = tl.load(freed + rank, mask=kept, other=0)
+            source = slot_pointers(
+                base, table_row, slots, kept, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            )
+            target = slot_pointers(
+                base,
+                table_row,
+                target_slots,
+                kept,
+                TOKEN_COLUMN,
+                block_stride,
+                slot_stride,
+                BLOCK_SIZE,
+            )
+            mask = kept[:, None] & (dims < 2 * HEAD_SIZE)[None, :]
+            cells = tl.load(source[:, None] + dims[None, :], mask=mask)
+            tl.store(target[:, None] + dims[None, :], cells, mask=mask)

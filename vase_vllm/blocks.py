@@ -1,0 +1,180 @@
+"""Blocks of a sequence under eviction: the KV cache spec and its block manager.
+
+A row of the block table holds, in this order::
+
+    first | key | state blocks ... | blocks of the tokens' slots ...
+
+``first`` and ``key`` are not blocks but two numbers that travel to the workers where block ids do
+(see :class:`BlockTableRow`). That way they live exactly as long as the request's blocks, under
+both model runners, through preemption and reordering, and nobody has to keep them in step.
+The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
+the same layers: allocated, accounted and freed with the rest.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.request import Request
+
+from vase_vllm.schedule import EvictionSchedule
+
+
+class BlockTableRow:
+    """Columns of a block-table row.
+
+    ``FIRST`` holds the position of the sequence's first eviction, from which its whole schedule
+    follows; 0, as in a padding row, means that the row never evicts. ``KEY`` holds a hash of the
+    request's content that keys the random draws.
+    """
+
+    FIRST = 0
+    KEY = 1
+    NUM_HEADER = 2
+
+
+def content_key(request: Request) -> int:
+    """31-bit hash of what a request asks for: its prompt and its sampling seed.
+
+    Draws keyed by it repeat when the same request comes again, alone or in any batch.
+    """
+    sampling = request.sampling_params
+    seed = sampling.seed if sampling is not None and sampling.seed is not None else 0
+    tokens = np.asarray(request.prompt_token_ids or (), dtype=np.int32)
+    return zlib.crc32(tokens.tobytes(), seed & 0xFFFFFFFF) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionSpec(FullAttentionSpec):
+    """KV cache of a full-attention layer whose sequences hold a static number of blocks.
+
+    Attributes:
+        schedule: budget and window of every sequence.
+        num_state_blocks: blocks of a sequence that hold its query ring.
+    """
+
+    schedule: EvictionSchedule
+    num_state_blocks: int
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Evictions write into blocks in place, so that none may be shared."""
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of one sequence: vLLM's start-up check and "Maximum concurrency" count this."""
+        num_slots = min(self.schedule.bound, vllm_config.model_config.max_model_len)
+        return (self.num_state_blocks + cdiv(num_slots, self.block_size)) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Width of a block-table row; the worker indexes it by position before we remap."""
+        num_token_blocks = super().max_num_blocks_per_req(vllm_config, max_len)
+        return BlockTableRow.NUM_HEADER + self.num_state_blocks + num_token_blocks
+
+    @classmethod
+    def merge(cls, specs: list["EvictionSpec"]) -> "EvictionSpec":
+        """One spec for a group of layers, which must agree in everything."""
+        if any(spec != specs[0] for spec in specs):
+            raise AssertionError("All layers in the same KV cache group must be the same.")
+        return specs[0]
+
+
+class EvictionManager(FullAttentionManager):
+    """Gives each sequence the blocks of its slots, never more than the schedule needs."""
+
+    kv_cache_spec: EvictionSpec
+
+    # The scheduler's live table of requests (request id -> request): bound by EvictionScheduler.
+    requests: Mapping[str, Request]
+
+    @property
+    def _num_front(self) -> int:
+        """Entries of a row in front of the token blocks."""
+        return BlockTableRow.NUM_HEADER + self.kv_cache_spec.num_state_blocks
+
+    def first_eviction(self, request_id: str) -> int:
+        """Position of the first eviction: what the row says, else what the prompt will make it."""
+        if row := self.req_to_blocks.get(request_id):
+            return row[BlockTableRow.FIRST].block_id
+        request = self.requests[request_id]
+        return self.kv_cache_spec.schedule.first_eviction(request.num_prompt_tokens)
+
+    def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
+        num_held = max(len(self.req_to_blocks.get(request_id, ())) - BlockTableRow.NUM_HEADER, 0)
+        num_required = self.kv_cache_spec.num_state_blocks + cdiv(num_slots, self.block_size)
+        return max(num_required - num_held, 0)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks that a sequence still needs to reach ``num_tokens`` tokens.
+
+        For admission (``apply_admission_cap``) that is the most it holds on the way: a preempted
+        sequence computes its output again, evicting as it goes, and peaks at its first eviction.
+        """
+        first = self.first_eviction(request_id)
+        if apply_admission_cap:
+            num_slots = min(num_tokens, first)
+        else:
+            num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+        return self._num_missing_blocks(request_id, num_slots)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Append blocks to the sequence's row; a new row starts with its header."""
+        first = self.first_eviction(request_id)
+        num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+        blocks = self.block_pool.get_new_blocks(self._num_missing_blocks(request_id, num_slots))
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in blocks)
+        row = self.req_to_blocks[request_id]
+        entries = blocks
+        if not row:
+            key = content_key(self.requests[request_id])
+            entries = [KVCacheBlock(block_id=first), KVCacheBlock(block_id=key), *blocks]
+        row.extend(entries)
+        return entries
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Give back what a long prompt held above the bound, once its first eviction has run."""
+        row = self.req_to_blocks.get(request_id)
+        if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
+            return
+        num_kept = self._num_front + cdiv(self.kv_cache_spec.schedule.bound, self.block_size)
+        if len(row) > num_kept:
+            surplus = row[num_kept:]
+            del row[num_kept:]
+            self.block_pool.free_blocks(reversed(surplus))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The sequence's real blocks; the header is no block and must not reach the pool."""
+        return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Nothing is shared."""
+        return 0
+
+
+register_kv_cache_spec(manager_class=EvictionManager)(EvictionSpec)

@@ -1,0 +1,93 @@
+"""The ``vase-vllm`` command. Nothing heavy is imported before a subcommand needs it."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vase_vllm import __version__, tiny_model
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name and help, what arguments it has, and what it does with them."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"vase-vllm: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"vase-vllm {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+TINY_MODEL_OPTIONS = {
+    "layers": "number of layers",
+    "hidden_size": "width of the residual stream",
+    "query_heads": "query heads",
+    "kv_heads": "KV heads",
+    "head_dim": "size of a head",
+    "intermediate_size": "width of the MLP",
+    "max_position_embeddings": "longest sequence",
+    "dtype": "data type of the weights",
+    "seed": "the weights are a function of the seed and the shape",
+    "printable": "emit printable ASCII only, else any byte",
+}
+
+
+def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="where to write the model")
+    parameters = inspect.signature(tiny_model.make_tiny_model).parameters
+    for name, text in TINY_MODEL_OPTIONS.items():
+        flag, default = f"--{name.replace('_', '-')}", parameters[name].default
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=default, help=text)
+        else:
+            choices = tiny_model.DTYPES if name == "dtype" else None
+            parser.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
+
+
+def run_tiny_model(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in TINY_MODEL_OPTIONS}
+    print(tiny_model.make_tiny_model(args.directory, **options))
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "tiny-model",
+        "write a small random-weight Qwen3 model and its tokenizer to a directory",
+        add_tiny_model_arguments,
+        run_tiny_model,
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

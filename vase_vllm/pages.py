@@ -1,0 +1,127 @@
+"""How the CPU backend packs keys and values inside a page, and how to read and move them.
+
+vLLM's CPU attention permutes each page for the instruction set at hand ("vec", "vec16", "amx", ...).
+Every such packing is separable: the offset of (token, dimension) in a page is a sum of one number
+of the token and one of the dimension. So one probe through vLLM's own cache write finds any of
+them, and nothing here depends on the instruction set.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from vllm import _custom_ops as ops
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Offsets of one of the two halves (keys or values) of a page.
+
+    Attributes:
+        tokens: [block_size] int64, the token's share of an element's offset.
+        dims: [D] int64, the dimension's share.
+    """
+
+    tokens: torch.Tensor
+    dims: torch.Tensor
+
+    def _view(self, pages: torch.Tensor) -> torch.Tensor | None:
+        """[..., block_size, D] view of packed pages where plain strides can express it."""
+        num_tokens, num_dims = len(self.tokens), len(self.dims)
+        if torch.equal(self.dims, torch.arange(num_dims)):
+            return pages.unflatten(-1, (num_tokens, num_dims))
+        if torch.equal(self.tokens, torch.arange(num_tokens)):
+            return pages.unflatten(-1, (num_dims, num_tokens)).transpose(-1, -2)
+        return None
+
+    def unpack(self, pages: torch.Tensor) -> torch.Tensor:
+        """Packed pages [..., block_size * D] as [..., block_size, D], a view where possible."""
+        view = self._view(pages)
+        if view is not None:
+            return view
+        return pages[..., self.tokens[:, None] + self.dims[None, :]]
+
+    def copy(
+        self,
+        pages: torch.Tensor,
+        head: torch.Tensor,
+        source: tuple[torch.Tensor, torch.Tensor],
+        destination: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Copy tokens between pages; no destination may be a source.
+
+        Args:
+            pages: [num_blocks, H, block_size * D], written in place.
+            head: [moves] int64.
+            source, destination: (block, token in the block), each [moves] int64.
+        """
+        view = self._view(pages)
+        if view is not None:
+            view[destination[0], head, destination[1]] = view[source[0], head, source[1]]
+            return
+        columns = [self.tokens[token][:, None] + self.dims for token in (source[1], destination[1])]
+        heads = head[:, None]
+        moved = pages[source[0][:, None], heads, columns[0]]
+        pages[destination[0][:, None], heads, columns[1]] = moved
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Packing of the keys and of the values in a page [H, block_size, 2 * D]."""
+
+    keys: Packing
+    values: Packing
+
+    def split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed keys and packed values of a cache, each [num_blocks, H, block_size * D] views."""
+        keys, values = kv_cache.flatten(2).chunk(2, dim=-1)
+        return keys, values
+
+
+@cache
+def cpu_page_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> PageLayout:
+    """Find the packing of vLLM's CPU backend by writing known numbers through its own cache write.
+
+    Args:
+        isa: instruction set that the backend chose for the layer.
+
+    Raises:
+        NotImplementedError: the packing is not separable.
+    """
+    tokens = torch.arange(block_size)[:, None, None].expand(-1, 1, head_size)
+    dims = torch.arange(head_size)[None, None, :].expand(block_size, 1, -1)
+    halves = []
+    for token_of, dim_of in zip(
+        _written(isa, tokens, dtype), _written(isa, dims, dtype), strict=True
+    ):
+        offsets = torch.empty(block_size, head_size, dtype=torch.int64)
+        offsets[token_of, dim_of] = torch.arange(block_size * head_size)
+        packing = Packing(tokens=offsets[:, 0] - offsets[0, 0], dims=offsets[0])
+        if not torch.equal(packing.tokens[:, None] + packing.dims[None, :], offsets):
+            raise NotImplementedError(
+                f"--kv-eviction: the page packing {isa!r} of the CPU backend is unknown; "
+                "remove --kv-eviction"
+            )
+        halves.append(packing)
+    return PageLayout(*halves)
+
+
+def _written(isa: str, numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Where the cache write puts numbers: for keys and values, the number at each offset.
+
+    Args:
+        numbers: [block_size, 1, D] int64, below 2**14. They are written in two parts of 7 bits,
+            which every dtype represents.
+    """
+    block_size, _, head_size = numbers.shape
+    found = [torch.zeros(block_size * head_size, dtype=torch.int64) for _ in range(2)]
+    for shift in (0, 7):
+        part = (numbers >> shift & 0x7F).to(dtype).contiguous()
+        page = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+        key_cache, value_cache = page.chunk(2, dim=2)
+        slots = torch.arange(block_size)
+        ops.cpu_attn_reshape_and_cache(part, part, key_cache, value_cache, slots, isa)
+        for half, packed in zip(found, page.flatten().chunk(2), strict=True):
+            half += packed.long() << shift
+    return tuple(found)

@@ -1,0 +1,80 @@
+"""When a sequence evicts and where its tokens lie: a closed form, without counters.
+
+A sequence is described by one number, the position ``first`` of its first eviction, which follows
+from the length of its prompt. Everything else is a pure function of ``first`` and a position, so
+the scheduler and the workers agree without talking, a preempted sequence that is computed again
+lies exactly where it lay, and nothing can go stale.
+
+The prompt is read densely. From then on a sequence evicts whenever its cached length becomes
+``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the budget
+at once. Evictions run just before the step of the position that needs the room.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.utils.math_utils import cdiv
+
+
+@dataclass(frozen=True)
+class EvictionSchedule:
+    """Closed form of the slots and evictions of a sequence.
+
+    Attributes:
+        budget: tokens cached right after an eviction (T).
+        window: tokens between evictions (W).
+    """
+
+    budget: int
+    window: int
+
+    @property
+    def bound(self) -> int:
+        """Most tokens that a sequence caches once it has evicted: ``T + W``."""
+        return self.budget + self.window
+
+    def first_eviction(self, num_prompt_tokens: int) -> int:
+        """Position of the first eviction, which is the cached length at it.
+
+        ``first = T + W * ceil((max(L, T) + 1 - T) / W)``: after the prompt, at the earliest after
+        its first decode step, and never before ``T + W``.
+        """
+        surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
+        return self.budget + self.window * cdiv(surplus, self.window)
+
+    def slots(self, positions: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Slot of each position: ``p`` before the first eviction, else ``T + (p - first) mod W``.
+
+        Args:
+            positions: integer tensor of any shape.
+            first: broadcastable to it; 0 marks a padding row, which never evicts.
+        """
+        evicted = (first > 0) & (positions >= first)
+        return torch.where(
+            evicted, self.budget + (positions - first) % self.window, positions
+        )
+
+    def due(self, positions: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Whether a sequence evicts just before the step that starts at each position (bool)."""
+        return (
+            (first > 0) & (positions >= first) & ((positions - first) % self.window == 0)
+        )
+
+    def num_cached(self, position: int, first: int) -> int:
+        """Tokens in the cache just before an eviction at ``position``."""
+        return first if position == first else self.bound
+
+    def num_slots(self, num_tokens: int, first: int) -> int:
+        """Slots that a sequence needs for its next step to end at ``num_tokens`` tokens."""
+        return num_tokens if num_tokens <= first else self.bound
+
+    def tokens_until_eviction(self, position: int, first: int) -> int:
+        """How many tokens from ``position`` on one step may compute.
+
+        An eviction must fall between two steps. Only a preempted sequence that computes its
+        output again ever has more tokens ready than this.
+        """
+        if position < first:
+            return first - position
+        return self.window - (position - first) % self.window

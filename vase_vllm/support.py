@@ -1,0 +1,115 @@
+"""What eviction does not work with, refused at start-up: one line, the setting and the remedy."""
+
+from collections.abc import Iterable
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.ring import RingLayout
+
+
+class UnsupportedError(ValueError):
+    """Eviction was asked for together with something that it does not support."""
+
+
+def check_engine(vllm_config: VllmConfig, config: EvictionConfig) -> None:
+    """Refuse an engine that eviction cannot serve exactly as asked.
+
+    Raises:
+        UnsupportedError: names the setting and what to change.
+    """
+    if reason := next(_engine_reasons(vllm_config, config), None):
+        raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
+
+
+def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterable[str]:
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+
+    if not current_platform.is_cpu():
+        yield (
+            f"platform {current_platform.device_type} is not supported; "
+            "remove --kv-eviction or run on a CPU"
+        )
+    if model.runner_type != "generate":
+        yield f"{model.runner_type} models do not decode; remove --kv-eviction"
+    if model.use_mla:
+        yield "models with multi-head latent attention (MLA) are not supported; remove --kv-eviction"
+    if model.is_encoder_decoder:
+        yield "encoder-decoder models are not supported; remove --kv-eviction"
+    if model.is_attention_free or model.is_hybrid:
+        yield "models with state-space or linear-attention layers are not supported; remove --kv-eviction"
+    if model.is_diffusion:
+        yield "diffusion models are not supported; remove --kv-eviction"
+    if model.is_mm_prefix_lm or model.rswa_window is not None:
+        yield "models whose prompt stays visible for ever are not supported; remove --kv-eviction"
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism is not supported; remove --decode-context-parallel-size"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "prefill context parallelism is not supported; remove --prefill-context-parallel-size"
+    if parallel.enable_dbo:
+        yield "dual batch overlap is not supported; remove --enable-dbo"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is not supported; remove --speculative-config"
+    if cache.kv_offloading_size is not None:
+        yield "KV cache offloading is not supported; remove --kv-offloading-size"
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV connectors are not supported; remove --kv-transfer-config"
+    if is_quantized_kv_cache(cache.cache_dtype):
+        yield (
+            f"a quantized KV cache ({cache.cache_dtype}) is not supported; "
+            "set --kv-cache-dtype auto"
+        )
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        yield (
+            f"a KV cache of {cache.cache_dtype} beside a model of {model.dtype} is not supported; "
+            "set --kv-cache-dtype auto"
+        )
+    if model.max_model_len <= config.budget + config.window:
+        yield (
+            f"no sequence would ever evict: --max-model-len ({model.max_model_len}) is not above "
+            f"budget + window ({config.budget} + {config.window}); lower "
+            "--kv-eviction-config.budget or raise --max-model-len"
+        )
+
+
+def check_layers(
+    layers: dict[str, Attention], block_size: int, config: EvictionConfig
+) -> None:
+    """Refuse attention layers that eviction cannot serve exactly as asked.
+
+    Args:
+        layers: the full-attention layers of the loaded model, by name.
+        block_size: token slots of a block.
+
+    Raises:
+        UnsupportedError: names the setting and what to change.
+    """
+    if reason := next(_layer_reasons(layers, block_size, config), None):
+        raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
+
+
+def _layer_reasons(
+    layers: dict[str, Attention], block_size: int, config: EvictionConfig
+) -> Iterable[str]:
+    if not layers:
+        yield "the model has no full-attention layer to evict from; remove --kv-eviction"
+    for name, layer in layers.items():
+        if layer.kv_sharing_target_layer_name is not None:
+            yield f"layer {name} shares another layer's KV cache; remove --kv-eviction"
+        if getattr(layer.impl, "alibi_slopes", None) is not None:
+            yield f"layer {name} uses ALiBi, which needs every slot in its place; remove --kv-eviction"
+        if getattr(layer.impl, "logits_soft_cap", 0):
+            yield f"layer {name} caps its attention logits; remove --kv-eviction"
+        if layer.head_size_v != layer.head_size:
+            yield f"layer {name} has values of another size than its keys; remove --kv-eviction"
+        group_size = layer.num_heads // layer.num_kv_heads
+        if RingLayout(config.window, group_size, block_size).tokens_per_block == 0:
+            yield (
+                f"--block-size {block_size} does not fit {group_size} query heads per KV head; "
+                f"set --block-size to at least {(group_size + 1) // 2}"
+            )

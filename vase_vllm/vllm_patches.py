@@ -1,0 +1,135 @@
+"""Every place where the plugin reaches into vLLM. There is no other.
+
+vLLM has extension points for what the eviction needs in its engine and workers: a scheduler class, a
+worker class, KV cache specs with managers of their own, backends. It has none for these:
+
+=================================== ============================= ===============================
+patched                             why                           can go when vLLM has
+=================================== ============================= ===============================
+EngineArgs.add_cli_args             a plugin's own flags          plugin hooks for its CLI
+EngineArgs.from_cli_args            flags -> additional_config    the same
+EngineArgs.create_engine_config     choose our worker and         a hook for plugins on the
+                                    scheduler, refuse the rest    engine's config
+InputProcessor._validate_prompt_len HTTP 400 for a prompt that    a KV manager's say in request
+                                    the pool can never hold       validation
+=================================== ============================= ===============================
+
+Each calls the original and does nothing more unless eviction is on.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs, optional_type
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vase_vllm.activation import activate, check_prompt, prepare
+from vase_vllm.config import ADDITIONAL_CONFIG_KEY, POLICIES, EvictionConfig
+
+_FROM_CLI = "_kv_eviction_from_cli"
+
+
+def apply() -> None:
+    """Patch vLLM, once per process."""
+    if hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+        return
+    EngineArgs.add_cli_args = staticmethod(_add_cli_args(EngineArgs.add_cli_args))
+    EngineArgs.from_cli_args = classmethod(_from_cli_args(EngineArgs.from_cli_args.__func__))
+    EngineArgs.create_engine_config = _create_engine_config(EngineArgs.create_engine_config)
+    InputProcessor._validate_prompt_len = _validate_prompt_len(
+        InputProcessor._validate_prompt_len
+    )
+
+
+def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+        parser = original(parser)
+        group = parser.add_argument_group(title="KVEvictionConfig", description=_describe())
+        group.add_argument(
+            "--kv-eviction",
+            choices=POLICIES,
+            default="none",
+            help="Bound the KV cache of every sequence by evicting tokens. "
+            "`vase`: Value-aware Stochastic KV Cache Eviction (arXiv 2606.03928).",
+        )
+        group.add_argument(
+            "--kv-eviction-config",
+            type=optional_type(json.loads),
+            default=None,
+            help="Settings of --kv-eviction: a JSON string or dotted keys, such as "
+            "--kv-eviction-config.budget 2048.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _describe() -> str:
+    """The keys, defaults and meanings of the settings, from where they are defined."""
+    fields = EvictionConfig.model_json_schema()["properties"]
+    keys = (
+        f"`{name}` ({field['default']}): {field['description']}"
+        for name, field in fields.items()
+        if name != "policy"
+    )
+    return "Keys of --kv-eviction-config, with their defaults. " + " ".join(keys)
+
+
+def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineArgs]:
+    @functools.wraps(original)
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        engine_args = original(cls, args)
+        policy = getattr(args, "kv_eviction", "none")
+        settings = getattr(args, "kv_eviction_config", None)
+        if policy == "none":
+            if settings is not None:
+                raise SystemExit(
+                    "vllm: error: --kv-eviction-config has no effect without --kv-eviction: "
+                    "add --kv-eviction vase or remove it"
+                )
+            return engine_args
+        if not isinstance(settings, dict | None):
+            raise SystemExit("vllm: error: --kv-eviction-config: must be a JSON object")
+        engine_args.additional_config = {
+            **engine_args.additional_config,
+            ADDITIONAL_CONFIG_KEY: {"policy": policy, **(settings or {})},
+        }
+        setattr(engine_args, _FROM_CLI, True)
+        return engine_args
+
+    return from_cli_args
+
+
+def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        try:
+            config = prepare(self)
+            vllm_config = original(self, *args, **kwargs)
+            if config is not None:
+                activate(vllm_config, config)
+        except ValueError as error:
+            # A person at a shell gets the one line, a program the exception.
+            if getattr(self, _FROM_CLI, False) and str(error).startswith("--kv-eviction"):
+                raise SystemExit(f"vllm: error: {error}") from None
+            raise
+        return vllm_config
+
+    return create_engine_config
+
+
+def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def validate_prompt_len(self: InputProcessor, prompt_len: int, prompt_type: str) -> None:
+        original(self, prompt_len, prompt_type)
+        if reason := check_prompt(self.vllm_config, prompt_len):
+            raise VLLMValidationError(reason, parameter="prompt", value=prompt_len)
+
+    return validate_prompt_len

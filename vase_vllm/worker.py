@@ -1,0 +1,26 @@
+"""vLLM's workers, with eviction around their model's attention layers."""
+
+from typing import Any
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vase_vllm.backend import wrap_layers
+from vase_vllm.config import EvictionConfig
+
+
+class _EvictionMixin(Worker):
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then wrap the attention backends that it was given."""
+        super().load_model(*args, **kwargs)
+        config = EvictionConfig.from_vllm(self.vllm_config)
+        assert config is not None, "this worker is chosen only where eviction is on"
+        self._eviction_counters = wrap_layers(self.vllm_config, config)
+
+    def get_kv_eviction_stats(self) -> dict[str, int]:
+        """Evictions so far on this worker, for ``collective_rpc``."""
+        return vars(self._eviction_counters).copy()
+
+
+class EvictionCPUWorker(_EvictionMixin, CPUWorker):
+    """Worker of the CPU platform."""
