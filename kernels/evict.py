@@ -36,8 +36,9 @@ from contextlib import nullcontext
 import torch
 import triton.language as tl
 
-from .launch import HEAD_SIZES, device_limits, plan_launch, power_of_two
-from .paged import NUM_HEADER, ring_entries_per_block
+from .checks import check_block_table, check_cache, check_ring, check_tensor
+from .launch import device_limits, plan_launch, power_of_two
+from .paged import NUM_HEADER
 from .parameters import EvictionParameters
 from .scoring import MAX_SPLITS, candidate_scores, row_statistics
 from .selection import select_and_move
@@ -102,12 +103,12 @@ def evict_paged(
     num_layers, num_due = kv_pointers.shape[0], rows.shape[0]
     if num_due == 0 or num_layers == 0:
         return
-    _check_cache(kv_cache)
-    _check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), kv_cache.device)
-    _check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), kv_cache.device)
-    _check_tensor("rows", rows, (num_due,), (torch.int32,), kv_cache.device)
-    _check_block_table(block_table, kv_cache.device)
-    _check_tensor(
+    check_cache(kv_cache)
+    check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), kv_cache.device)
+    check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), kv_cache.device)
+    check_tensor("rows", rows, (num_due,), (torch.int32,), kv_cache.device)
+    check_block_table(block_table, kv_cache.device)
+    check_tensor(
         "positions",
         positions,
         (block_table.shape[0],),
@@ -117,7 +118,7 @@ def evict_paged(
     _, num_kv_heads, block_size, pair_size = kv_cache.shape
     head_size, num_rows = pair_size // 2, group_size * parameters.window
     token_column = NUM_HEADER + num_state_blocks
-    _check_ring(parameters.window, group_size, block_size, num_state_blocks)
+    check_ring(parameters.window, group_size, block_size, block_table.shape[1], num_state_blocks)
     if max_num_cached > (block_table.shape[1] - token_column) * block_size:
         raise ValueError(
             f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
@@ -125,7 +126,7 @@ def evict_paged(
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be in [1, {MAX_SPLITS}], got {num_splits}")
     if scratch is not None:
-        _check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), kv_cache.device)
+        check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), kv_cache.device)
     num_tasks = num_due * num_layers * num_kv_heads
     plan = plan_launch(
         num_tasks,
@@ -223,21 +224,3 @@ def evict_paged(
 def _signed(word: int) -> int:
     """The low 32 bits as an int32, so that the argument has one type whatever the seed."""
     return ((word + 2**31) & 0xFFFFFFFF) - 2**31
-
-
-def _check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like kv_cache, got {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous")

@@ -34,8 +34,6 @@ class EvictionParameters:
         if not 0 < self.window < self.budget:
             raise ValueError(f"window must be in [1, budget), got {self.window}")
         if not self.sinks <= self.protected <= self.budget - self.window:
-            raise ValueError(
-                f"protected must be in [sinks, budget - window], got {self.protected}"
-            )
+            raise ValueError(f"protected must be in [sinks, budget - window], got {self.protected}")
         if self.smoothing < 1 or self.smoothing % 2 == 0:
             raise ValueError(f"smoothing must be odd and positive, got {self.smoothing}")

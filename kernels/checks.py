@@ -1,0 +1,88 @@
+"""Checks that launchers share: a wrong argument is refused by name."""
+
+import torch
+
+from .launch import HEAD_SIZES
+from .paged import NUM_HEADER, ring_entries_per_block
+
+CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_GROUP_SIZE = 16
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Refuse a tensor that is not contiguous, or of another shape, dtype or device."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must be {expected}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like kv_cache, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")
+
+
+def check_cache(kv_cache: torch.Tensor) -> None:
+    """Refuse a cache that the kernels cannot address: [blocks, heads, block_size, 2 * D]."""
+    if kv_cache.dim() != 4:
+        raise ValueError(
+            "kv_cache must be [num_blocks, num_kv_heads, block_size, 2 * head_size], "
+            f"got {kv_cache.dim()} dimensions"
+        )
+    block_size, pair_size = kv_cache.shape[2:]
+    if kv_cache.dtype not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache must be bf16, fp16 or fp32, got {kv_cache.dtype}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"kv_cache: block size must be one of {BLOCK_SIZES}, got {block_size}")
+    if pair_size % 2 or pair_size // 2 not in HEAD_SIZES:
+        raise ValueError(f"kv_cache: head size must be one of {HEAD_SIZES}, got {pair_size / 2:g}")
+    if kv_cache.stride(3) != 1:
+        raise ValueError("kv_cache must be contiguous in its last dimension")
+    sizes = (kv_cache.data_ptr(), *(s * kv_cache.element_size() for s in kv_cache.stride()[:3]))
+    if any(size % 16 for size in sizes):
+        raise ValueError("kv_cache: its address and strides must be multiples of 16 bytes")
+    if kv_cache.device.type == "cpu" and not interpreted():
+        raise ValueError("kv_cache must be on a GPU, or Triton be imported under its interpreter")
+
+
+def check_block_table(block_table: torch.Tensor, device: torch.device) -> None:
+    """Refuse a block table that is not [R, columns] int32 with contiguous rows."""
+    if block_table.dim() != 2 or block_table.dtype != torch.int32 or block_table.stride(1) != 1:
+        raise ValueError(
+            "block_table must be [R, columns] int32 with contiguous rows, got "
+            f"{tuple(block_table.shape)} {block_table.dtype}"
+        )
+    if block_table.device != device:
+        raise ValueError(f"block_table must be on {device} like kv_cache, got {block_table.device}")
+
+
+def check_ring(
+    window: int, group_size: int, block_size: int, num_columns: int, num_state_blocks: int
+) -> None:
+    """Refuse a query group or a number of state blocks that the ring cannot have."""
+    if not 1 <= group_size <= MAX_GROUP_SIZE:
+        raise ValueError(f"group_size must be in [1, {MAX_GROUP_SIZE}], got {group_size}")
+    needed = -(-window // ring_entries_per_block(block_size, group_size))
+    if num_state_blocks < needed:
+        raise ValueError(
+            f"num_state_blocks must be at least {needed} for window {window}, group size "
+            f"{group_size} and block size {block_size}, got {num_state_blocks}"
+        )
+    if num_columns < NUM_HEADER + num_state_blocks:
+        raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
+
+
+def interpreted() -> bool:
+    """Whether the kernels were defined under Triton's interpreter, which runs them on a CPU."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from .scoring import row_statistics
+
+    return isinstance(row_statistics, InterpretedFunction)

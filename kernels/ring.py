@@ -1,0 +1,158 @@
+"""Store the window's queries in the query ring, for every token of a batch.
+
+The query of position p goes to ring entry ``p % window`` of its sequence (see ``paged.py``). Only
+the last ``window`` tokens of a sequence enter, so that no two tokens of a batch write the same entry.
+
+This is a launch of its own beside the backend's cache write, which stays unchanged: it moves
+Hq * D elements a token in each direction (16 KiB for Qwen3-8B in bf16: 2 MiB at batch 128, 0.5 us
+of an H200's bandwidth), so what it costs is a node of the CUDA graph. Fusing the two is worth
+measuring on a GPU; it has not been.
+
+Safe inside a CUDA graph: one program per token of the padded batch, all of them decided on the
+device. A token beyond ``query_start_loc[R]`` and a row with ``first`` of 0 write nothing.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import check_block_table, check_cache, check_ring, check_tensor
+from .launch import power_of_two
+from .paged import NUM_HEADER, ring_pointers
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def store_ring(
+    query,  # [tokens, Hq, D]
+    kv_cache,  # [blocks, H, block_size, 2 * D]
+    positions,  # [tokens] int32 or int64
+    query_start_loc,  # [R + 1] int32
+    seq_lens,  # [R] int32
+    block_table,  # [R, columns] int32
+    num_rows,
+    query_token_stride,
+    query_head_stride,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    STATE_COLUMN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_QUERY_HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS_TILE: tl.constexpr,
+):
+    """All query heads of one token."""
+    token = tl.program_id(0)
+    # The token's row is the number of sequences that end at or before it.
+    row = 0
+    for start in range(0, num_rows, ROWS_TILE):
+        index = start + tl.arange(0, ROWS_TILE)
+        ends = tl.load(query_start_loc + 1 + index, mask=index < num_rows, other=2147483647)
+        row += tl.sum((ends <= token).to(tl.int32), axis=0)
+    if row < num_rows:
+        table_row = block_table + row.to(tl.int64) * table_stride
+        position = tl.load(positions + token).to(tl.int32)
+        enters = position >= tl.load(seq_lens + row) - WINDOW
+        if (tl.load(table_row) > 0) & enters:
+            heads = tl.arange(0, HEADS_PADDED)
+            dims = tl.arange(0, HEAD_PADDED)
+            live = heads < NUM_QUERY_HEADS
+            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+            source = query + token.to(tl.int64) * query_token_stride + heads * query_head_stride
+            vectors = tl.load(source[:, None] + dims[None, :], mask=mask)
+            target = ring_pointers(
+                kv_cache + (heads // GROUP).to(tl.int64) * head_stride,
+                table_row,
+                position % WINDOW + tl.zeros_like(heads),
+                heads % GROUP,
+                live,
+                STATE_COLUMN,
+                block_stride,
+                slot_stride,
+                GROUP,
+                HEAD_SIZE,
+                BLOCK_SIZE,
+            )
+            tl.store(target[:, None] + dims[None, :], vectors, mask=mask)
+
+
+def store_queries(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    window: int,
+    num_state_blocks: int,
+) -> None:
+    """Write the queries of a batch of tokens into the rings of their sequences.
+
+    Args:
+        query: [tokens, Hq, D], post-RoPE, in the cache's dtype; the last dimension contiguous.
+        positions: [tokens] int32 or int64, true positions.
+        query_start_loc: [R + 1] int32, first token of each sequence, non-decreasing.
+        seq_lens: [R] int32, tokens of each sequence after this step: true lengths, not cached ones.
+        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        kv_cache: [num_blocks, H, block_size, 2 * D] of this layer, changed in its state blocks.
+        window: entries of the ring.
+        num_state_blocks: state blocks in each row.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype, device or stride is not supported.
+    """
+    check_cache(kv_cache)
+    check_block_table(block_table, kv_cache.device)
+    _, num_kv_heads, block_size, pair_size = kv_cache.shape
+    num_tokens, num_rows, device = query.shape[0], block_table.shape[0], kv_cache.device
+    if query.dim() != 3 or query.shape[2] != pair_size // 2 or query.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"query must be [tokens, multiple of {num_kv_heads} heads, {pair_size // 2}], "
+            f"got {tuple(query.shape)}"
+        )
+    if query.dtype != kv_cache.dtype or query.device != device or query.stride(2) != 1:
+        raise ValueError(
+            f"query must be {kv_cache.dtype} on {device} with a contiguous last dimension, "
+            f"got {query.dtype} on {query.device}"
+        )
+    num_query_heads, head_size = query.shape[1:]
+    group_size = num_query_heads // num_kv_heads
+    check_ring(window, group_size, block_size, block_table.shape[1], num_state_blocks)
+    integers = (torch.int32, torch.int64)
+    check_tensor("positions", positions, (num_tokens,), integers, device)
+    check_tensor("query_start_loc", query_start_loc, (num_rows + 1,), (torch.int32,), device)
+    check_tensor("seq_lens", seq_lens, (num_rows,), (torch.int32,), device)
+    if num_tokens == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        store_ring[(num_tokens,)](
+            query,
+            kv_cache,
+            positions,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            num_rows,
+            query.stride(0),
+            query.stride(1),
+            block_table.stride(0),
+            *kv_cache.stride()[:3],
+            STATE_COLUMN=NUM_HEADER,
+            WINDOW=window,
+            GROUP=group_size,
+            NUM_QUERY_HEADS=num_query_heads,
+            HEADS_PADDED=power_of_two(num_query_heads),
+            HEAD_SIZE=head_size,
+            HEAD_PADDED=power_of_two(head_size),
+            BLOCK_SIZE=block_size,
+            ROWS_TILE=1024,
+            num_warps=4,
+        )
