@@ -54,7 +54,7 @@ TINY_MODEL_OPTIONS = {
     "head_dim": "size of a head",
     "intermediate_size": "width of the MLP",
     "max_position_embeddings": "longest sequence",
-    "dtype": "data type of the weights",
+    "dtype": "bfloat16, float16 or float32",
     "seed": "the weights are a function of the seed and the shape",
     "printable": "emit printable ASCII only, else any byte",
 }
@@ -67,10 +67,9 @@ def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
         flag, default = f"--{name.replace('_', '-')}", parameters[name].default
         if isinstance(default, bool):
             action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, default=default, help=text)
+            parser.add_argument(flag, help=text, default=default, action=action)
         else:
-            choices = tiny_model.DTYPES if name == "dtype" else None
-            parser.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
+            parser.add_argument(flag, help=text, default=default, type=type(default))
 
 
 def run_tiny_model(args: argparse.Namespace) -> int:
