@@ -20,7 +20,7 @@ help: ## list the targets
 
 setup: $(VENV)/.project ## make .venv: the locked CPU environment and this project, editable
 
-$(VENV)/.locked: $(LOCK) $(wildcard $(SHIM)/*)
+$(VENV)/.locked: $(LOCK) $(SHIM)/pyproject.toml
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "Python 3.11 is needed (the lock is for it), found %d.%d: make PYTHON=/path/to/python3.11 setup" % v)'
 	@test -x $(PY) || { echo "setup: $(PYTHON) -> $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "setup: $$(grep -c == $(LOCK)) packages of $(LOCK) (about 2 GB, a minute or two)"
@@ -68,5 +68,5 @@ lock: ## resolve the CPU environment anew into requirements/cpu.lock
 	@build/lock/bin/python requirements/lock.py
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info $(SHIM)/build $(SHIM)/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
