@@ -31,13 +31,14 @@ two waves of which the second is 9 % full. ``choose_splits`` counts waves; with 
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 import triton.language as tl
 
 from .checks import check_block_table, check_cache, check_ring, check_tensor
-from .launch import device_limits, plan_launch, power_of_two
+from .launch import DeviceLimits, Launch, device_limits, plan_launch, power_of_two
 from .paged import NUM_HEADER
 from .parameters import EvictionParameters
 from .scoring import MAX_SPLITS, candidate_scores, row_statistics
@@ -51,7 +52,7 @@ TRITON_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-SELECT_TILE = 1024
+SELECT_TILE = 256
 MOVE_TILE = 64
 
 
@@ -100,125 +101,149 @@ def evict_paged(
     Raises:
         ValueError: names the argument whose shape, dtype, device or stride is not supported.
     """
-    num_layers, num_due = kv_pointers.shape[0], rows.shape[0]
+    num_layers, num_due, device = kv_pointers.shape[0], rows.shape[0], kv_cache.device
     if num_due == 0 or num_layers == 0:
         return
     check_cache(kv_cache)
-    check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), kv_cache.device)
-    check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), kv_cache.device)
-    check_tensor("rows", rows, (num_due,), (torch.int32,), kv_cache.device)
-    check_block_table(block_table, kv_cache.device)
-    check_tensor(
-        "positions",
-        positions,
-        (block_table.shape[0],),
-        (torch.int32, torch.int64),
-        kv_cache.device,
-    )
-    _, num_kv_heads, block_size, pair_size = kv_cache.shape
-    head_size, num_rows = pair_size // 2, group_size * parameters.window
-    token_column = NUM_HEADER + num_state_blocks
-    check_ring(parameters.window, group_size, block_size, block_table.shape[1], num_state_blocks)
-    if max_num_cached > (block_table.shape[1] - token_column) * block_size:
+    check_block_table(block_table, device)
+    num_rows, num_columns = block_table.shape
+    integers = (torch.int32, torch.int64)
+    check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), device)
+    check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), device)
+    check_tensor("rows", rows, (num_due,), (torch.int32,), device)
+    check_tensor("positions", positions, (num_rows,), integers, device)
+    block_size = kv_cache.shape[2]
+    check_ring(parameters.window, group_size, block_size, num_columns, num_state_blocks)
+    if max_num_cached > (num_columns - NUM_HEADER - num_state_blocks) * block_size:
         raise ValueError(
             f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
         )
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be in [1, {MAX_SPLITS}], got {num_splits}")
     if scratch is not None:
-        check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), kv_cache.device)
-    num_tasks = num_due * num_layers * num_kv_heads
+        check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), device)
+    launches = eviction_launches(
+        kv_pointers,
+        kv_cache,
+        layer_indices,
+        block_table,
+        rows,
+        positions,
+        parameters,
+        group_size=group_size,
+        softmax_scale=softmax_scale,
+        num_state_blocks=num_state_blocks,
+        max_num_cached=max_num_cached,
+        first_kv_head=first_kv_head,
+        scratch=scratch,
+        num_splits=num_splits,
+        limits=device_limits(device),
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def eviction_launches(
+    kv_pointers: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer_indices: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    parameters: EvictionParameters,
+    *,
+    group_size: int,
+    softmax_scale: float,
+    num_state_blocks: int,
+    max_num_cached: int,
+    first_kv_head: int,
+    scratch: torch.Tensor | None,
+    num_splits: int | None,
+    limits: DeviceLimits,
+) -> Iterator[Launch]:
+    """The launches of :func:`evict_paged`, whose arguments these are, in order."""
+    _, num_kv_heads, block_size, pair_size = kv_cache.shape
+    head_size, num_rows = pair_size // 2, group_size * parameters.window
+    num_tasks = rows.shape[0] * kv_pointers.shape[0] * num_kv_heads
     plan = plan_launch(
         num_tasks,
         max_num_cached,
         num_rows,
         head_size,
         kv_cache.element_size(),
-        device_limits(kv_cache.device),
+        limits,
         SCRATCH_BYTES if scratch is None else scratch.shape[0],
         num_splits,
     )
     if scratch is None:
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=kv_cache.device)
+    sizes = [plan.tasks_per_launch * plan.capacity, plan.tasks_per_launch * MAX_SPLITS * num_rows]
     words = scratch[: plan.scratch_bytes].view(torch.int32)
-    per_launch, per_row = plan.tasks_per_launch * plan.capacity, MAX_SPLITS * num_rows
-    scores, ordered, maxima, sums = words.split(
-        [per_launch, per_launch, plan.tasks_per_launch * per_row, plan.tasks_per_launch * per_row]
-    )
-    scores, maxima, sums = (tensor.view(torch.float32) for tensor in (scores, maxima, sums))
+    scores, ordered, maxima, sums = words.split([sizes[0], sizes[0], sizes[1], sizes[1]])
 
-    interpreted = kv_cache.device.type == "cpu"
-    geometry = dict(
-        num_layers=num_layers,
+    common = dict(
+        kv_pointers=kv_pointers,
+        block_table=block_table,
+        rows=rows,
+        positions=positions,
+        capacity=plan.capacity,
+        budget=parameters.budget,
+        num_layers=kv_pointers.shape[0],
         num_kv_heads=num_kv_heads,
         table_stride=block_table.stride(0),
         block_stride=kv_cache.stride(0),
         head_stride=kv_cache.stride(1),
         slot_stride=kv_cache.stride(2),
-        TOKEN_COLUMN=token_column,
+        TOKEN_COLUMN=NUM_HEADER + num_state_blocks,
         KV_TYPE=TRITON_TYPES[kv_cache.dtype],
         WINDOW=parameters.window,
         GROUP=group_size,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
     )
-    tile = plan.tile
     scoring = dict(
-        capacity=plan.capacity,
+        maxima=maxima.view(torch.float32),
+        sums=sums.view(torch.float32),
         num_splits=plan.num_splits,
-        budget=parameters.budget,
         scale=softmax_scale / parameters.temperature * math.log2(math.e),
         STATE_COLUMN=NUM_HEADER,
-        EXACT=interpreted or kv_cache.dtype == torch.float32,
+        # The interpreter multiplies bf16 wrongly.
+        EXACT=kv_cache.dtype == torch.float32 or kv_cache.device.type == "cpu",
         HEAD_PADDED=power_of_two(head_size),
-        QUERY_TILE=tile.queries,
-        KEY_TILE=tile.keys,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **geometry,
+        QUERY_TILE=plan.tile.queries,
+        KEY_TILE=plan.tile.keys,
+        num_warps=plan.tile.num_warps,
+        num_stages=plan.tile.num_stages,
     )
-    num_chunks = -(-num_rows // tile.queries)
-    seed_low, seed_high = (_signed(parameters.seed >> shift) for shift in (0, 32))
-    where = (kv_pointers, block_table, rows, positions)
-    with nullcontext() if interpreted else torch.cuda.device(kv_cache.device):
-        for offset in range(0, num_tasks, plan.tasks_per_launch):
-            num = min(plan.tasks_per_launch, num_tasks - offset)
-            row_statistics[(num * num_chunks * plan.num_splits,)](
-                *where, maxima, sums, task_offset=offset, **scoring
-            )
-            candidate_scores[(num * plan.num_splits,)](
-                *where,
-                maxima,
-                sums,
-                scores,
-                ordered,
-                task_offset=offset,
-                sinks=parameters.sinks,
-                **scoring,
-            )
-            select_and_move[(num,)](
-                kv_pointers,
-                layer_indices,
-                block_table,
-                rows,
-                positions,
-                scores,
-                ordered,
-                task_offset=offset,
-                capacity=plan.capacity,
-                budget=parameters.budget,
-                protected=parameters.protected,
-                seed_low=seed_low,
-                seed_high=seed_high,
-                first_kv_head=first_kv_head,
-                GUMBEL=parameters.sampling == "gumbel",
-                SMOOTHING=parameters.smoothing,
-                PAIR_PADDED=power_of_two(pair_size),
-                TILE=SELECT_TILE,
-                MOVE_TILE=MOVE_TILE,
-                num_warps=8,
-                **geometry,
-            )
+    selecting = dict(
+        layer_indices=layer_indices,
+        protected=parameters.protected,
+        seed_low=_signed(parameters.seed),
+        seed_high=_signed(parameters.seed >> 32),
+        first_kv_head=first_kv_head,
+        GUMBEL=parameters.sampling == "gumbel",
+        SMOOTHING=parameters.smoothing,
+        PAIR_PADDED=power_of_two(pair_size),
+        TILE=SELECT_TILE,
+        MOVE_TILE=MOVE_TILE,
+        num_warps=8,
+    )
+    results = dict(scores=scores.view(torch.float32), ordered=ordered)
+    num_chunks = -(-num_rows // plan.tile.queries)
+    for offset in range(0, num_tasks, plan.tasks_per_launch):
+        num = min(plan.tasks_per_launch, num_tasks - offset)
+        part = dict(task_offset=offset, **common)
+        yield Launch(row_statistics, num * num_chunks * plan.num_splits, part | scoring)
+        yield Launch(
+            candidate_scores,
+            num * plan.num_splits,
+            part
+            | scoring
+            | results
+            | dict(sinks=parameters.sinks, maxnreg=plan.tile.max_registers),
+        )
+        yield Launch(select_and_move, num, part | selecting | results)
 
 
 def _signed(word: int) -> int:

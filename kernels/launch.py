@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from .scoring import MAX_SPLITS
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
-MAX_QUERY_TILE = 256
+KEY_TILE = 64
 SPLIT_OVERHEAD = 2
 """Cost of starting a program (loading its queries), in K tiles of work."""
 
@@ -37,8 +38,9 @@ class ScoringTile:
         queries: query rows of a program; they stay in shared memory.
         keys: candidates per step.
         num_warps: warps of a program.
-        num_stages: K tiles in flight.
+        num_stages: of the software pipeline; 3 are two K tiles, for their blocks are loaded first.
         programs_per_sm: programs that share an SM by their shared memory.
+        max_registers: bound per thread without which a second program would not fit, if any.
     """
 
     queries: int
@@ -46,6 +48,7 @@ class ScoringTile:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,18 @@ class LaunchPlan:
     scratch_bytes: int
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, the number of its programs, and its arguments by name."""
+
+    kernel: Any
+    num_programs: int
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[(self.num_programs,)](**self.arguments)
+
+
 @lru_cache
 def device_limits(device: torch.device) -> DeviceLimits:
     """Limits of a CUDA device; made-up ones for the interpreter."""
@@ -85,29 +100,28 @@ def power_of_two(n: int) -> int:
 def scoring_tile(
     num_rows: int, head_size: int, element_size: int, shared_memory: int
 ) -> ScoringTile:
-    """The largest query tile that leaves room for a second program on the SM, else the largest.
+    """The largest query tile that fits: K is read once per query tile.
+
+    Hopper and its successors in the data centre multiply straight from shared memory; elsewhere
+    the queries take registers, and half as many rows fit.
 
     Args:
         num_rows: query rows of a KV head, G * W.
         shared_memory: bytes that one program may use.
     """
-    row_bytes = power_of_two(head_size) * element_size
-    largest = min(MAX_QUERY_TILE, max(16, power_of_two(num_rows)))
+    queries = min(256 if shared_memory >= 200 * 1024 else 128, max(16, power_of_two(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
-        return ScoringTile(min(largest, 32), 32, 4, 1, 1)
-    for programs in (2, 1):
-        queries = largest
-        while queries >= min(largest, 64):
-            for keys, num_stages in ((64, 3), (64, 2)):
-                if programs * ((queries + num_stages * keys) * row_bytes + 1024) <= shared_memory:
-                    num_warps = 8 if queries >= 128 else 4
-                    return ScoringTile(queries, keys, num_warps, num_stages, programs)
-            queries //= 2
-    raise ValueError(
-        f"head size {head_size} with {element_size}-byte elements does not fit "
-        f"{shared_memory} bytes of shared memory"
-    )
+        return ScoringTile(min(queries, 32), 32, 4, 2, 1)
+    while True:
+        needed = (queries + 2 * KEY_TILE) * power_of_two(head_size) * element_size + 1024
+        if needed <= shared_memory or queries == 16:
+            num_warps = 8 if queries >= 128 else 4
+            programs = max(1, min(2, shared_memory // needed))
+            # Bounded where ptxas is known to need no spill for it: see compile_check.py.
+            bounded = programs == 2 and num_rows > queries and shared_memory >= 160 * 1024
+            return ScoringTile(queries, KEY_TILE, num_warps, 3, programs, 128 if bounded else None)
+        queries //= 2
 
 
 def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:

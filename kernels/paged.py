@@ -4,6 +4,9 @@ A row is ``[first, key, state blocks, token blocks]``. Slot s of a sequence lies
 ``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query head g of a KV
 head is vector ``(w % entries) * G + g`` of state block ``w // entries``, where a block holds
 ``entries = 2 * block_size // G`` ring entries and a cell of 2 * D elements holds two vectors.
+
+Every cell and vector is aligned to 16 bytes, which the host checks: addresses that come out of
+memory carry no alignment, and without the hints below the loads would be one element wide.
 """
 
 import triton
@@ -49,9 +52,10 @@ def load_task(
 
 @triton.jit
 def head_base(kv_pointers, layer, head, head_stride, KV_TYPE: tl.constexpr):
-    """Address of a KV head in block 0 of a layer's cache; 16-byte aligned, checked on the host."""
-    address = tl.multiple_of(tl.load(kv_pointers + layer), 16)
-    return address.to(tl.pointer_type(KV_TYPE)) + head.to(tl.int64) * head_stride
+    """Address of a KV head in block 0 of a layer's cache."""
+    return (
+        tl.load(kv_pointers + layer).to(tl.pointer_type(KV_TYPE)) + head.to(tl.int64) * head_stride
+    )
 
 
 @triton.jit
@@ -60,7 +64,8 @@ def slot_pointers(
 ):
     """Addresses of the cells of slots; of block 0 where not live."""
     blocks = tl.load(table_row + token_column + slots // BLOCK_SIZE, mask=live, other=0)
-    return base + blocks.to(tl.int64) * block_stride + (slots % BLOCK_SIZE) * slot_stride
+    cells = base + blocks.to(tl.int64) * block_stride + (slots % BLOCK_SIZE) * slot_stride
+    return tl.multiple_of(cells, 16)
 
 
 @triton.jit
@@ -82,4 +87,4 @@ def ring_pointers(
     blocks = tl.load(table_row + state_column + entries // ENTRIES, mask=live, other=0)
     vectors = entries % ENTRIES * GROUP + heads
     cells = base + blocks.to(tl.int64) * block_stride + (vectors // 2) * slot_stride
-    return cells + vectors % 2 * HEAD_SIZE
+    return tl.multiple_of(cells + vectors % 2 * HEAD_SIZE, 16)

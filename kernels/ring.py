@@ -1,7 +1,8 @@
 """Store the window's queries in the query ring, for every token of a batch.
 
 The query of position p goes to ring entry ``p % window`` of its sequence (see ``paged.py``). Only
-the last ``window`` tokens of a sequence enter, so that no two tokens of a batch write the same entry.
+the last ``window`` tokens of a sequence enter, so that no
+two tokens of a batch write the same entry.
 
 This is a launch of its own beside the backend's cache write, which stays unchanged: it moves
 Hq * D elements a token in each direction (16 KiB for Qwen3-8B in bf16: 2 MiB at batch 128, 0.5 us
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .checks import check_block_table, check_cache, check_ring, check_tensor
-from .launch import power_of_two
+from .launch import Launch, power_of_two
 from .paged import NUM_HEADER, ring_pointers
 
 
@@ -123,8 +124,7 @@ def store_queries(
             f"query must be {kv_cache.dtype} on {device} with a contiguous last dimension, "
             f"got {query.dtype} on {query.device}"
         )
-    num_query_heads, head_size = query.shape[1:]
-    group_size = num_query_heads // num_kv_heads
+    group_size = query.shape[1] // num_kv_heads
     check_ring(window, group_size, block_size, block_table.shape[1], num_state_blocks)
     integers = (torch.int32, torch.int64)
     check_tensor("positions", positions, (num_tokens,), integers, device)
@@ -132,27 +132,54 @@ def store_queries(
     check_tensor("seq_lens", seq_lens, (num_rows,), (torch.int32,), device)
     if num_tokens == 0:
         return
+    launch = ring_launch(
+        query,
+        positions,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        kv_cache,
+        window=window,
+    )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        store_ring[(num_tokens,)](
-            query,
-            kv_cache,
-            positions,
-            query_start_loc,
-            seq_lens,
-            block_table,
-            num_rows,
-            query.stride(0),
-            query.stride(1),
-            block_table.stride(0),
-            *kv_cache.stride()[:3],
-            STATE_COLUMN=NUM_HEADER,
-            WINDOW=window,
-            GROUP=group_size,
-            NUM_QUERY_HEADS=num_query_heads,
-            HEADS_PADDED=power_of_two(num_query_heads),
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=power_of_two(head_size),
-            BLOCK_SIZE=block_size,
-            ROWS_TILE=1024,
-            num_warps=4,
-        )
+        launch.run()
+
+
+def ring_launch(
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    kv_cache: torch.Tensor,
+    *,
+    window: int,
+) -> Launch:
+    """The launch of :func:`store_queries`, whose arguments these are."""
+    num_tokens, num_query_heads, head_size = query.shape
+    arguments = dict(
+        query=query,
+        kv_cache=kv_cache,
+        positions=positions,
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        num_rows=block_table.shape[0],
+        query_token_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        table_stride=block_table.stride(0),
+        block_stride=kv_cache.stride(0),
+        head_stride=kv_cache.stride(1),
+        slot_stride=kv_cache.stride(2),
+        STATE_COLUMN=NUM_HEADER,
+        WINDOW=window,
+        GROUP=num_query_heads // kv_cache.shape[1],
+        NUM_QUERY_HEADS=num_query_heads,
+        HEADS_PADDED=power_of_two(num_query_heads),
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=power_of_two(head_size),
+        BLOCK_SIZE=kv_cache.shape[2],
+        ROWS_TILE=1024,
+        num_warps=4,
+    )
+    return Launch(store_ring, num_tokens, arguments)

@@ -166,6 +166,13 @@ def merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS: tl.constex
     return tl.where(index < ROWS, shift + tl.log2(total), float("inf"))
 
 
+@triton.jit
+def row_range(x, live):
+    """``max - min`` of each row of ``x`` over its live columns."""
+    highest = tl.max(tl.where(live[None, :], x, float("-inf")), axis=1)
+    return highest - tl.min(tl.where(live[None, :], x, float("inf")), axis=1)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def candidate_scores(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
@@ -200,10 +207,7 @@ def candidate_scores(
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
 ):
-    """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
-
-    Keys are the rows of the product here, so that the sum over queries stays within a warp.
-    """
+    """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split."""
     ROWS: tl.constexpr = GROUP * WINDOW
     program = tl.program_id(0)
     split = program % num_splits
@@ -225,7 +229,18 @@ def candidate_scores(
         dims = tl.arange(0, HEAD_PADDED)
         out = local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, candidates, KEY_TILE)
-        for chunk in range((ROWS + QUERY_TILE - 1) // QUERY_TILE):
+        for start in tl.range(begin, end, KEY_TILE, num_stages=3):
+            slots = start + tl.arange(0, KEY_TILE)
+            live = slots < end
+            pointers = slot_pointers(
+                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            )
+            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+            values = tl.load(pointers[:, None] + (HEAD_SIZE + dims)[None, :], mask=mask, other=0.0)
+            bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
+            bits = tl.where(slots < sinks, HIGHEST, bits)
+            tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
+        for chunk in tl.static_range((ROWS + QUERY_TILE - 1) // QUERY_TILE):
             index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
             queries = load_queries(
                 base,
@@ -255,19 +270,11 @@ def candidate_scores(
                     slot_stride,
                     BLOCK_SIZE,
                 )
-                pointers = pointers[:, None] + dims[None, :]
                 mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-                keys = tl.load(pointers, mask=mask, other=0.0)
-                logits = multiply(keys, tl.trans(queries), EXACT) * scale
-                score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
-                if chunk == 0:
-                    values = tl.load(pointers + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
-                    highest = tl.max(tl.where(mask, values, float("-inf")), axis=1)
-                    lowest = tl.min(tl.where(mask, values, float("inf")), axis=1)
-                    bits = ordered_bits(highest - lowest)
-                    bits = tl.where(slots < sinks, HIGHEST, bits)
-                    tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
-                else:
+                keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+                logits = multiply(queries, tl.trans(keys), EXACT) * scale
+                score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
+                if chunk > 0:
                     score += tl.load(scores + out + slots, mask=live, other=0.0)
                 tl.store(scores + out + slots, score, mask=live)
             # The next chunk adds to scores that other threads of this program wrote.
