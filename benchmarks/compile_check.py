@@ -32,10 +32,10 @@ from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.ring import ring_launch
 
 ARCHITECTURES = {
-    80: DeviceLimits(num_sms=108, shared_memory=163 * 1024),
-    90: DeviceLimits(num_sms=132, shared_memory=227 * 1024),
-    100: DeviceLimits(num_sms=148, shared_memory=227 * 1024),
-    120: DeviceLimits(num_sms=170, shared_memory=99 * 1024),
+    80: DeviceLimits(108, 163 * 1024, 8),
+    90: DeviceLimits(132, 227 * 1024, 9),
+    100: DeviceLimits(148, 227 * 1024, 10),
+    120: DeviceLimits(170, 99 * 1024, 12),
 }
 HEADINGS = ("kernel", "configuration", "arch", "warps", "registers", "shared", "spilled", "")
 ROW = "{:17} {:33} {:7} {:>5} {:>9} {:>7} {:>7} {}"

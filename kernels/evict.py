@@ -52,7 +52,7 @@ TRITON_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-SELECT_TILE = 256
+SELECT_TILE = 512
 MOVE_TILE = 64
 
 
@@ -215,6 +215,7 @@ def eviction_launches(
         KEY_TILE=plan.tile.keys,
         num_warps=plan.tile.num_warps,
         num_stages=plan.tile.num_stages,
+        maxnreg=plan.tile.max_registers,
     )
     selecting = dict(
         layer_indices=layer_indices,
@@ -228,6 +229,7 @@ def eviction_launches(
         TILE=SELECT_TILE,
         MOVE_TILE=MOVE_TILE,
         num_warps=8,
+        maxnreg=80,
     )
     results = dict(scores=scores.view(torch.float32), ordered=ordered)
     num_chunks = -(-num_rows // plan.tile.queries)
@@ -235,14 +237,11 @@ def eviction_launches(
         num = min(plan.tasks_per_launch, num_tasks - offset)
         part = dict(task_offset=offset, **common)
         yield Launch(row_statistics, num * num_chunks * plan.num_splits, part | scoring)
-        yield Launch(
-            candidate_scores,
-            num * plan.num_splits,
-            part
-            | scoring
-            | results
-            | dict(sinks=parameters.sinks, maxnreg=plan.tile.max_registers),
-        )
+        for chunk in range(num_chunks):
+            chunked = dict(chunk=chunk, sinks=parameters.sinks)
+            yield Launch(
+                candidate_scores, num * plan.num_splits, part | scoring | results | chunked
+            )
         yield Launch(select_and_move, num, part | selecting | results)
 
 

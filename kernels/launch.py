@@ -21,13 +21,15 @@ class DeviceLimits:
     Attributes:
         num_sms: streaming multiprocessors.
         shared_memory: bytes that one program may use.
+        capability: major number of the compute capability.
     """
 
     num_sms: int
     shared_memory: int
+    capability: int
 
 
-INTERPRETER_LIMITS = DeviceLimits(num_sms=1, shared_memory=227 * 1024)
+INTERPRETER_LIMITS = DeviceLimits(num_sms=1, shared_memory=227 * 1024, capability=9)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class ScoringTile:
         keys: candidates per step.
         num_warps: warps of a program.
         num_stages: of the software pipeline; 3 are two K tiles, for their blocks are loaded first.
-        programs_per_sm: programs that share an SM by their shared memory.
-        max_registers: bound per thread without which a second program would not fit, if any.
+        programs_per_sm: programs that share an SM.
+        max_registers: bound on a thread's registers, if any.
     """
 
     queries: int
@@ -98,29 +100,29 @@ def power_of_two(n: int) -> int:
 
 @lru_cache
 def scoring_tile(
-    num_rows: int, head_size: int, element_size: int, shared_memory: int
+    num_rows: int, head_size: int, element_size: int, limits: DeviceLimits
 ) -> ScoringTile:
     """The largest query tile that fits: K is read once per query tile.
 
     Hopper and its successors in the data centre multiply straight from shared memory; elsewhere
-    the queries take registers, and half as many rows fit.
+    the queries take registers, and half as many rows fit. Registers are bounded for the sake of a
+    second program wherever that needs no spills, which ``benchmarks/compile_check.py`` watches.
 
     Args:
         num_rows: query rows of a KV head, G * W.
-        shared_memory: bytes that one program may use.
     """
-    queries = min(256 if shared_memory >= 200 * 1024 else 128, max(16, power_of_two(num_rows)))
+    largest = 256 if limits.shared_memory >= 200 * 1024 else 128
+    queries = min(largest, max(16, power_of_two(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
         return ScoringTile(min(queries, 32), 32, 4, 2, 1)
     while True:
         needed = (queries + 2 * KEY_TILE) * power_of_two(head_size) * element_size + 1024
-        if needed <= shared_memory or queries == 16:
+        if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
-            programs = max(1, min(2, shared_memory // needed))
-            # Bounded where ptxas is known to need no spill for it: see compile_check.py.
-            bounded = programs == 2 and num_rows > queries and shared_memory >= 160 * 1024
-            return ScoringTile(queries, KEY_TILE, num_warps, 3, programs, 128 if bounded else None)
+            paired = 2 * needed <= limits.shared_memory and limits.capability != 10
+            max_registers = 128 if paired and num_warps == 8 else None
+            return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
 
 
@@ -164,7 +166,7 @@ def plan_launch(
     Raises:
         ValueError: if the scratch of a single head does not fit.
     """
-    tile = scoring_tile(num_rows, head_size, element_size, limits.shared_memory)
+    tile = scoring_tile(num_rows, head_size, element_size, limits)
     capacity = -(-max_num_cached // 16) * 16
     per_task = 8 * (capacity + MAX_SPLITS * num_rows)
     tasks_per_launch = min(num_tasks, scratch_bytes // per_task)

@@ -10,7 +10,7 @@ MAX_SPLITS = 16
 """Most programs that share the candidates of one head."""
 
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
-_VARYING = ["task_offset", "num_splits", "capacity", "budget", "sinks", "scale"]
+_VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def split_range(split, num_splits, candidates, TILE: tl.constexpr):
     return split * length, tl.minimum((split + 1) * length, candidates)
 
 
-@triton.jit(do_not_specialize=_VARYING[:4] + _VARYING[5:])
+@triton.jit(do_not_specialize=_VARYING)
 def row_statistics(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
@@ -173,7 +173,7 @@ def row_range(x, live):
     return highest - tl.min(tl.where(live[None, :], x, float("inf")), axis=1)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=[*_VARYING, "sinks", "chunk"])
 def candidate_scores(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
@@ -188,6 +188,7 @@ def candidate_scores(
     capacity,
     budget,
     sinks,
+    chunk,  # which QUERY_TILE of the query rows; launched in order, each adds to the scores
     scale,  # log2(e) / (sqrt(D) * temperature)
     num_layers,
     num_kv_heads,
@@ -229,35 +230,8 @@ def candidate_scores(
         dims = tl.arange(0, HEAD_PADDED)
         out = local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, candidates, KEY_TILE)
-        for start in tl.range(begin, end, KEY_TILE, num_stages=3):
-            slots = start + tl.arange(0, KEY_TILE)
-            live = slots < end
-            pointers = slot_pointers(
-                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
-            )
-            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-            values = tl.load(pointers[:, None] + (HEAD_SIZE + dims)[None, :], mask=mask, other=0.0)
-            bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
-            bits = tl.where(slots < sinks, HIGHEST, bits)
-            tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
-        for chunk in tl.static_range((ROWS + QUERY_TILE - 1) // QUERY_TILE):
-            index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-            queries = load_queries(
-                base,
-                table_row,
-                index,
-                block_stride,
-                slot_stride,
-                STATE_COLUMN,
-                WINDOW,
-                GROUP,
-                HEAD_SIZE,
-                HEAD_PADDED,
-                BLOCK_SIZE,
-            )
-            row_offset = local_task.to(tl.int64) * num_splits * ROWS
-            log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
-            for start in range(begin, end, KEY_TILE):
+        if chunk == 0:
+            for start in tl.range(begin, end, KEY_TILE, num_stages=3):
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
                 pointers = slot_pointers(
@@ -271,11 +245,37 @@ def candidate_scores(
                     BLOCK_SIZE,
                 )
                 mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-                keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
-                logits = multiply(queries, tl.trans(keys), EXACT) * scale
-                score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
-                if chunk > 0:
-                    score += tl.load(scores + out + slots, mask=live, other=0.0)
-                tl.store(scores + out + slots, score, mask=live)
-            # The next chunk adds to scores that other threads of this program wrote.
-            tl.debug_barrier()
+                values = tl.load(
+                    pointers[:, None] + (HEAD_SIZE + dims)[None, :], mask=mask, other=0.0
+                )
+                bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
+                bits = tl.where(slots < sinks, HIGHEST, bits)
+                tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
+        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
+        queries = load_queries(
+            base,
+            table_row,
+            index,
+            block_stride,
+            slot_stride,
+            STATE_COLUMN,
+            WINDOW,
+            GROUP,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            BLOCK_SIZE,
+        )
+        row_offset = local_task.to(tl.int64) * num_splits * ROWS
+        log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
+        for start in range(begin, end, KEY_TILE):
+            slots = start + tl.arange(0, KEY_TILE)
+            live = slots < end
+            pointers = slot_pointers(
+                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            )
+            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+            logits = multiply(queries, tl.trans(keys), EXACT) * scale
+            score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
+            score += tl.load(scores + out + slots, mask=live & (chunk > 0), other=0.0)
+            tl.store(scores + out + slots, score, mask=live)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .paged import head_base, load_task, slot_pointers
 
-DIGIT_BITS = tl.constexpr(4)
+DIGIT_BITS = tl.constexpr(2)
 HIGHEST = tl.constexpr(0xFFFFFFFF)
 """Above the ordered bits of every float: always selected first."""
 
