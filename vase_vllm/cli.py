@@ -5,8 +5,9 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
-from vase_vllm import __version__, tiny_model
+from vase_vllm import __version__, plan_command, tiny_model
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM."
-    )
+    parser = _Parser(prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM.")
     parser.add_argument("--version", action="version", version=f"vase-vllm {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -84,6 +90,12 @@ COMMANDS = (
         "write a small random-weight Qwen3 model and its tokenizer to a directory",
         add_tiny_model_arguments,
         run_tiny_model,
+    ),
+    Command(
+        "plan",
+        "predict what fits into a GPU and how fast it decodes, with and without eviction",
+        plan_command.add_plan_arguments,
+        plan_command.run_plan,
     ),
 )
 
