@@ -1,0 +1,60 @@
+"""Shared fixtures: tiny models on disk, and vLLM in this process."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Engines run in the test's own process, where their scheduler and block pool can be looked at.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two processes that bind the same cores stall each other a hundredfold.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> "ModelZoo":
+    return ModelZoo(tmp_path_factory.mktemp("models"))
+
+
+class ModelZoo:
+    """Random models, made on first use. Large weights make their attention peaked and varied."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def qwen3(self, **changes: object) -> Path:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        return self._make(Qwen3Config, Qwen3ForCausalLM, changes)
+
+    def llama(self, **changes: object) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return self._make(LlamaConfig, LlamaForCausalLM, changes)
+
+    def _make(self, config_class, model_class, changes: dict[str, object]) -> Path:
+        import torch
+
+        name = "-".join([model_class.__name__, *(f"{k}={v}" for k, v in sorted(changes.items()))])
+        directory = self.root / name
+        if not directory.exists():
+            torch.manual_seed(0)
+            settings = {
+                "vocab_size": 32768,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+                "max_position_embeddings": 8192,
+                "tie_word_embeddings": False,
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "initializer_range": 0.3,
+            }
+            model_class(config_class(**(settings | changes))).save_pretrained(directory)
+        return directory

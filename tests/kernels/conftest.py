@@ -1,0 +1,41 @@
+"""Runs this directory's tests under Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, for its own functions, and when a kernel is
+defined. Here that is done with the environment variable set for these imports alone, so that no
+engine that another test starts inherits it. In a process that has imported Triton already, only
+``test_fresh_process.py`` is collected, which runs the others in a process of their own.
+"""
+
+import os
+import sys
+
+import pytest
+
+VARIABLE = "TRITON_INTERPRET"
+
+if "triton" not in sys.modules and VARIABLE not in os.environ:
+    os.environ[VARIABLE] = "1"
+    try:
+        import vase_vllm.kernels.evict  # noqa: F401
+        import vase_vllm.kernels.ring  # noqa: F401
+    finally:
+        del os.environ[VARIABLE]
+
+from vase_vllm.kernels.checks import interpreted  # noqa: E402
+
+if interpreted():
+    collect_ignore = ["test_fresh_process.py"]
+else:
+    collect_ignore_glob = ["test_evict*.py", "test_ring.py", "test_selection.py"]
+
+
+def pytest_itemcollected(item):
+    # NumPy warns of lanes that the kernels mask, which a GPU computes in silence.
+    item.add_marker(pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"))
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch):
+    """Triton reads the variable again when it imports parts of itself late."""
+    if interpreted():
+        monkeypatch.setenv(VARIABLE, "1")

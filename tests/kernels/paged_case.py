@@ -1,0 +1,236 @@
+"""A paged cache with due sequences in it, everything around them poisoned, and its oracle."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
+from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.reference import (
+    attention_scores,
+    plan_moves,
+    sampling_noise,
+    select_survivors,
+    value_range,
+)
+
+MARGIN = 1e-5
+"""Relative gap around a selection threshold: above the rounding of two ways to sum in fp32."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A row of the block table: position of the first eviction, position now."""
+
+    first: int
+    position: int
+    key: int = 12345
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to evict from. Token contents are normal unless ``fill`` changes them.
+
+    ``fill(keys, values, queries)`` gets one head's [n, D], [n, D] and [W, G, D] to change in place.
+    """
+
+    parameters: EvictionParameters
+    sequences: tuple[Sequence, ...]
+    head_size: int = 64
+    group_size: int = 2
+    num_kv_heads: int = 2
+    layers: tuple[int, ...] = (3,)
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    layout: str = "HND"
+    first_kv_head: int = 0
+    num_splits: int | None = None
+    scratch_bytes: int | None = None
+    spare_state_blocks: int = 0
+    seed: int = 0
+    fill: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
+    separated: bool = field(default=True)
+
+    @property
+    def ring_entries(self) -> int:
+        return ring_entries_per_block(self.block_size, self.group_size)
+
+    @property
+    def num_state_blocks(self) -> int:
+        return -(-self.parameters.window // self.ring_entries) + self.spare_state_blocks
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_size**-0.5
+
+    def num_cached(self, sequence: Sequence) -> int:
+        """Tokens in the cache, whether an eviction is due or not."""
+        budget, window = self.parameters.budget, self.parameters.window
+        if sequence.position <= sequence.first or sequence.first == 0:
+            return sequence.position
+        steps = (sequence.position - sequence.first) % window
+        return budget + (steps or window)
+
+    def is_due(self, sequence: Sequence) -> bool:
+        elapsed = sequence.position - sequence.first
+        return sequence.first > 0 and elapsed >= 0 and elapsed % self.parameters.window == 0
+
+
+class Pool:
+    """The pages of a case, one pool per layer, NaN wherever no sequence has a token or query."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(case.seed)
+        heads, block_size, head_size = case.num_kv_heads, case.block_size, case.head_size
+        num_token_blocks = [-(-case.num_cached(s) // block_size) for s in case.sequences]
+        columns = NUM_HEADER + case.num_state_blocks + max(num_token_blocks)
+        num_blocks = 3 + len(case.sequences) * columns
+        free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+        self.block_table = torch.zeros(len(case.sequences), columns, dtype=torch.int32)
+        self.positions = torch.tensor([s.position for s in case.sequences], dtype=torch.int32)
+        shape = (num_blocks, heads, block_size, 2 * head_size)
+        if case.layout == "NHD":
+            shape = (num_blocks, block_size, heads, 2 * head_size)
+        self.caches = [torch.full(shape, torch.nan, dtype=case.dtype) for _ in case.layers]
+        if case.layout == "NHD":
+            self.caches = [cache.transpose(1, 2) for cache in self.caches]
+        for row, sequence in enumerate(case.sequences):
+            num_blocks = case.num_state_blocks + num_token_blocks[row]
+            entries = [sequence.first, sequence.key, *(free.pop() for _ in range(num_blocks))]
+            self.block_table[row, : len(entries)] = torch.tensor(entries)
+            for cache in self.caches:
+                self._fill(cache, row, generator)
+
+    def _fill(self, cache: torch.Tensor, row: int, generator: torch.Generator) -> None:
+        case, window = self.case, self.case.parameters.window
+        num_cached = case.num_cached(case.sequences[row])
+        for head in range(case.num_kv_heads):
+            tokens = torch.randn(num_cached, 2 * case.head_size, generator=generator)
+            queries = torch.randn(window, case.group_size, case.head_size, generator=generator)
+            if case.fill is not None:
+                case.fill(tokens[:, : case.head_size], tokens[:, case.head_size :], queries)
+            slots = torch.arange(num_cached)
+            cache[self.blocks(row, slots), head, slots % case.block_size] = tokens.to(case.dtype)
+            for entry in range(window):
+                for query_head in range(case.group_size):
+                    self.ring_vector(cache, row, head, entry, query_head)[:] = queries[
+                        entry, query_head
+                    ]
+
+    def blocks(self, row: int, slots: torch.Tensor) -> torch.Tensor:
+        """Blocks of a row's slots: int64."""
+        columns = NUM_HEADER + self.case.num_state_blocks + slots // self.case.block_size
+        return self.block_table[row, columns].long()
+
+    def ring_vector(
+        self, cache: torch.Tensor, row: int, head: int, entry: int, query_head: int
+    ) -> torch.Tensor:
+        """The [D] view of one query in the ring, from the words of the contract."""
+        case = self.case
+        block = self.block_table[row, NUM_HEADER + entry // case.ring_entries]
+        vector = entry % case.ring_entries * case.group_size + query_head
+        start = vector % 2 * case.head_size
+        return cache[block, head, vector // 2, start : start + case.head_size]
+
+    def evict(self, rows: list[int] | None = None) -> None:
+        """Launch the kernels."""
+        case = self.case
+        rows = list(range(len(case.sequences))) if rows is None else rows
+        scratch = None
+        if case.scratch_bytes is not None:
+            scratch = torch.full((case.scratch_bytes,), 0x7F, dtype=torch.uint8)
+        evict_paged(
+            torch.tensor([cache.data_ptr() for cache in self.caches]),
+            self.caches[0],
+            torch.tensor(case.layers, dtype=torch.int32),
+            self.block_table,
+            torch.tensor(rows, dtype=torch.int32),
+            self.positions,
+            case.parameters,
+            group_size=case.group_size,
+            softmax_scale=case.softmax_scale,
+            num_state_blocks=case.num_state_blocks,
+            max_num_cached=max(case.num_cached(case.sequences[row]) for row in rows),
+            first_kv_head=case.first_kv_head,
+            scratch=scratch,
+            num_splits=case.num_splits,
+        )
+
+    def expected(self) -> tuple[list[torch.Tensor], bool]:
+        """The caches after the eviction, by the reference; whether no choice hung on rounding."""
+        case, parameters = self.case, self.case.parameters
+        caches, separated = [cache.clone() for cache in self.caches], True
+        for layer, cache in zip(case.layers, caches, strict=True):
+            for row, sequence in enumerate(case.sequences):
+                if not case.is_due(sequence):
+                    continue
+                num_cached = case.num_cached(sequence)
+                slots = torch.arange(num_cached)
+                candidates = num_cached - parameters.window
+                tokens = cache[self.blocks(row, slots), :, slots % case.block_size].transpose(0, 1)
+                keys, values = tokens[:, :candidates].float().split(case.head_size, dim=-1)
+                scores = attention_scores(
+                    self._queries(cache, row),
+                    keys.transpose(1, 2),
+                    case.softmax_scale / parameters.temperature,
+                    parameters.smoothing,
+                )
+                noise = None
+                if parameters.sampling == "gumbel":
+                    noise = sampling_noise(
+                        parameters,
+                        candidates,
+                        (sequence.position - sequence.first) // parameters.window,
+                        layer,
+                        case.first_kv_head + torch.arange(case.num_kv_heads),
+                        sequence.key,
+                    )
+                keep = select_survivors(parameters, scores, value_range(values), noise)
+                separated &= _separated(scores if noise is None else scores.log() + noise, keep)
+                head, source, target = plan_moves(parameters, keep)
+                source_cells = cache[self.blocks(row, source), head, source % case.block_size]
+                cache[self.blocks(row, target), head, target % case.block_size] = source_cells
+        return caches, separated
+
+    def _queries(self, cache: torch.Tensor, row: int) -> torch.Tensor:
+        case = self.case
+        vectors = [
+            torch.stack(
+                [
+                    self.ring_vector(cache, row, head, entry, query_head)
+                    for entry in range(case.parameters.window)
+                    for query_head in range(case.group_size)
+                ]
+            )
+            for head in range(case.num_kv_heads)
+        ]
+        return torch.stack(vectors).float()
+
+
+def _separated(priority: torch.Tensor, keep: torch.Tensor) -> bool:
+    """Whether the best victim of each head is clearly worse than every survivor near it."""
+    for priorities, kept in zip(priority, keep, strict=True):
+        if kept.all():
+            continue
+        best_victim = priorities[~kept].max()
+        gaps = (priorities[kept] - best_victim).abs()
+        if gaps.min() <= MARGIN * best_victim.abs().clamp_max(1.0):
+            return False
+    return True
+
+
+def check(case: Case) -> Pool:
+    """Evict, and compare every byte of every page with the oracle. Returns the pool after it."""
+    while True:
+        pool = Pool(case)
+        expected, separated = pool.expected()
+        if separated or not case.separated:
+            break
+        case = replace(case, seed=case.seed + 1)
+    pool.evict()
+    for cache, wanted in zip(pool.caches, expected, strict=True):
+        torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
+    return pool

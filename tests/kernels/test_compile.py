@@ -1,0 +1,26 @@
+"""Offline compilation of the shipped configuration; ``make compile-check`` does all of them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_qwen3_8b_shape_compiles_without_spills():
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "benchmarks/compile_check.py", "--quick"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    for kernel in ("row_statistics", "candidate_scores", "select_and_move", "store_ring"):
+        assert any(line.startswith(kernel) for line in lines), result.stdout
+    # Two programs of 256 threads share the registers of an SM.
+    registers = [int(re.split(r"\s+", line)[-3]) for line in lines if line.startswith("candidate")]
+    assert max(registers) <= 128

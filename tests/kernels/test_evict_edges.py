@@ -1,0 +1,152 @@
+"""Ties, infinities and other scores that a sort and a threshold search could treat differently."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.oracle.law import chi_square_of_sets, set_probabilities
+from tests.kernels.paged_case import Case, Pool, Sequence, check
+
+from vase_vllm.kernels.parameters import EvictionParameters
+
+PARAMETERS = EvictionParameters(40, 8, 10, sampling="greedy", smoothing=1)
+FIRST = PARAMETERS.budget + PARAMETERS.window
+
+
+def check_filled(fill, parameters=PARAMETERS, first=FIRST, **changes: object) -> Pool:
+    sequences = (Sequence(first, first),)
+    return check(Case(parameters, sequences, fill=fill, separated=False, **changes))
+
+
+def equal_scores(keys, values, queries):
+    queries.zero_()
+
+
+def equal_ranges(keys, values, queries):
+    values.copy_(values[:1].expand_as(values))
+
+
+def few_ranges(keys, values, queries):
+    values.copy_(values[torch.arange(len(values)) % 3])
+
+
+def everything_equal(keys, values, queries):
+    queries.zero_()
+    values.zero_()
+
+
+@pytest.mark.parametrize("first", [FIRST, FIRST + 80], ids=["steady", "long"])
+@pytest.mark.parametrize(
+    "fill",
+    [equal_scores, equal_ranges, few_ranges, everything_equal],
+    ids=lambda fill: fill.__name__,
+)
+def test_ties_go_to_the_lower_slot(fill, first):
+    check_filled(fill, first=first)
+
+
+def test_ties_at_the_border_of_a_tile():
+    # 1000 equal candidates: the prefix count of ties runs through two tiles of the selection.
+    parameters = EvictionParameters(700, 8, 600, sinks=0, sampling="greedy", smoothing=1)
+    check_filled(everything_equal, parameters, first=1008, num_kv_heads=1)
+
+
+def test_equal_scores_with_noise():
+    check_filled(equal_scores, replace(PARAMETERS, sampling="gumbel"))
+
+
+def test_infinite_value_ranges():
+    def fill(keys, values, queries):
+        values[7::5, 3] = torch.inf
+        values[9::10, 4] = -torch.inf
+
+    check_filled(fill, num_kv_heads=1)
+
+
+def test_largest_finite_values():
+    def fill(keys, values, queries):
+        values[11, 0], values[11, 1] = 60000.0, -60000.0
+
+    pool = check_filled(fill, replace(PARAMETERS, protected=5), dtype=torch.float16)
+    assert not pool.caches[0][pool.blocks(0, torch.tensor([11])), 0, 11].isnan().any()
+
+
+def test_scores_that_underflow():
+    """One key takes all the attention: every other score is 0, its logarithm -inf."""
+
+    def fill(keys, values, queries):
+        keys.zero_()
+        queries.fill_(30.0)
+        keys[20] = 30.0
+
+    check_filled(fill)
+    check_filled(fill, replace(PARAMETERS, sampling="gumbel"))
+
+
+def test_large_logits_do_not_overflow():
+    def fill(keys, values, queries):
+        keys.mul_(100.0)
+        queries.mul_(100.0)
+
+    check_filled(fill, replace(PARAMETERS, smoothing=5), num_kv_heads=1, seed=3)
+
+
+def test_queries_orthogonal_to_the_first_split():
+    """Logits of -inf in a whole split do not make the row a NaN."""
+
+    def fill(keys, values, queries):
+        queries.abs_()
+        keys[:64, 0] = -torch.inf
+
+    parameters = EvictionParameters(130, 8, 10, sampling="greedy", smoothing=1)
+    check_filled(fill, parameters, first=138, num_splits=3, num_kv_heads=1)
+
+
+def test_nan_scores_keep_the_count_exact():
+    """Infinite keys make NaN scores; protected tokens and the number of survivors stand."""
+
+    def fill(keys, values, queries):
+        keys[::3] = torch.inf
+
+    sequence = Sequence(FIRST, FIRST)
+    pool = Pool(Case(replace(PARAMETERS, sampling="gumbel"), (sequence,), fill=fill))
+    before = pool.caches[0].clone()
+    pool.evict()
+    slots = torch.arange(FIRST)
+    cells = [cache[pool.blocks(0, slots), :, slots % 16] for cache in (before, pool.caches[0])]
+    changed = (cells[0] != cells[1]).any(-1)
+    assert (changed[: PARAMETERS.budget].sum(0) == PARAMETERS.window).all()
+    assert not changed[: PARAMETERS.sinks].any()
+
+
+def test_law_of_the_draws():
+    """Sets drawn follow sequential draws without replacement in proportion to attention.
+
+    2 of 6 candidates are drawn 256 times, by 32 requests in 2 layers of 4 heads.
+    """
+    parameters = EvictionParameters(8, 4, 2, sinks=2, smoothing=1)
+    weights = torch.tensor([1.0, 1.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+
+    def fill(keys, values, queries):
+        # Logits are log-weights; the sinks, slots 0 and 1, are protected whatever they score.
+        queries.zero_()
+        queries[..., 0] = 8.0
+        keys[: len(weights), 0] = weights.log()
+
+    sequences = tuple(Sequence(12, 12, key) for key in range(32))
+    case = Case(parameters, sequences, num_kv_heads=4, layers=(0, 1), group_size=1, fill=fill)
+    pool = Pool(case)
+    before = [cache.clone() for cache in pool.caches]
+    pool.evict()
+    counts: Counter[tuple[int, ...]] = Counter()
+    slots = torch.arange(8)
+    for row in range(len(sequences)):
+        for old, new in zip(before, pool.caches, strict=True):
+            at = pool.blocks(row, slots), slice(None), slots % 16
+            kept = (old[at] == new[at]).all(-1)[2:]
+            for head in range(4):
+                counts[tuple(kept[:, head].nonzero().flatten().tolist())] += 1
+    assert sum(counts.values()) == 256
+    assert chi_square_of_sets(counts, set_probabilities(weights[2:].tolist(), 2)) > 1e-3
+    assert chi_square_of_sets(counts, set_probabilities([1.0] * 6, 2)) < 1e-6

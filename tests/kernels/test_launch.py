@@ -1,0 +1,112 @@
+"""How an eviction is cut into programs; what the launcher refuses."""
+
+import pytest
+import torch
+
+from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.launch import (
+    HEAD_SIZES,
+    DeviceLimits,
+    choose_splits,
+    plan_launch,
+    scoring_tile,
+)
+from vase_vllm.kernels.parameters import EvictionParameters
+
+H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
+RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
+
+
+@pytest.mark.parametrize("limits", [H200, RTX], ids=["h200", "rtx"])
+@pytest.mark.parametrize("group_size", [1, 4, 5, 16], ids="G={}".format)
+@pytest.mark.parametrize("head_size", HEAD_SIZES, ids="D={}".format)
+def test_tile_fits(head_size, group_size, limits):
+    tile = scoring_tile(64 * group_size, head_size, 2, limits)
+    padded = 1 << (head_size - 1).bit_length()
+    needed = (tile.queries + 2 * tile.keys) * padded * 2
+    assert needed * tile.programs_per_sm <= limits.shared_memory
+    assert tile.queries >= min(64, 64 * group_size)
+
+
+def test_two_programs_of_the_qwen3_8b_shape_share_an_sm():
+    tile = scoring_tile(256, 128, 2, H200)
+    assert (tile.queries, tile.programs_per_sm) == (256, 2)
+
+
+def test_few_heads_are_split_and_many_are_not():
+    assert choose_splits(num_tasks=288, num_tiles=65, num_slots=264) == 4
+    assert choose_splits(num_tasks=64 * 288, num_tiles=65, num_slots=264) == 1
+    assert choose_splits(num_tasks=1, num_tiles=3, num_slots=264) == 3
+
+
+@pytest.mark.parametrize("num_cached", [4160, 131072], ids="n={}".format)
+@pytest.mark.parametrize("num_due", [1, 64], ids="due={}".format)
+def test_scratch_is_bounded_and_linear(num_due, num_cached):
+    bound = 64 * 2**20
+    plan = plan_launch(num_due * 288, num_cached, 256, 128, 2, H200, bound)
+    assert plan.scratch_bytes <= bound
+    assert plan.capacity >= num_cached
+    assert plan.scratch_bytes // plan.tasks_per_launch == 8 * (plan.capacity + 16 * 256)
+
+
+def test_scratch_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="scratch of 1000 bytes is too small for 4160"):
+        plan_launch(1, 4160, 256, 128, 2, H200, 1000)
+
+
+PARAMETERS = EvictionParameters(40, 8, 10)
+
+
+def arguments():
+    return dict(
+        kv_pointers=torch.zeros(1, dtype=torch.int64),
+        kv_cache=torch.zeros(10, 2, 16, 128),
+        layer_indices=torch.zeros(1, dtype=torch.int32),
+        block_table=torch.zeros(3, 8, dtype=torch.int32),
+        rows=torch.zeros(1, dtype=torch.int32),
+        positions=torch.zeros(3, dtype=torch.int32),
+        parameters=PARAMETERS,
+        group_size=2,
+        softmax_scale=0.125,
+        num_state_blocks=1,
+        max_num_cached=48,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(kv_cache=torch.zeros(10, 2, 16)), "kv_cache must be .num_blocks"),
+        (dict(kv_cache=torch.zeros(10, 2, 16, 160)), "head size must be one of"),
+        (dict(kv_cache=torch.zeros(10, 2, 8, 128)), "block size must be one of"),
+        (dict(kv_cache=torch.zeros(10, 2, 16, 128).double()), "kv_cache must be bf16, fp16"),
+        (dict(kv_cache=torch.zeros(10, 2, 16, 256)[..., ::2]), "contiguous in its last"),
+        (dict(kv_cache=torch.zeros(10, 2, 16, 130)[..., 1:129]), "multiples of 16 bytes"),
+        (dict(kv_pointers=torch.zeros(1)), "kv_pointers must be torch.int64"),
+        (dict(layer_indices=torch.zeros(2).int()), "layer_indices must have shape"),
+        (dict(block_table=torch.zeros(3, 8)), "block_table must be"),
+        (dict(rows=torch.zeros(1)), "rows must be torch.int32"),
+        (dict(rows=torch.zeros(1).int().to("meta")), "rows must be on cpu"),
+        (dict(positions=torch.zeros(2).int()), "positions must have shape"),
+        (dict(num_state_blocks=0), "num_state_blocks must be at least 1"),
+        (dict(group_size=17), "group_size must be in"),
+        (dict(max_num_cached=100), "max_num_cached .100. is more than a row"),
+        (dict(num_splits=17), "num_splits must be in"),
+        (dict(scratch=torch.zeros(10)), "scratch must be torch.uint8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refuses_by_name(changes, message, monkeypatch):
+    monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        evict_paged(**(arguments() | changes))
+
+
+def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: False)
+    with pytest.raises(ValueError, match="kv_cache must be on a GPU"):
+        evict_paged(**arguments())
+
+
+def test_nothing_due_is_nothing_launched():
+    evict_paged(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32))))

@@ -1,0 +1,157 @@
+"""The query ring's launch: which tokens enter, and where they land."""
+
+import pytest
+import torch
+
+from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
+from vase_vllm.kernels.ring import store_queries
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Batch:
+    """A step of sequences given as (first eviction, tokens before the step, tokens in it)."""
+
+    def __init__(
+        self,
+        sequences,
+        window=8,
+        group_size=2,
+        num_kv_heads=2,
+        head_size=64,
+        block_size=16,
+        dtype=torch.float32,
+        layout="HND",
+        num_padding=0,
+    ):
+        generator = torch.Generator().manual_seed(0)
+        self.sequences, self.window, self.group_size = sequences, window, group_size
+        self.entries = ring_entries_per_block(block_size, group_size)
+        self.num_state_blocks = -(-window // self.entries)
+        num_rows = len(sequences)
+        self.block_table = torch.zeros(num_rows, NUM_HEADER + self.num_state_blocks + 1).int()
+        num_blocks = 1 + num_rows * self.num_state_blocks
+        self.block_table[:, NUM_HEADER:-1] = (
+            torch.randperm(num_blocks - 1, generator=generator).view(num_rows, -1) + 1
+        )
+        self.block_table[:, 0] = torch.tensor([first for first, _, _ in sequences])
+        shape = (num_blocks, num_kv_heads, block_size, 2 * head_size)
+        self.cache = torch.full(shape, torch.nan, dtype=dtype)
+        if layout == "NHD":
+            self.cache = self.cache.transpose(1, 2).contiguous().transpose(1, 2)
+        counts = [count for _, _, count in sequences]
+        num_tokens = sum(counts) + num_padding
+        self.query_start_loc = torch.tensor([0, *torch.tensor(counts).cumsum(0)]).int()
+        self.seq_lens = torch.tensor([before + count for _, before, count in sequences]).int()
+        self.positions = torch.zeros(num_tokens, dtype=torch.int64)
+        for row, (_, before, count) in enumerate(sequences):
+            start = self.query_start_loc[row]
+            self.positions[start : start + count] = before + torch.arange(count)
+        # Queries are a slice of the fused projection: their token stride is larger.
+        fused = torch.randn(
+            num_tokens, num_kv_heads * (group_size + 2), head_size, generator=generator
+        )
+        self.query = fused.to(dtype)[:, : num_kv_heads * group_size]
+
+    def store(self):
+        store_queries(
+            self.query,
+            self.positions,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.cache,
+            window=self.window,
+            num_state_blocks=self.num_state_blocks,
+        )
+
+    def expected(self):
+        cache, head_size = self.cache.clone(), self.query.shape[-1]
+        for row, (first, before, count) in enumerate(self.sequences):
+            for i in range(max(0, count - self.window) if first else count, count):
+                token, entry = self.query_start_loc[row] + i, (before + i) % self.window
+                block = self.block_table[row, NUM_HEADER + entry // self.entries]
+                for head in range(self.query.shape[1]):
+                    kv_head, query_head = divmod(head, self.group_size)
+                    vector = entry % self.entries * self.group_size + query_head
+                    start = vector % 2 * head_size
+                    cell = cache[block, kv_head, vector // 2]
+                    cell[start : start + head_size] = self.query[token, head]
+        return cache
+
+
+def check(batch):
+    expected = batch.expected()
+    batch.store()
+    torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(dtype, layout):
+    sequences = [(100, 50, 1), (100, 99, 1), (100, 163, 1)]
+    check(Batch(sequences, dtype=DTYPES[dtype], layout=layout))
+
+
+def test_prefill_stores_the_last_window_only():
+    check(Batch([(100, 0, 30), (100, 17, 3), (100, 5, 8), (100, 40, 1)]))
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 128, 192, 256], ids="D={}".format)
+def test_head_size(head_size):
+    check(Batch([(100, 0, 10)], head_size=head_size, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128], ids="block={}".format)
+@pytest.mark.parametrize("group_size", [1, 3, 4, 5, 8, 16], ids="G={}".format)
+def test_group_and_block_size(group_size, block_size):
+    check(Batch([(100, 3, 9)], window=16, group_size=group_size, block_size=block_size))
+
+
+def test_padding_of_a_graph_batch_writes_nothing():
+    batch = Batch([(100, 50, 1), (0, 7, 1), (0, 0, 0), (0, 0, 0)], num_padding=4)
+    expected = batch.expected()
+    batch.store()
+    torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
+    assert batch.cache[0].isnan().all(), "block 0 was written"
+
+
+def test_more_sequences_than_a_tile_of_rows():
+    check(Batch([(100, 50 + row % 9, 1) for row in range(1030)], window=2, num_kv_heads=1))
+
+
+def test_ring_slot_offset_beyond_int32_in_a_large_pool():
+    batch = Batch([(100, 20, 1)], dtype=torch.bfloat16)
+    expected = batch.expected()
+    offset = 2**31 // batch.cache[0].numel() + 1
+    large = torch.empty(offset + len(batch.cache), *batch.cache.shape[1:], dtype=torch.bfloat16)
+    assert large.numel() > 2**31
+    large[offset:] = batch.cache
+    batch.cache, small = large, batch.cache
+    batch.block_table[:, NUM_HEADER:] += offset
+    batch.store()
+    torch.testing.assert_close(large[offset:], expected, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(large[offset:].nan_to_num(), small.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("query", torch.zeros(1, 4, 32), "query must be"),
+        ("query", torch.zeros(1, 3, 64), "query must be"),
+        ("query", torch.zeros(1, 4, 64, dtype=torch.float16), "query must be"),
+        ("positions", torch.zeros(2, dtype=torch.int64), "positions must have shape"),
+        ("positions", torch.zeros(1), "positions must be"),
+        ("query_start_loc", torch.zeros(1, dtype=torch.int32), "query_start_loc must have"),
+        ("seq_lens", torch.zeros(1, dtype=torch.int64), "seq_lens must be torch.int32"),
+        ("block_table", torch.zeros(1, 4), "block_table must be"),
+        ("num_state_blocks", 0, "num_state_blocks must be at least 1"),
+        ("cache", torch.zeros(3, 2, 24, 128), "block size must be one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_refuses_by_name(name, value, message):
+    batch = Batch([(100, 50, 1)])
+    setattr(batch, name, value)
+    with pytest.raises(ValueError, match=message):
+        batch.store()
