@@ -168,7 +168,7 @@ def eviction_launches(
     num_tasks = rows.shape[0] * kv_pointers.shape[0] * num_kv_heads
     plan = plan_launch(
         num_tasks,
-        max_num_cached,
+        max_num_cached - parameters.window,
         num_rows,
         head_size,
         kv_cache.element_size(),

@@ -61,7 +61,7 @@ class LaunchPlan:
         tile: of the scoring launches.
         num_splits: programs that share the candidates of one task.
         tasks_per_launch: so many that their scratch memory fits.
-        capacity: slots of a scratch row.
+        capacity: candidates that a scratch row holds.
         scratch_bytes: of one launch.
     """
 
@@ -146,7 +146,7 @@ def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
 
 def plan_launch(
     num_tasks: int,
-    max_num_cached: int,
+    max_candidates: int,
     num_rows: int,
     head_size: int,
     element_size: int,
@@ -158,7 +158,7 @@ def plan_launch(
 
     Args:
         num_tasks: due sequences * layers * KV heads.
-        max_num_cached: the most tokens that one of them has cached.
+        max_candidates: of the longest of them.
         num_rows: query rows of a KV head, G * W.
         scratch_bytes: bound on the scratch memory.
         num_splits: fixed number of splits instead of the counted best.
@@ -167,12 +167,12 @@ def plan_launch(
         ValueError: if the scratch of a single head does not fit.
     """
     tile = scoring_tile(num_rows, head_size, element_size, limits)
-    capacity = -(-max_num_cached // 16) * 16
+    capacity = -(-max_candidates // 16) * 16
     per_task = 8 * (capacity + MAX_SPLITS * num_rows)
     tasks_per_launch = min(num_tasks, scratch_bytes // per_task)
     if tasks_per_launch == 0:
         raise ValueError(
-            f"scratch of {scratch_bytes} bytes is too small for {max_num_cached} cached tokens: "
+            f"scratch of {scratch_bytes} bytes is too small for {max_candidates} candidates: "
             f"{per_task} are needed"
         )
     num_launches = -(-num_tasks // tasks_per_launch)

@@ -45,9 +45,9 @@ def load_task(
     table_row = block_table + row * table_stride
     first = tl.load(table_row)
     elapsed = tl.load(positions + row).to(tl.int32) - first
-    num_cached = tl.where(elapsed == 0, first, budget + WINDOW)
-    due = (first > 0) & (elapsed >= 0) & (elapsed % WINDOW == 0) & (num_cached <= capacity)
-    return table_row, layer, head, tl.where(due, num_cached - WINDOW, 0), elapsed // WINDOW
+    candidates = tl.where(elapsed == 0, first - WINDOW, budget)
+    due = (first > 0) & (elapsed >= 0) & (elapsed % WINDOW == 0) & (candidates <= capacity)
+    return table_row, layer, head, tl.where(due, candidates, 0), elapsed // WINDOW
 
 
 @triton.jit

@@ -267,6 +267,8 @@ def candidate_scores(
         )
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
+        # The first chunk has nothing to add to.
+        summed_end = tl.where(chunk > 0, end, 0)
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
@@ -277,5 +279,5 @@ def candidate_scores(
             keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
             logits = multiply(queries, tl.trans(keys), EXACT) * scale
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
-            score += tl.load(scores + out + slots, mask=live & (chunk > 0), other=0.0)
+            score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + out + slots, score, mask=live)

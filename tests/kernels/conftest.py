@@ -16,7 +16,8 @@ VARIABLE = "TRITON_INTERPRET"
 if "triton" not in sys.modules and VARIABLE not in os.environ:
     os.environ[VARIABLE] = "1"
     try:
-        import vase_vllm.kernels.evict  # noqa: F401
+        import tests.kernels.selection_kernels
+        import vase_vllm.kernels.evict
         import vase_vllm.kernels.ring  # noqa: F401
     finally:
         del os.environ[VARIABLE]

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.kernels.paged_case import Case, Pool, Sequence, check
 
+from tests.kernels.paged_case import Case, Pool, Sequence, check
 from vase_vllm.kernels.parameters import EvictionParameters
 
 SMALL = EvictionParameters(budget=40, window=8, protected=10)
@@ -140,7 +140,7 @@ def test_only_the_rows_that_are_passed():
 
 def test_more_heads_than_the_scratch_memory_holds():
     sequences = (due(SMALL, 1), due(SMALL, 2), due(SMALL, 3))
-    # 12 heads of 8 * (48 + 16 * 16) bytes in room for 5: three parts.
+    # 12 heads of 8 * (48 candidates + 16 splits of 16 query rows) bytes in room for 5: three parts.
     check(Case(SMALL, sequences, layers=(1, 2), scratch_bytes=5 * 2432 + 16))
 
 

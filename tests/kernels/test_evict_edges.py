@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.oracle.law import chi_square_of_sets, set_probabilities
-from tests.kernels.paged_case import Case, Pool, Sequence, check
 
+from tests.kernels.paged_case import Case, Pool, Sequence, check
+from tests.oracle.law import chi_square_of_sets, set_probabilities
 from vase_vllm.kernels.parameters import EvictionParameters
 
 PARAMETERS = EvictionParameters(40, 8, 10, sampling="greedy", smoothing=1)

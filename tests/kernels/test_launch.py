@@ -34,24 +34,24 @@ def test_two_programs_of_the_qwen3_8b_shape_share_an_sm():
 
 
 def test_few_heads_are_split_and_many_are_not():
-    assert choose_splits(num_tasks=288, num_tiles=65, num_slots=264) == 4
-    assert choose_splits(num_tasks=64 * 288, num_tiles=65, num_slots=264) == 1
+    assert choose_splits(num_tasks=288, num_tiles=64, num_slots=264) == 4
+    assert choose_splits(num_tasks=64 * 288, num_tiles=64, num_slots=264) == 1
     assert choose_splits(num_tasks=1, num_tiles=3, num_slots=264) == 3
 
 
-@pytest.mark.parametrize("num_cached", [4160, 131072], ids="n={}".format)
+@pytest.mark.parametrize("num_candidates", [4096, 131072], ids="n={}".format)
 @pytest.mark.parametrize("num_due", [1, 64], ids="due={}".format)
-def test_scratch_is_bounded_and_linear(num_due, num_cached):
+def test_scratch_is_bounded_and_linear(num_due, num_candidates):
     bound = 64 * 2**20
-    plan = plan_launch(num_due * 288, num_cached, 256, 128, 2, H200, bound)
+    plan = plan_launch(num_due * 288, num_candidates, 256, 128, 2, H200, bound)
     assert plan.scratch_bytes <= bound
-    assert plan.capacity >= num_cached
+    assert plan.capacity >= num_candidates
     assert plan.scratch_bytes // plan.tasks_per_launch == 8 * (plan.capacity + 16 * 256)
 
 
 def test_scratch_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match="scratch of 1000 bytes is too small for 4160"):
-        plan_launch(1, 4160, 256, 128, 2, H200, 1000)
+    with pytest.raises(ValueError, match="scratch of 1000 bytes is too small for 4096"):
+        plan_launch(1, 4096, 256, 128, 2, H200, 1000)
 
 
 PARAMETERS = EvictionParameters(40, 8, 10)
