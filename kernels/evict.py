@@ -53,7 +53,8 @@ TRITON_TYPES = {
     torch.float32: tl.float32,
 }
 SELECT_TILE = 512
-MOVE_TILE = 64
+MOVE_BYTES = 32 * 1024
+"""Cells that a program copies at once: 128 bytes a thread."""
 
 
 def evict_paged(
@@ -227,7 +228,7 @@ def eviction_launches(
         SMOOTHING=parameters.smoothing,
         PAIR_PADDED=power_of_two(pair_size),
         TILE=SELECT_TILE,
-        MOVE_TILE=MOVE_TILE,
+        MOVE_TILE=min(64, MOVE_BYTES // (power_of_two(pair_size) * kv_cache.element_size())),
         num_warps=8,
         maxnreg=80,
     )

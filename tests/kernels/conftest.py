@@ -6,6 +6,7 @@ engine that another test starts inherits it. In a process that has imported Trit
 ``test_fresh_process.py`` is collected, which runs the others in a process of their own.
 """
 
+import importlib
 import os
 import sys
 
@@ -16,9 +17,9 @@ VARIABLE = "TRITON_INTERPRET"
 if "triton" not in sys.modules and VARIABLE not in os.environ:
     os.environ[VARIABLE] = "1"
     try:
-        import tests.kernels.selection_kernels
-        import vase_vllm.kernels.evict
-        import vase_vllm.kernels.ring  # noqa: F401
+        for module in ("vase_vllm.kernels.evict", "vase_vllm.kernels.ring"):
+            importlib.import_module(module)
+        importlib.import_module("tests.kernels.selection_kernels")
     finally:
         del os.environ[VARIABLE]
 
