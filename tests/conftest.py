@@ -35,10 +35,36 @@ class ModelZoo:
 
         return self._make(LlamaConfig, LlamaForCausalLM, changes)
 
+    def gemma2(self) -> Path:
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        return self._make(Gemma2Config, Gemma2ForCausalLM, {"tie_word_embeddings": True})
+
+    def gemma3(self) -> Path:
+        """Two layers with a sliding window of 64, then one of full attention."""
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+        changes = {
+            "num_hidden_layers": 3,
+            "sliding_window": 64,
+            "layer_types": layer_types,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": True,
+        }
+        return self._make(Gemma3TextConfig, Gemma3ForCausalLM, changes)
+
+    def bloom(self) -> Path:
+        from transformers import BloomConfig, BloomForCausalLM
+
+        changes = {"n_head": 4, "n_layer": 2, "tie_word_embeddings": True}
+        return self._make(BloomConfig, BloomForCausalLM, changes)
+
     def _make(self, config_class, model_class, changes: dict[str, object]) -> Path:
         import torch
 
         name = "-".join([model_class.__name__, *(f"{k}={v}" for k, v in sorted(changes.items()))])
+        name = "".join(c if c.isalnum() or c in "-=" else "_" for c in name)
         directory = self.root / name
         if not directory.exists():
             torch.manual_seed(0)

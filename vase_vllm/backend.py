@@ -12,6 +12,7 @@ import torch
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -22,9 +23,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
 from vase_vllm.config import EvictionConfig
-from vase_vllm.evictor import CPUEvictor, EvictionCounters
+from vase_vllm.evictor import CPUEvictor, EvictionCounters, kv_head_indices
+from vase_vllm.pages import cpu_page_layout
 from vase_vllm.ring import RingLayout, RingWrite
 from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.support import check_layers
 
 _RING_WRITE = "eviction_ring_write"
 
@@ -45,15 +48,27 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         config = EvictionConfig.from_vllm(vllm_config)
         assert config is not None, "this builder is made only where eviction is on"
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        layer = next(iter(layers.values()))
+        self._layers = {
+            extract_layer_index(name): layer
+            for name, layer in get_layers_from_vllm_config(
+                vllm_config, Attention, layer_names
+            ).items()
+        }
+        layer = next(iter(self._layers.values()))
         self.schedule = kv_cache_spec.schedule
         self.num_front = BlockTableRow.NUM_HEADER + kv_cache_spec.num_state_blocks
         self.ring = RingLayout(
             config.window, layer.num_heads // layer.num_kv_heads, kv_cache_spec.block_size
         )
         self.evictor = CPUEvictor(
-            config, kv_cache_spec, self.ring, layers, vllm_config, self.counters
+            config.parameters,
+            kv_cache_spec,
+            self.ring,
+            cpu_page_layout(
+                layer.isa, kv_cache_spec.block_size, kv_cache_spec.head_size, kv_cache_spec.dtype
+            ),
+            layer.impl.scale,
+            kv_head_indices(vllm_config, kv_cache_spec.num_kv_heads),
         )
 
     def build(
@@ -104,8 +119,12 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         starts = seq_lens - query_lens
         due = self.schedule.due(starts, first) & (query_lens > 0)
         due_rows = due.nonzero().squeeze(-1)
-        if len(due_rows):
-            self.evictor.evict(rows, due_rows.tolist(), starts[due_rows].tolist())
+        if not len(due_rows):
+            return
+        kv_caches = {index: layer.kv_cache for index, layer in self._layers.items()}
+        for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
+            num_tokens = self.evictor.evict(kv_caches, rows[row], position)
+            self.counters.add(len(kv_caches), num_tokens)
 
     def _tokens(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and position of each token of the step, padding left out: both [T] int64."""
@@ -167,13 +186,17 @@ def wrap_layers(vllm_config: VllmConfig, config: EvictionConfig) -> EvictionCoun
 
     Returns:
         The counters that all wrapped layers share.
+
+    Raises:
+        UnsupportedError: a layer does something that eviction would break.
     """
-    counters = EvictionCounters()
     layers = {
         name: layer
         for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
         if layer.sliding_window is None
     }
+    check_layers(layers, vllm_config.cache_config.block_size, config)
+    counters = EvictionCounters(num_layers=len(layers))
     largest_group = max(layer.num_heads // layer.num_kv_heads for layer in layers.values())
     wrapped: dict[type[AttentionBackend], type[AttentionBackend]] = {}
     for layer in layers.values():

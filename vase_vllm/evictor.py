@@ -1,4 +1,4 @@
-"""Runs the evictions of one step: due sequences times the layers of one metadata builder."""
+"""One sequence's eviction over the layers of one metadata builder, on the CPU backend's pages."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,10 @@ import torch
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.math_utils import cdiv
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
-from vase_vllm.config import EvictionConfig
+from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.reference import (
     attention_scores,
     plan_moves,
@@ -19,21 +17,32 @@ from vase_vllm.kernels.reference import (
     select_survivors,
     value_range,
 )
-from vase_vllm.pages import PageLayout, cpu_page_layout
+from vase_vllm.pages import PageLayout
 from vase_vllm.ring import RingLayout
 
 
 @dataclass
 class EvictionCounters:
-    """What has been evicted since the engine started, per worker.
+    """What one worker has evicted since it started.
 
-    Attributes:
-        evictions: evictions of whole sequences (all layers and heads count as one).
-        evicted_tokens: tokens dropped by them, per KV head.
+    Several builders count into it, each for its own layers; a sequence evicts from all of them.
     """
 
-    evictions: int = 0
-    evicted_tokens: int = 0
+    num_layers: int
+    _layer_evictions: int = 0
+    _layer_tokens: int = 0
+
+    def add(self, num_layers: int, num_tokens: int) -> None:
+        """Count one sequence's eviction of ``num_tokens`` per KV head from ``num_layers``."""
+        self._layer_evictions += num_layers
+        self._layer_tokens += num_layers * num_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """Evictions of sequences, and the tokens that they dropped, per layer and KV head."""
+        return {
+            "evictions": self._layer_evictions // self.num_layers,
+            "evicted_tokens": self._layer_tokens // self.num_layers,
+        }
 
 
 def kv_head_indices(vllm_config: VllmConfig, num_local_heads: int) -> torch.Tensor:
@@ -53,42 +62,39 @@ class CPUEvictor:
 
     def __init__(
         self,
-        config: EvictionConfig,
+        parameters: EvictionParameters,
         spec: EvictionSpec,
         ring: RingLayout,
-        layers: dict[str, Attention],
-        vllm_config: VllmConfig,
-        counters: EvictionCounters,
+        page_layout: PageLayout,
+        scale: float,
+        kv_heads: torch.Tensor,
     ) -> None:
-        """Prepare for the layers that share one builder.
+        """Prepare for layers that share one builder, hence all of the following.
 
         Args:
-            layers: layer name to layer; all have the same heads, head size and dtype.
+            scale: what the attention backend multiplies its logits with.
+            kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
         """
-        self.parameters = config.parameters
+        self.parameters = parameters
         self.spec = spec
         self.ring = ring
-        self.layers = [(extract_layer_index(name), layer) for name, layer in layers.items()]
-        layer = self.layers[0][1]
-        self.scale = layer.impl.scale / config.temperature
-        self.kv_heads = kv_head_indices(vllm_config, spec.num_kv_heads)
-        self.page_layout: PageLayout = cpu_page_layout(
-            layer.isa, spec.block_size, spec.head_size, spec.dtype
-        )
-        self.counters = counters
+        self.page_layout = page_layout
+        self.scale = scale / parameters.temperature
+        self.kv_heads = kv_heads
 
-    def evict(self, block_table: torch.Tensor, rows: list[int], positions: list[int]) -> None:
-        """Evict from due sequences, in place.
+    def evict(
+        self, kv_caches: dict[int, torch.Tensor], row: torch.Tensor, position: int
+    ) -> int:
+        """Evict from one sequence that is due, in place.
 
         Args:
-            block_table: [R, columns] int32, whole rows.
-            rows: the rows that are due.
-            positions: for each, the position that its next step starts at.
-        """
-        for row, position in zip(rows, positions, strict=True):
-            self._evict_sequence(block_table[row], position)
+            kv_caches: layer index to [num_blocks, H, block_size, 2 * D], packed.
+            row: [columns] int32, the sequence's whole block-table row.
+            position: the position that the sequence's next step starts at.
 
-    def _evict_sequence(self, row: torch.Tensor, position: int) -> None:
+        Returns:
+            Tokens dropped per KV head.
+        """
         first, key = row[: BlockTableRow.NUM_HEADER].tolist()
         num_cached = self.spec.schedule.num_cached(position, first)
         eviction_index = (position - first) // self.parameters.window
@@ -97,8 +103,7 @@ class CPUEvictor:
         state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
         state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()
         blocks = row[front : front + cdiv(num_cached, self.spec.block_size)].long()
-        for layer_index, layer in self.layers:
-            queries = self.ring.load(layer.kv_cache, state_blocks)
+        for layer_index, kv_cache in kv_caches.items():
             noise = None
             if self.parameters.sampling == "gumbel":
                 noise = sampling_noise(
@@ -109,9 +114,9 @@ class CPUEvictor:
                     self.kv_heads,
                     key,
                 )
-            self._evict_layer(layer.kv_cache, blocks, num_cached, queries, noise)
-        self.counters.evictions += 1
-        self.counters.evicted_tokens += num_cached - self.parameters.budget
+            queries = self.ring.load(kv_cache, state_blocks)
+            self._evict_layer(kv_cache, blocks, num_cached, queries, noise)
+        return num_cached - self.parameters.budget
 
     def _evict_layer(
         self,

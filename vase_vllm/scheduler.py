@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vase_vllm.blocks import EvictionManager
+from vase_vllm.blocks import EvictionManager, EvictionSpec
+from vase_vllm.support import UnsupportedError
 
 
 class _EvictionMixin(Scheduler):
@@ -28,6 +30,31 @@ class _EvictionMixin(Scheduler):
             manager.requests = self.requests
         # All groups share one schedule: any manager can answer for a request.
         self._manager = managers[0]
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            self._check_longest_prompt()
+
+    def _check_longest_prompt(self) -> None:
+        """Refuse a hybrid model's pool that cannot hold a prompt of the model's length.
+
+        The API server refuses prompts that can never fit, but it does not know how many blocks
+        the other groups of a hybrid model take beside ours.
+        """
+        num_required = 0
+        for group in self.kv_cache_config.kv_cache_groups:
+            spec = group.kv_cache_spec
+            if isinstance(spec, EvictionSpec):
+                num_required += spec.num_state_blocks + cdiv(self.max_model_len, spec.block_size)
+            else:
+                num_bytes = spec.max_memory_usage_bytes(self.vllm_config)
+                num_required += cdiv(num_bytes, spec.page_size_bytes)
+        num_usable = self.kv_cache_config.num_blocks - 1
+        if num_required > num_usable:
+            raise UnsupportedError(
+                f"--kv-eviction: a prompt of --max-model-len {self.max_model_len} needs "
+                f"{num_required} KV cache blocks in this hybrid model, and the pool has "
+                f"{num_usable}: lower --max-model-len, or raise --kv-cache-memory-bytes or "
+                "--gpu-memory-utilization"
+            )
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

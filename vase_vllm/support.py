@@ -1,6 +1,6 @@
 """What eviction does not work with, refused at start-up: one line, the setting and the remedy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -25,7 +25,7 @@ def check_engine(vllm_config: VllmConfig, config: EvictionConfig) -> None:
         raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
 
 
-def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterable[str]:
+def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator[str]:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
@@ -77,6 +77,25 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterable
         )
 
 
+def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> None:
+    """Refuse a KV cache that cannot hold one sequence.
+
+    Args:
+        num_bytes: memory for the KV cache of one worker.
+        num_required: bytes of one sequence at its bound, over the worker's layers.
+
+    Raises:
+        UnsupportedError: names the setting and what to change.
+    """
+    if num_required > num_bytes:
+        raise UnsupportedError(
+            f"--kv-eviction-config.budget ({config.budget}) + window ({config.window}) tokens need "
+            f"{num_required / 2**20:.1f} MiB of KV cache for one sequence, and there are "
+            f"{num_bytes / 2**20:.1f} MiB: lower budget, or raise --kv-cache-memory-bytes or "
+            "--gpu-memory-utilization"
+        )
+
+
 def check_layers(
     layers: dict[str, Attention], block_size: int, config: EvictionConfig
 ) -> None:
@@ -95,7 +114,7 @@ def check_layers(
 
 def _layer_reasons(
     layers: dict[str, Attention], block_size: int, config: EvictionConfig
-) -> Iterable[str]:
+) -> Iterator[str]:
     if not layers:
         yield "the model has no full-attention layer to evict from; remove --kv-eviction"
     for name, layer in layers.items():

@@ -130,6 +130,6 @@ def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
     def validate_prompt_len(self: InputProcessor, prompt_len: int, prompt_type: str) -> None:
         original(self, prompt_len, prompt_type)
         if reason := check_prompt(self.vllm_config, prompt_len):
-            raise VLLMValidationError(reason, parameter="prompt", value=prompt_len)
+            raise VLLMValidationError(reason)
 
     return validate_prompt_len

@@ -7,6 +7,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vase_vllm.backend import wrap_layers
 from vase_vllm.config import EvictionConfig
+from vase_vllm.support import check_pool
 
 
 class _EvictionMixin(Worker):
@@ -15,11 +16,20 @@ class _EvictionMixin(Worker):
         super().load_model(*args, **kwargs)
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None, "this worker is chosen only where eviction is on"
+        self._eviction_config = config
         self._eviction_counters = wrap_layers(self.vllm_config, config)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache; refuses a pool that cannot hold one sequence at its bound."""
+        num_bytes = super().determine_available_memory()
+        specs = self.get_kv_cache_spec().values()
+        num_required = sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)
+        check_pool(self._eviction_config, num_bytes, num_required)
+        return num_bytes
 
     def get_kv_eviction_stats(self) -> dict[str, int]:
         """Evictions so far on this worker, for ``collective_rpc``."""
-        return vars(self._eviction_counters).copy()
+        return self._eviction_counters.as_dict()
 
 
 class EvictionCPUWorker(_EvictionMixin, CPUWorker):

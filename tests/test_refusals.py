@@ -1,0 +1,162 @@
+"""What eviction does not work with is refused when the engine's config is made, in one line."""
+
+import json
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vase_vllm.support import UnsupportedError
+
+EVICTION = {"policy": "vase", "budget": 128, "window": 16}
+
+
+def make_config(model, eviction=EVICTION, **options):
+    settings = {"max_model_len": 2048, "skip_tokenizer_init": True, "block_size": 32}
+    args = EngineArgs(
+        model=str(model), additional_config={"kv_eviction": eviction}, **(settings | options)
+    )
+    return args.create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "set --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "set --kv-cache-dtype auto"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "remove --speculative-config",
+        ),
+        ({"kv_offloading_size": 1.0}, "remove --kv-offloading-size"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "remove --kv-transfer-config",
+        ),
+        ({"enable_prefix_caching": True}, "remove --enable-prefix-caching"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "remove --worker-cls"),
+        ({"max_model_len": 144}, "raise --max-model-len"),
+        ({"runner": "pooling"}, "remove --kv-eviction"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_features(models, options, remedy):
+    with pytest.raises(UnsupportedError) as error:
+        make_config(models.qwen3(), **options)
+    message = str(error.value)
+    assert message.startswith("--kv-eviction vase: ")
+    assert message.endswith(remedy)
+    assert "\n" not in message
+    # The same engine without eviction is none of our business.
+    if "runner" not in options:
+        make_config(models.qwen3(), {"policy": "none"}, **options)
+
+
+ARCHITECTURES = {
+    "MLA": (
+        {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 2,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 64,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "vocab_size": 512,
+            "max_position_embeddings": 4096,
+            "torch_dtype": "bfloat16",
+        },
+        "multi-head latent attention",
+    ),
+    "encoder-decoder": (
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "d_model": 128,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "max_target_positions": 4096,
+            "vocab_size": 51865,
+            "torch_dtype": "float32",
+        },
+        "encoder-decoder",
+    ),
+    "hybrid": (
+        {
+            "architectures": ["FalconH1ForCausalLM"],
+            "model_type": "falcon_h1",
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "head_dim": 64,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "vocab_size": 512,
+            "max_position_embeddings": 4096,
+            "torch_dtype": "float32",
+        },
+        "state-space",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_unsupported_models(tmp_path, name):
+    config, reason = ARCHITECTURES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=f"--kv-eviction vase: .*{reason}.*; remove --kv"):
+        make_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flag", ["decode_context_parallel_size", "prefill_context_parallel_size", "enable_dbo"]
+)
+def test_unsupported_parallelism(models, flag):
+    """vLLM itself refuses most of these on a CPU; so ask the check about a config that says so."""
+    from vase_vllm.config import EvictionConfig
+    from vase_vllm.support import check_engine
+
+    vllm_config = make_config(models.qwen3())
+    setattr(vllm_config.parallel_config, flag, 2)
+    with pytest.raises(UnsupportedError, match=f"remove --{flag.replace('_', '-')}$"):
+        check_engine(vllm_config, EvictionConfig(budget=128, window=16))
+
+
+@pytest.mark.parametrize(
+    ("eviction", "setting"),
+    [
+        ({"budget": 64}, "--kv-eviction-config: budget (64)"),
+        ({"budget": 128, "rate": 1}, "--kv-eviction-config.rate: unknown key"),
+        ({"policy": "lru"}, "--kv-eviction-config.policy"),
+    ],
+    ids=["value", "key", "policy"],
+)
+def test_bad_settings_stop_the_engine(models, eviction, setting):
+    with pytest.raises(ValueError) as error:
+        make_config(models.qwen3(), eviction)
+    assert str(error.value).startswith(setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [("gemma2", {}, "caps its attention logits"), ("bloom", {}, "ALiBi")],
+    ids=["soft-cap", "alibi"],
+)
+def test_unsupported_layers(models, family, changes, reason):
+    from tests.engines import engine
+
+    with (
+        pytest.raises(UnsupportedError, match=reason),
+        engine(getattr(models, family)(**changes), {"budget": 128, "window": 16}),
+    ):
+        pass
