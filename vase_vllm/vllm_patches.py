@@ -32,7 +32,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vase_vllm.activation import activate, check_prompt, prepare
 from vase_vllm.config import ADDITIONAL_CONFIG_KEY, POLICIES, EvictionConfig
 
-_FROM_CLI = "_kv_eviction_from_cli"
+# Whether this process has parsed a command line that asks for eviction: then a person at a shell
+# gets a refusal as one line, where a program gets the exception. vLLM copies its arguments around
+# field by field, so they cannot carry this.
+_at_a_shell = False
 
 
 def apply() -> None:
@@ -101,7 +104,8 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
             **engine_args.additional_config,
             ADDITIONAL_CONFIG_KEY: {"policy": policy, **(settings or {})},
         }
-        setattr(engine_args, _FROM_CLI, True)
+        global _at_a_shell
+        _at_a_shell = True
         return engine_args
 
     return from_cli_args
@@ -116,8 +120,7 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
             if config is not None:
                 activate(vllm_config, config)
         except ValueError as error:
-            # A person at a shell gets the one line, a program the exception.
-            if getattr(self, _FROM_CLI, False) and str(error).startswith("--kv-eviction"):
+            if _at_a_shell and str(error).startswith("--kv-eviction"):
                 raise SystemExit(f"vllm: error: {error}") from None
             raise
         return vllm_config
