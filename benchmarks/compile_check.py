@@ -185,7 +185,9 @@ def main() -> int:
     for configuration in configurations:
         for architecture in architectures:
             limits = ARCHITECTURES[architecture]
-            for launch in shipped_launches(configuration, limits):
+            # Launches that differ in numbers alone are one kernel.
+            launches = {launch.kernel: launch for launch in shipped_launches(configuration, limits)}
+            for launch in launches.values():
                 source, compile_options = source_of(launch)
                 compiled = triton.compile(
                     source, target=GPUTarget("cuda", architecture, 32), options=compile_options

@@ -12,22 +12,27 @@ Three launches cover all sequences, layers and heads:
 1. ``row_statistics``: maximum and sum of exponentials of every query row, over a split of the
    candidates. The mean of softmaxes needs them before it can weigh a single key.
 2. ``candidate_scores``: merges the splits' statistics, computes the logits again and writes a and
-   r; 8 bytes of scratch per candidate.
+   r: 8 bytes of scratch per candidate. Launched once for every 256 query rows.
 3. ``select_and_move``: one program a head; thresholds by digit search, no sort.
 
-Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each and are read
-once per launch that needs them: 3 MiB (keeping K on chip between the passes would take
-256 KiB x 16 of registers a head, or a grid-wide barrier every 2 us). Each pass multiplies
-2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s;
-132 SMs x 16 exp2 a cycle) that is 0.66 us of memory, 0.54 us of tensor cores and 0.56 us of
-exponentials a head: balanced, so all three have to overlap, for which two programs of 8 warps share
-an SM (112 KiB of shared memory each: the 256 query rows stay, three K tiles are in flight).
-Writing the logits out instead of computing them twice would cost 4 MiB of traffic, 0.9 us.
-Selection reads 17 x 16 KiB from L1 or L2; the moves are W * 2D elements in the steady state.
+Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
+twice: 3 MiB. Each pass multiplies 2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials.
+On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 a cycle each at 1.8 GHz) that is 0.66 us of
+memory, 0.54 us of tensor cores and 0.55 us of exponentials a head. They are balanced, so they have
+to overlap: two programs of 8 warps share an SM (at most 128 registers a thread and 97 KiB of shared
+memory each: 256 query rows stay, two K tiles are in flight). Selection reads 37 rows of 16 KiB from
+L1 or L2; the moves are W cells in the steady state.
+
+What would avoid the second product costs more: writing the logits out is 4 MiB of traffic, 0.9 us;
+keeping them on chip between the passes takes 4 MiB of registers a head, so that 8 heads fill the
+GPU and every 5 us of work ends in a barrier across programs. One pass alone cannot weigh the
+queries, for their denominators differ, unless a number per query and key is kept.
 
 Why candidates are split: one due sequence of Qwen3-8B is 36 x 8 = 288 heads for 264 program slots,
-two waves of which the second is 9 % full. ``choose_splits`` counts waves; with 4 splits it is
-90 tile times instead of 132 where 70 would be perfect. At 64 due sequences it chooses 1 split.
+two waves of which the second is 9 % full. Counted in K tiles and waves (``choose_splits``), one
+program a head takes 132 tile times, 4 splits take 90, and 70 would be perfect. At 64 due sequences
+one program a head is within 4 % of perfect, and is what is chosen. No launch has been timed yet:
+``benchmarks/gpu/eviction.py`` times the splits beside one another.
 """
 
 import math
