@@ -92,6 +92,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         token_rows, positions = self._tokens(common)
         self._remap_slots(common, rows, first, token_rows, positions)
         num_cached = self.schedule.slots(seq_lens - 1, first) + 1
+        self.counters.num_cached = num_cached
         remapped = common.replace(
             seq_lens=num_cached.to(common.seq_lens.dtype),
             seq_lens_cpu_upper_bound=num_cached.to(common.seq_lens.dtype),

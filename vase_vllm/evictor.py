@@ -29,6 +29,8 @@ class EvictionCounters:
     """
 
     num_layers: int
+    # [sequences] tokens cached by each sequence of the latest step; summed only when asked for.
+    num_cached: torch.Tensor | None = None
     _layer_evictions: int = 0
     _layer_tokens: int = 0
 
@@ -38,10 +40,14 @@ class EvictionCounters:
         self._layer_tokens += num_layers * num_tokens
 
     def as_dict(self) -> dict[str, int]:
-        """Evictions of sequences, and the tokens that they dropped, per layer and KV head."""
+        """Evictions of sequences, and tokens per layer and KV head: dropped so far, and cached.
+
+        ``cached_tokens`` is that of the latest step, over all its sequences.
+        """
         return {
             "evictions": self._layer_evictions // self.num_layers,
             "evicted_tokens": self._layer_tokens // self.num_layers,
+            "cached_tokens": 0 if self.num_cached is None else int(self.num_cached.sum()),
         }
 
 

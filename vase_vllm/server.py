@@ -1,0 +1,95 @@
+"""A ``vllm serve`` child process: started, watched, measured and stopped."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.utils.network_utils import get_open_port
+
+
+class Server:
+    """A server on a free port of this machine; use as a context manager.
+
+    Args:
+        model: directory or name of the model.
+        arguments: further arguments of ``vllm serve``.
+    """
+
+    def __init__(self, model: Path | str, arguments: Sequence[str]) -> None:
+        self.url = f"http://127.0.0.1:{(port := get_open_port())}"
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+        self.command = [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
+
+    def __enter__(self) -> "Server":
+        # The endpoint that asks the workers for their counters is one of vLLM's developer mode.
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        """What the server has printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def wait_until(self, pattern: str, timeout: float = 180) -> re.Match[str]:
+        """Wait until the server prints something.
+
+        Raises:
+            RuntimeError: it stopped, or did not print it in time; with the end of its output.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if match := re.search(pattern, self.log()):
+                return match
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.2)
+        state = f"exit code {self._process.returncode}" if self._process.poll() else "too slow"
+        raise RuntimeError(f"vllm serve failed ({state}):\n{self.log()[-4000:]}")
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers requests."""
+        self.wait_until("Application startup complete")
+
+    def max_concurrency(self) -> tuple[str, float]:
+        """vLLM's own start-up line: the line and the number in it."""
+        match = self.wait_until(r"Maximum concurrency for .* tokens per request: ([\d.]+)x")
+        return match[0], float(match[1])
+
+    def post(self, path: str, body: dict[str, Any]) -> requests.Response:
+        """POST a JSON body."""
+        return requests.post(self.url + path, json=body, timeout=600)
+
+    def eviction_stats(self) -> dict[str, int]:
+        """The first worker's counters: evictions, evicted_tokens, cached_tokens."""
+        response = self.post("/collective_rpc", {"method": "get_kv_eviction_stats"})
+        response.raise_for_status()
+        return response.json()["results"][0]
+
+    def num_used_blocks(self) -> int:
+        """KV cache blocks in use, from vLLM's own metrics."""
+        text = requests.get(self.url + "/metrics", timeout=30).text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        usage = families["vllm:kv_cache_usage_perc"].samples[0].value
+        config = families["vllm:cache_config_info"].samples[0].labels
+        # vLLM counts usage without the null block.
+        return round(usage * (int(config["num_gpu_blocks"]) - 1))
