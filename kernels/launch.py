@@ -115,7 +115,7 @@ def scoring_tile(
     queries = min(largest, max(16, power_of_two(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
-        return ScoringTile(min(queries, 32), 32, 4, 2, 1)
+        return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1)
     while True:
         needed = (queries + 2 * KEY_TILE) * power_of_two(head_size) * element_size + 1024
         if needed <= limits.shared_memory or queries == 16:

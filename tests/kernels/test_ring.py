@@ -97,6 +97,15 @@ def test_prefill_stores_the_last_window_only():
     check(Batch([(100, 0, 30), (100, 17, 3), (100, 5, 8), (100, 40, 1)]))
 
 
+def test_order_of_programs_does_not_matter():
+    """No two tokens write one entry: with the newest token first, the ring is the same."""
+    batch = Batch([(100, 0, 30)])
+    expected = batch.expected()
+    batch.positions, batch.query = batch.positions.flip(0), batch.query.flip(0)
+    batch.store()
+    torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("head_size", [64, 96, 128, 192, 256], ids="D={}".format)
 def test_head_size(head_size):
     check(Batch([(100, 0, 10)], head_size=head_size, dtype=torch.bfloat16))
