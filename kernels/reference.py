@@ -36,11 +36,8 @@ def attention_scores(
     # Head by head in one buffer, which then stays in the processor's cache.
     logits = queries.new_empty(num_queries, keys.shape[-1])
     for head in range(num_kv_heads):
-        torch.mm(queries[head] * scale, keys[head], out=logits)
-        logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
-        # The mean of the rows' softmaxes is one product with the reciprocals of their sums.
-        weights = logits.sum(dim=-1).mul_(num_queries).reciprocal_()
-        torch.mv(logits.t(), weights, out=scores[head])
+        torch.mm(queries[head], keys[head], out=logits)
+        torch.mean(torch.softmax(logits.mul_(scale), dim=-1), dim=0, out=scores[head])
     # Pooling and means are linear: the mean over query heads may come before the pooling.
     if smoothing > 1:
         scores = avg_pool1d(scores, smoothing, stride=1, padding=smoothing // 2)

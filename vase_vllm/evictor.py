@@ -1,5 +1,7 @@
 """One sequence's eviction over the layers of one metadata builder, on the CPU backend's pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +65,24 @@ def kv_head_indices(vllm_config: VllmConfig, num_local_heads: int) -> torch.Tens
     return torch.arange(start, start + num_local_heads)
 
 
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let fp32 matrix products of bf16 numbers run on the processor's bf16 units.
+
+    A product of two bf16 numbers is exact in fp32, and oneDNN adds up in fp32: the result is that
+    of the fp32 units, in half the time.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class CPUEvictor:
     """Evictions in plain torch, straight on the CPU backend's pages."""
 
@@ -124,6 +144,22 @@ class CPUEvictor:
             self._evict_layer(kv_cache, blocks, num_cached, queries, noise)
         return num_cached - self.parameters.budget
 
+    def _read(
+        self, key_pages: torch.Tensor, value_pages: torch.Tensor, blocks: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and value ranges in slot order: [H, D, slots] and [H, slots], fp32.
+
+        Block by block: several times faster than gathering the packed pages first.
+        """
+        spec = self.spec
+        shape = (spec.num_kv_heads, spec.head_size, len(blocks), spec.block_size)
+        keys = torch.empty(shape)
+        ranges = torch.empty(spec.num_kv_heads, len(blocks), spec.block_size)
+        for index, block in enumerate(blocks):
+            keys[:, :, index] = self.page_layout.keys.unpack(key_pages[block]).transpose(-1, -2)
+            ranges[:, index] = value_range(self.page_layout.values.unpack(value_pages[block]))
+        return keys.flatten(2), ranges.flatten(1)
+
     def _evict_layer(
         self,
         kv_cache: torch.Tensor,
@@ -143,14 +179,12 @@ class CPUEvictor:
         parameters = self.parameters
         num_candidates = num_cached - parameters.window
         key_pages, value_pages = self.page_layout.split(kv_cache)
-        # [n, H, block_size, D] -> [H, D, slots] in fp32, as one copy.
-        keys = self.page_layout.keys.unpack(key_pages[blocks])
-        keys = keys.permute(1, 3, 0, 2).float().flatten(2)
-        scores = attention_scores(
-            queries.float(), keys[..., :num_candidates], self.scale, parameters.smoothing
-        )
-        values = self.page_layout.values.unpack(value_pages[blocks])
-        ranges = value_range(values).transpose(0, 1).flatten(1)[:, :num_candidates]
+        keys, ranges = self._read(key_pages, value_pages, blocks.tolist())
+        with _exact_products(kv_cache.dtype):
+            scores = attention_scores(
+                queries.float(), keys[..., :num_candidates], self.scale, parameters.smoothing
+            )
+        ranges = ranges[:, :num_candidates]
         keep = select_survivors(parameters, scores, ranges, noise)
         head, source, destination = plan_moves(parameters, keep)
         block_size = self.spec.block_size
