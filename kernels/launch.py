@@ -106,7 +106,8 @@ def scoring_tile(
 
     Hopper and its successors in the data centre multiply straight from shared memory; elsewhere
     the queries take registers, and half as many rows fit. Registers are bounded for the sake of a
-    second program wherever that needs no spills, which ``benchmarks/compile_check.py`` watches.
+    second program wherever that needs no spills, which ``benchmarks/compile_check.py`` watches: an
+    explicit bound also stops ptxas from spilling a few bytes for an occupancy of its own choice.
 
     Args:
         num_rows: query rows of a KV head, G * W.
@@ -121,7 +122,7 @@ def scoring_tile(
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
-            max_registers = 128 if paired and num_warps == 8 else None
+            max_registers = 255 if num_warps == 4 else 128 if paired else None
             return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
 

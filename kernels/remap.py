@@ -1,0 +1,115 @@
+"""Rewrite, for one step's batch, where new tokens are written and how much each sequence holds.
+
+A position lies in the slot of its own number until the sequence's first eviction, and then in slot
+``T + (p - first) mod W``. One small launch, one program a sequence, decided on the device: it reads
+only what the batch's persistent buffers hold and needs no number from the host.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import check_block_table, check_tensor
+from .launch import Launch
+from .paged import NUM_HEADER
+
+TOKEN_TILE = 128
+
+
+@triton.jit
+def remap_sequences(
+    query_start_loc,  # [R + 1] int32
+    seq_lens,  # [R] int32
+    block_table,  # [R, columns] int32
+    slot_mapping,  # [tokens] int64, changed
+    starts,  # [R] int32, written
+    num_cached,  # [R] int32, written
+    budget,
+    table_stride,
+    TOKEN_COLUMN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One sequence: its new tokens' slots, its first new position and its cached length."""
+    row = tl.program_id(0)
+    table_row = block_table + row.to(tl.int64) * table_stride
+    first = tl.load(table_row)
+    seq_len = tl.load(seq_lens + row)
+    query_start = tl.load(query_start_loc + row)
+    query_len = tl.load(query_start_loc + row + 1) - query_start
+    start = seq_len - query_len
+    tl.store(starts + row, start)
+    # A padding row has a length and a header of 0.
+    last = seq_len - 1
+    evicted = (first > 0) & (last >= first)
+    cached = tl.where(evicted, budget + (last - first) % WINDOW + 1, seq_len)
+    tl.store(num_cached + row, cached)
+    if first > 0:
+        for offset in range(0, query_len, TILE):
+            token = offset + tl.arange(0, TILE)
+            live = token < query_len
+            position = start + token
+            slot = tl.where(position >= first, budget + (position - first) % WINDOW, position)
+            column = TOKEN_COLUMN + slot // BLOCK_SIZE
+            block = tl.load(table_row + column, mask=live, other=0).to(tl.int64)
+            target = slot_mapping + query_start + token
+            tl.store(target, block * BLOCK_SIZE + slot % BLOCK_SIZE, mask=live)
+
+
+def remap_batch(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    starts: torch.Tensor,
+    num_cached: torch.Tensor,
+    *,
+    budget: int,
+    window: int,
+    block_size: int,
+    num_state_blocks: int,
+) -> None:
+    """Compute the slots and lengths of a batch, in place.
+
+    Args:
+        query_start_loc: [R + 1] int32, first token of each sequence.
+        seq_lens: [R] int32, tokens of each sequence after the step; 0 in padding rows.
+        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        slot_mapping: [tokens] int64; entries of padding tokens and of rows with ``first`` of 0 stay
+            as they are.
+        starts: [R] int32, receives the position that each sequence's step starts at.
+        num_cached: [R] int32, receives the tokens that each sequence has cached after the step.
+
+    Raises:
+        ValueError: names the argument whose shape, dtype or device is not supported.
+    """
+    num_rows, device = block_table.shape[0], block_table.device
+    check_block_table(block_table, device)
+    int32 = (torch.int32,)
+    check_tensor("query_start_loc", query_start_loc, (num_rows + 1,), int32, device)
+    check_tensor("seq_lens", seq_lens, (num_rows,), int32, device)
+    check_tensor("slot_mapping", slot_mapping, slot_mapping.shape[:1], (torch.int64,), device)
+    check_tensor("starts", starts, (num_rows,), int32, device)
+    check_tensor("num_cached", num_cached, (num_rows,), int32, device)
+    if num_rows == 0:
+        return
+    arguments = dict(
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        slot_mapping=slot_mapping,
+        starts=starts,
+        num_cached=num_cached,
+        budget=budget,
+        table_stride=block_table.stride(0),
+        TOKEN_COLUMN=NUM_HEADER + num_state_blocks,
+        WINDOW=window,
+        BLOCK_SIZE=block_size,
+        TILE=TOKEN_TILE,
+        num_warps=4,
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        Launch(remap_sequences, num_rows, arguments).run()
