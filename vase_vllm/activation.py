@@ -3,6 +3,7 @@
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
 from vase_vllm.config import ADDITIONAL_CONFIG_KEY, EvictionConfig
@@ -48,7 +49,11 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
 def activate(vllm_config: VllmConfig, config: EvictionConfig) -> None:
     """Refuse what is not supported, then choose the worker and the scheduler that evict."""
     check_engine(vllm_config, config)
-    vllm_config.parallel_config.worker_cls = "vase_vllm.worker.EvictionCPUWorker"
+    vllm_config.parallel_config.worker_cls = (
+        "vase_vllm.cpu_worker.EvictionCPUWorker"
+        if current_platform.is_cpu()
+        else "vase_vllm.worker.EvictionWorker"
+    )
     is_async = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = (
         "vase_vllm.scheduler.EvictionAsyncScheduler"

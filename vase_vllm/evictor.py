@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.utils.math_utils import cdiv
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
@@ -51,18 +49,6 @@ class EvictionCounters:
             "evicted_tokens": self._layer_tokens // self.num_layers,
             "cached_tokens": 0 if self.num_cached is None else int(self.num_cached.sum()),
         }
-
-
-def kv_head_indices(vllm_config: VllmConfig, num_local_heads: int) -> torch.Tensor:
-    """Indices in the whole model of this rank's KV heads: [num_local_heads] int64.
-
-    vLLM shards the heads over tensor-parallel ranks, or replicates them if there are fewer heads
-    than ranks. Draws keyed by these indices do not depend on the degree of parallelism.
-    """
-    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    num_heads = vllm_config.model_config.get_total_num_kv_heads()
-    start = rank * num_heads // world_size
-    return torch.arange(start, start + num_local_heads)
 
 
 @contextmanager

@@ -30,11 +30,8 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
 
-    if not current_platform.is_cpu():
-        yield (
-            f"platform {current_platform.device_type} is not supported; "
-            "remove --kv-eviction or run on a CPU"
-        )
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield f"platform {current_platform.device_name} is not supported; remove --kv-eviction"
     if model.runner_type != "generate":
         yield f"{model.runner_type} models do not decode; remove --kv-eviction"
     if model.use_mla:
@@ -97,23 +94,24 @@ def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> Non
 
 
 def check_layers(
-    layers: dict[str, Attention], block_size: int, config: EvictionConfig
+    layers: dict[str, Attention], block_size: int, config: EvictionConfig, backends: tuple[str, ...]
 ) -> None:
     """Refuse attention layers that eviction cannot serve exactly as asked.
 
     Args:
         layers: the full-attention layers of the loaded model, by name.
         block_size: token slots of a block.
+        backends: names of the attention backends that eviction works with.
 
     Raises:
         UnsupportedError: names the setting and what to change.
     """
-    if reason := next(_layer_reasons(layers, block_size, config), None):
+    if reason := next(_layer_reasons(layers, block_size, config, backends), None):
         raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
 
 
 def _layer_reasons(
-    layers: dict[str, Attention], block_size: int, config: EvictionConfig
+    layers: dict[str, Attention], block_size: int, config: EvictionConfig, backends: tuple[str, ...]
 ) -> Iterator[str]:
     if not layers:
         yield "the model has no full-attention layer to evict from; remove --kv-eviction"
@@ -126,6 +124,11 @@ def _layer_reasons(
             yield f"layer {name} caps its attention logits; remove --kv-eviction"
         if layer.head_size_v != layer.head_size:
             yield f"layer {name} has values of another size than its keys; remove --kv-eviction"
+        if (name := layer.attn_backend.get_name()) not in backends:
+            yield (
+                f"attention backend {name} is not supported; set --attention-backend to one of "
+                f"{', '.join(backends)}"
+            )
         group_size = layer.num_heads // layer.num_kv_heads
         if RingLayout(config.window, group_size, block_size).tokens_per_block == 0:
             yield (

@@ -1,36 +1,64 @@
-"""vLLM's workers, with eviction around their model's attention layers."""
+"""vLLM's worker, with eviction around its model's attention layers."""
 
 from typing import Any
 
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from vase_vllm.backend import wrap_layers
+from vase_vllm.backend import full_attention_layers, wrap_layers
+from vase_vllm.blocks import EvictionSpec
 from vase_vllm.config import EvictionConfig
+from vase_vllm.evictor import EvictionCounters
+from vase_vllm.first_evictions import FirstEvictions
+from vase_vllm.step import StepContext
 from vase_vllm.support import check_pool
 
 
-class _EvictionMixin(Worker):
+class EvictionWorkerMixin(Worker):
+    """What eviction adds to a worker of any platform."""
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then wrap the attention backends that it was given."""
         super().load_model(*args, **kwargs)
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None, "this worker is chosen only where eviction is on"
-        self._eviction_config = config
-        self._eviction_counters = wrap_layers(self.vllm_config, config)
+        self._eviction = StepContext(
+            config=config,
+            vllm_config=self.vllm_config,
+            device=self.device,
+            counters=EvictionCounters(num_layers=len(full_attention_layers(self.vllm_config))),
+            first_evictions=FirstEvictions(
+                self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
+            ),
+        )
+        wrap_layers(self._eviction)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; refuses a pool that cannot hold one sequence at its bound."""
         num_bytes = super().determine_available_memory()
         specs = self.get_kv_cache_spec().values()
         num_required = sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)
-        check_pool(self._eviction_config, num_bytes, num_required)
+        check_pool(self._eviction.config, num_bytes, num_required)
         return num_bytes
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache, and note which group's block-table rows have a header."""
+        super().initialize_from_config(kv_cache_config)
+        self._eviction_group = next(
+            index
+            for index, group in enumerate(kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, EvictionSpec)
+        )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step. The message that starts it says when its new sequences will evict."""
+        self._eviction.first_evictions.observe(scheduler_output, self._eviction_group)
+        return super().execute_model(scheduler_output)
 
     def get_kv_eviction_stats(self) -> dict[str, int]:
         """Evictions so far on this worker, for ``collective_rpc``."""
-        return self._eviction_counters.as_dict()
+        return self._eviction.counters.as_dict()
 
 
-class EvictionCPUWorker(_EvictionMixin, CPUWorker):
-    """Worker of the CPU platform."""
+class EvictionWorker(EvictionWorkerMixin):
+    """Worker of the CUDA platform."""

@@ -1,0 +1,83 @@
+"""Engines in a process of their own, under Triton's interpreter and vLLM's model runner V2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.engines import engine, eviction_stats, generate, greedy
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_interpreted(model: Path, *, triton_attention: bool, **case: Any) -> dict[str, Any]:
+    """Generate under runner V2: {"runner", "impl", "tokens", "stats"}.
+
+    Args:
+        triton_attention: put vLLM's Triton attention, with its GPU page layout, in the place of the
+            CPU backend; the evictions then run in Triton too.
+        case: arguments of :func:`run_case`.
+    """
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'runner_v2'}{os.pathsep}{ROOT}",
+    }
+    arguments = json.dumps([str(model), triton_attention, case])
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted", arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def run_case(
+    model: Path | str,
+    *,
+    eviction: dict[str, Any] | None,
+    prompts: list[list[int]],
+    num_tokens: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Generate greedily in this process, with whatever runner and backend it has."""
+    with engine(model, eviction, **options) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        layers = worker.vllm_config.compilation_config.static_forward_context
+        return {
+            "runner": type(worker.model_runner).__module__,
+            "impl": type(next(iter(layers.values())).impl).__name__,
+            "tokens": generate(llm, prompts, greedy(num_tokens)),
+            "stats": eviction_stats(llm) if eviction else None,
+        }
+
+
+def _use_triton_attention() -> None:
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # The CPU platform asks for its own backend whatever one wants, and vLLM's Triton cache write
+    # asks for the GPU's capability.
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN,
+        "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+    )
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+
+
+def main() -> None:
+    model, triton_attention, case = json.loads(sys.argv[1])
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if triton_attention:
+        _use_triton_attention()
+    print(json.dumps(run_case(model, **case)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""One step's evictions and remapping in Triton, in front of any backend with plain pages.
+
+Nothing here waits for the device. The host knows which sequences are due from the scheduler's
+messages and the step's lengths; the kernels decide again from the block table. All tensors that a
+CUDA graph may hold on to are persistent: our own two buffers and vLLM's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vase_vllm.blocks import BlockTableRow, EvictionSpec
+from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.remap import remap_batch
+from vase_vllm.kernels.ring import store_queries
+from vase_vllm.step import PreparedStep, StepContext
+
+
+@dataclass(frozen=True)
+class TritonRingWrite:
+    """The persistent tensors from which the ring launch finds where each query goes."""
+
+    positions: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    window: int
+    num_state_blocks: int
+
+    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
+        """Write one layer's queries; one launch, safe inside a CUDA graph."""
+        store_queries(
+            query[: len(self.positions)],
+            self.positions,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            kv_cache,
+            window=self.window,
+            num_state_blocks=self.num_state_blocks,
+        )
+
+
+class TritonPath:
+    """Evicts with the fused kernel; pages are ``[blocks, heads, block_size, K | V]``, any strides."""
+
+    def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
+        self.context = context
+        self.spec = spec
+        self.layers = layers
+        layer = next(iter(layers.values()))
+        self.group_size = layer.num_heads // layer.num_kv_heads
+        self.softmax_scale = layer.impl.scale
+        self.first_kv_head = int(context.kv_heads(spec.num_kv_heads)[0])
+        self.num_front = BlockTableRow.NUM_HEADER + spec.num_state_blocks
+        max_num_seqs = context.vllm_config.scheduler_config.max_num_seqs
+        device = context.device
+        self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
+        self._pointers: tuple[int, torch.Tensor] | None = None
+
+    def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
+        """See :class:`StepPath`."""
+        num_rows = common.num_reqs
+        rows = common.block_table_tensor[:num_rows]
+        query_start_loc = common.query_start_loc[: num_rows + 1]
+        seq_lens = common.seq_lens[:num_rows]
+        remap_batch(
+            query_start_loc,
+            seq_lens,
+            rows,
+            common.slot_mapping,
+            self._starts[:num_rows],
+            self._num_cached[:num_rows],
+            budget=self.spec.schedule.budget,
+            window=self.spec.schedule.window,
+            block_size=self.spec.block_size,
+            num_state_blocks=self.spec.num_state_blocks,
+        )
+        num_cached = self._evict(common, rows)
+        # A graph must be right for the longest sequence that any replay will see.
+        max_seq_len = common.max_seq_len if capturing else int(num_cached.max(initial=0))
+        return PreparedStep(
+            seq_lens=self._num_cached[:num_rows],
+            seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
+            max_seq_len=max_seq_len,
+            block_table=common.block_table_tensor[:, self.num_front :],
+            ring_write=TritonRingWrite(
+                positions=common.positions[: common.num_actual_tokens],
+                query_start_loc=query_start_loc,
+                seq_lens=seq_lens,
+                block_table=rows,
+                window=self.spec.schedule.window,
+                num_state_blocks=self.spec.num_state_blocks,
+            ),
+        )
+
+    def _evict(self, common: CommonAttentionMetadata, rows: torch.Tensor) -> np.ndarray:
+        """Launch the evictions that are due.
+
+        Returns:
+            [R] int64 on the host: tokens that each sequence has cached after the step.
+        """
+        schedule = self.spec.schedule
+        assert common.seq_lens_cpu_upper_bound is not None
+        # Exact without speculative decoding, under async scheduling too.
+        seq_lens = common.seq_lens_cpu_upper_bound[: len(rows)].numpy().astype(np.int64)
+        query_lens = np.diff(common.query_start_loc_cpu[: len(rows) + 1].numpy())
+        starts = seq_lens - query_lens
+        first = self.context.first_evictions.of_rows(common)
+        due = schedule.due(torch.from_numpy(starts), torch.from_numpy(first)).numpy()
+        due_rows = np.flatnonzero(due & (query_lens > 0))
+        if len(due_rows):
+            before = np.where(starts == first, first, schedule.bound)[due_rows]
+            self._launch(rows, due_rows, int(before.max()))
+            for num_tokens in before - schedule.budget:
+                self.context.counters.add(len(self.layers), int(num_tokens))
+        slots = schedule.slots(torch.from_numpy(seq_lens - 1), torch.from_numpy(first))
+        num_cached = slots.numpy() + 1
+        self.context.counters.num_cached = torch.from_numpy(num_cached)
+        return num_cached
+
+    def _launch(self, rows: torch.Tensor, due_rows: np.ndarray, max_num_cached: int) -> None:
+        kv_caches = [layer.kv_cache for layer in self.layers.values()]
+        due = torch.from_numpy(due_rows.astype(np.int32))
+        if rows.device.type == "cuda":
+            due = due.pin_memory().to(rows.device, non_blocking=True)
+        evict_paged(
+            self._kv_pointers(kv_caches),
+            kv_caches[0],
+            self._layer_indices,
+            rows,
+            due,
+            self._starts[: len(rows)],
+            self.context.config.parameters,
+            group_size=self.group_size,
+            softmax_scale=self.softmax_scale,
+            num_state_blocks=self.spec.num_state_blocks,
+            max_num_cached=max_num_cached,
+            first_kv_head=self.first_kv_head,
+        )
+
+    def _kv_pointers(self, kv_caches: list[torch.Tensor]) -> torch.Tensor:
+        """Base addresses of the layers' caches; they change only if vLLM allocates anew."""
+        first = kv_caches[0].data_ptr()
+        if self._pointers is None or self._pointers[0] != first:
+            pointers = [kv_cache.data_ptr() for kv_cache in kv_caches]
+            self._pointers = (
+                first,
+                torch.tensor(pointers, dtype=torch.int64, device=kv_caches[0].device),
+            )
+        return self._pointers[1]
