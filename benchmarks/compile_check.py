@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from vase_vllm.kernels.evict import eviction_launches
 from vase_vllm.kernels.launch import DeviceLimits, Launch
 from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
-from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.parameters import EvictionParameters, Sampling
 from vase_vllm.kernels.ring import ring_launch
 
 ARCHITECTURES = {
@@ -57,7 +57,7 @@ class Configuration:
     group_size: int
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
-    sampling: str = "gumbel"
+    sampling: Sampling = "gumbel"
 
     def __str__(self) -> str:
         return (

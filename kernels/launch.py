@@ -90,7 +90,11 @@ def device_limits(device: torch.device) -> DeviceLimits:
     if device.type != "cuda":
         return INTERPRETER_LIMITS
     properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return DeviceLimits(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.major,
+    )
 
 
 def power_of_two(n: int) -> int:

@@ -1,5 +1,7 @@
 """How an eviction is cut into programs; what the launcher refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from vase_vllm.kernels.launch import (
     HEAD_SIZES,
     DeviceLimits,
     choose_splits,
+    device_limits,
     plan_launch,
     scoring_tile,
 )
@@ -37,6 +40,14 @@ def test_few_heads_are_split_and_many_are_not():
     assert choose_splits(num_tasks=288, num_tiles=64, num_slots=264) == 4
     assert choose_splits(num_tasks=64 * 288, num_tiles=64, num_slots=264) == 1
     assert choose_splits(num_tasks=1, num_tiles=3, num_slots=264) == 3
+
+
+def test_limits_of_a_gpu(monkeypatch):
+    properties = SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=227 * 1024, major=9
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert device_limits.__wrapped__(torch.device("cuda:0")) == H200
 
 
 @pytest.mark.parametrize("num_candidates", [4096, 131072], ids="n={}".format)
