@@ -86,8 +86,9 @@ def fill(llm: LLM, prompt_lengths: list[int]) -> None:
         task = progress.add_task("reading prompts", total=sum(prompt_lengths))
         while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
             llm.llm_engine.step()
-            done = sum(min(r.num_computed_tokens, r.num_prompt_tokens)
-                       for r in scheduler.requests.values())
+            done = sum(
+                min(r.num_computed_tokens, r.num_prompt_tokens) for r in scheduler.requests.values()
+            )
             progress.update(task, completed=done)
 
 
@@ -148,7 +149,7 @@ def measure_evictions(evicting: LLM) -> dict[str, float]:
     CPUEvictor.evict = timed_evict
     try:
         steps = [
-            timed_step(evicting) for _ in track(range(PERIODS * WINDOW), "evictions", transient=True)
+            timed_step(evicting) for _ in track(range(PERIODS * WINDOW), "evicting", transient=True)
         ]
     finally:
         CPUEvictor.evict = original

@@ -142,7 +142,7 @@ def test_start_up_counts_the_bound(models):
 
 def test_a_pool_smaller_than_the_bound_is_refused(models):
     with (
-        pytest.raises(ValueError, match="--kv-eviction-config.budget"),
+        pytest.raises(ValueError, match=r"--kv-eviction-config\.budget"),
         engine(models.qwen3(), EVICTION, kv_cache_memory_bytes=(BOUND - 1) * BLOCK_BYTES),
     ):
         pass

@@ -50,14 +50,12 @@ class Paged:
         self.blocks = ids[self.ring.num_blocks :]
 
         self.key, self.value = torch.randn(2, num_cached, NUM_HEADS, head_size).to(dtype)
-        key_cache, value_cache = self.cache.view(
-            num_blocks, NUM_HEADS, 2 * BLOCK_SIZE, -1
-        ).chunk(2, dim=2)
+        key_cache, value_cache = self.cache.view(num_blocks, NUM_HEADS, 2 * BLOCK_SIZE, -1).chunk(
+            2, dim=2
+        )
         slots = torch.arange(num_cached)
         physical = self.blocks[slots // BLOCK_SIZE] * BLOCK_SIZE + slots % BLOCK_SIZE
-        ops.cpu_attn_reshape_and_cache(
-            self.key, self.value, key_cache, value_cache, physical, isa
-        )
+        ops.cpu_attn_reshape_and_cache(self.key, self.value, key_cache, value_cache, physical, isa)
         self.query = torch.randn(parameters.window, NUM_HEADS * group, head_size).to(dtype)
         positions = torch.arange(num_cached - parameters.window, num_cached)
         RingWrite.plan(

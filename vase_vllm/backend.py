@@ -47,7 +47,7 @@ PATHS: dict[str, PathFactory] = {
     "FLASHINFER": _triton_path,
     "TRITON_ATTN": _triton_path,
 }
-"""The attention backends that eviction works with, and how. Another one with plain pages is a line."""
+"""Attention backends that eviction works with, and how. One more with plain pages is one line."""
 
 
 class EvictionBuilderMixin(AttentionMetadataBuilder):
@@ -172,7 +172,7 @@ def _eviction_backend(
         {"context": context, "path_factory": PATHS[backend.get_name()]},
     )
 
-    class EvictionBackend(backend):  # type: ignore[misc, valid-type]
+    class EvictionBackend(backend):
         @staticmethod
         def get_builder_cls() -> type[AttentionMetadataBuilder]:
             return eviction_builder

@@ -1,4 +1,4 @@
-"""``make demo``: a real server answers a long chat under eviction, on the CPU, and shows its work."""
+"""``make demo``: a real server answers a long chat under eviction, and shows its work."""
 
 import sys
 import tempfile

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-
 from vllm.utils.math_utils import cdiv
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
@@ -61,7 +60,7 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
@@ -94,9 +93,7 @@ class CPUEvictor:
         self.scale = scale / parameters.temperature
         self.kv_heads = kv_heads
 
-    def evict(
-        self, kv_caches: dict[int, torch.Tensor], row: torch.Tensor, position: int
-    ) -> int:
+    def evict(self, kv_caches: dict[int, torch.Tensor], row: torch.Tensor, position: int) -> int:
         """Evict from one sequence that is due, in place.
 
         Args:

@@ -1,6 +1,6 @@
 """How the CPU backend packs keys and values inside a page, and how to read and move them.
 
-vLLM's CPU attention permutes each page for the instruction set at hand ("vec", "vec16", "amx", ...).
+vLLM's CPU attention permutes each page for the instruction set at hand ("vec", "amx", ...).
 Every such packing is separable: the offset of (token, dimension) in a page is a sum of one number
 of the token and one of the dimension. So one probe through vLLM's own cache write finds any of
 them, and nothing here depends on the instruction set.
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-
 from vllm import _custom_ops as ops
 
 

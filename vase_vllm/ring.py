@@ -8,7 +8,6 @@ of the head's G query heads lie in it one after another, ``tokens_per_block`` en
 from dataclasses import dataclass
 
 import torch
-
 from vllm.utils.math_utils import cdiv
 
 from vase_vllm.blocks import BlockTableRow

@@ -13,7 +13,6 @@ at once. Evictions run just before the step of the position that needs the room.
 from dataclasses import dataclass
 
 import torch
-
 from vllm.utils.math_utils import cdiv
 
 
@@ -51,15 +50,11 @@ class EvictionSchedule:
             first: broadcastable to it; 0 marks a padding row, which never evicts.
         """
         evicted = (first > 0) & (positions >= first)
-        return torch.where(
-            evicted, self.budget + (positions - first) % self.window, positions
-        )
+        return torch.where(evicted, self.budget + (positions - first) % self.window, positions)
 
     def due(self, positions: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Whether a sequence evicts just before the step that starts at each position (bool)."""
-        return (
-            (first > 0) & (positions >= first) & ((positions - first) % self.window == 0)
-        )
+        return (first > 0) & (positions >= first) & ((positions - first) % self.window == 0)
 
     def num_cached(self, position: int, first: int) -> int:
         """Tokens in the cache just before an eviction at ``position``."""

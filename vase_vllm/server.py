@@ -31,7 +31,7 @@ class Server:
     def __enter__(self) -> "Server":
         # The endpoint that asks the workers for their counters is one of vLLM's developer mode.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log")  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log")
         self._process = subprocess.Popen(
             self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )

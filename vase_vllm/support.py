@@ -35,11 +35,14 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator
     if model.runner_type != "generate":
         yield f"{model.runner_type} models do not decode; remove --kv-eviction"
     if model.use_mla:
-        yield "models with multi-head latent attention (MLA) are not supported; remove --kv-eviction"
+        yield "models with multi-head latent attention (MLA) are unsupported; remove --kv-eviction"
     if model.is_encoder_decoder:
         yield "encoder-decoder models are not supported; remove --kv-eviction"
     if model.is_attention_free or model.is_hybrid:
-        yield "models with state-space or linear-attention layers are not supported; remove --kv-eviction"
+        yield (
+            "models with state-space or linear-attention layers are not supported; "
+            "remove --kv-eviction"
+        )
     if model.is_diffusion:
         yield "diffusion models are not supported; remove --kv-eviction"
     if model.is_mm_prefix_lm or model.rswa_window is not None:
@@ -119,7 +122,7 @@ def _layer_reasons(
         if layer.kv_sharing_target_layer_name is not None:
             yield f"layer {name} shares another layer's KV cache; remove --kv-eviction"
         if getattr(layer.impl, "alibi_slopes", None) is not None:
-            yield f"layer {name} uses ALiBi, which needs every slot in its place; remove --kv-eviction"
+            yield f"layer {name} uses ALiBi, which goes by slots; remove --kv-eviction"
         if getattr(layer.impl, "logits_soft_cap", 0):
             yield f"layer {name} caps its attention logits; remove --kv-eviction"
         if layer.head_size_v != layer.head_size:

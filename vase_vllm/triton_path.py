@@ -45,7 +45,7 @@ class TritonRingWrite:
 
 
 class TritonPath:
-    """Evicts with the fused kernel; pages are ``[blocks, heads, block_size, K | V]``, any strides."""
+    """Evicts with the fused kernel, on pages ``[blocks, heads, block_size, K | V]``."""
 
     def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
         self.context = context
@@ -67,6 +67,10 @@ class TritonPath:
         """See :class:`StepPath`."""
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
+        if self._pointers is None and num_rows:
+            # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
+            # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
+            self._launch(rows, np.zeros(1, dtype=np.int64), self.spec.schedule.bound)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
         remap_batch(

@@ -1,7 +1,7 @@
 """Every place where the plugin reaches into vLLM. There is no other.
 
-vLLM has extension points for what the eviction needs in its engine and workers: a scheduler class, a
-worker class, KV cache specs with managers of their own, backends. It has none for these:
+vLLM has extension points for what the eviction needs in its engine and workers: a scheduler class,
+a worker class, KV cache specs with managers of their own, backends. It has none for these:
 
 =================================== ============================= ===============================
 patched                             why                           can go when vLLM has
@@ -45,9 +45,7 @@ def apply() -> None:
     EngineArgs.add_cli_args = staticmethod(_add_cli_args(EngineArgs.add_cli_args))
     EngineArgs.from_cli_args = classmethod(_from_cli_args(EngineArgs.from_cli_args.__func__))
     EngineArgs.create_engine_config = _create_engine_config(EngineArgs.create_engine_config)
-    InputProcessor._validate_prompt_len = _validate_prompt_len(
-        InputProcessor._validate_prompt_len
-    )
+    InputProcessor._validate_prompt_len = _validate_prompt_len(InputProcessor._validate_prompt_len)
 
 
 def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[..., Any]:
