@@ -112,7 +112,7 @@ def test_tokenizer_has_one_token_a_word() -> None:
 
 
 def test_model_solves_held_out_problems() -> None:
-    """The last token that greedy decoding would get wrong shows up in one forward pass."""
+    """Every token the likeliest after the right ones before it: so greedy decoding is right too."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
     problems = tasks.read_jsonl(TESTBED / "held_out.jsonl")[:32]
