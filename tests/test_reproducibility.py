@@ -108,3 +108,27 @@ def test_every_running_request_is_preempted_at_once(models, prompts, alone):
         # They evicted again on the way.
         assert eviction_stats(llm)["evictions"] > evictions + 6
     assert [results[str(index)] for index in range(6)] == alone[:6]
+
+
+@pytest.mark.parametrize("chunk", [17, 33, 2048])
+def test_eviction_in_the_middle_of_a_chunked_prefill(models, prompts, alone, chunk):
+    """However the prompt is cut, even to single tokens at window boundaries, it is read densely."""
+    index = 31
+    with engine(models.qwen3(), EVICTION, max_num_batched_tokens=chunk) as llm:
+        # A companion that decodes takes one token of every step, and shifts the cuts.
+        add_request(llm, "companion", prompts[0], greedy(NUM_TOKENS))
+        llm.llm_engine.step()
+        add_request(llm, "long", prompts[index], greedy(NUM_TOKENS))
+        prompt_length = len(prompts[index])
+        num_computed = 0
+        while num_computed < prompt_length:
+            before = eviction_stats(llm)["evictions"]
+            llm.llm_engine.step()
+            live = {key.split("-")[0]: value for key, value in scheduler(llm).requests.items()}
+            num_computed = live["long"].num_computed_tokens
+            # Whatever evicts while the long prompt is read is the companion.
+            evicted = eviction_stats(llm)["evictions"] - before
+            first = 112
+            companion = live["companion"].num_computed_tokens - 1 if "companion" in live else 0
+            assert evicted == (companion >= first and (companion - first) % 16 == 0)
+        assert drain(llm)["long"] == alone[index]
