@@ -29,6 +29,7 @@ from vase_vllm.kernels.evict import eviction_launches
 from vase_vllm.kernels.launch import DeviceLimits, Launch
 from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
 from vase_vllm.kernels.parameters import EvictionParameters, Sampling
+from vase_vllm.kernels.remap import remap_launch
 from vase_vllm.kernels.ring import ring_launch
 
 ARCHITECTURES = {
@@ -122,6 +123,18 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         block_table,
         kv_cache,
         window=window,
+    )
+    yield remap_launch(
+        empty(129),
+        empty(128),
+        block_table,
+        empty(128, dtype=torch.int64),
+        empty(128),
+        empty(128),
+        budget=parameters.budget,
+        window=window,
+        block_size=kv_cache.shape[2],
+        num_state_blocks=num_state_blocks,
     )
 
 

@@ -96,6 +96,36 @@ def remap_batch(
     check_tensor("num_cached", num_cached, (num_rows,), int32, device)
     if num_rows == 0:
         return
+    launch = remap_launch(
+        query_start_loc,
+        seq_lens,
+        block_table,
+        slot_mapping,
+        starts,
+        num_cached,
+        budget=budget,
+        window=window,
+        block_size=block_size,
+        num_state_blocks=num_state_blocks,
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.run()
+
+
+def remap_launch(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    starts: torch.Tensor,
+    num_cached: torch.Tensor,
+    *,
+    budget: int,
+    window: int,
+    block_size: int,
+    num_state_blocks: int,
+) -> Launch:
+    """The launch of :func:`remap_batch`, whose arguments these are."""
     arguments = dict(
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
@@ -111,5 +141,4 @@ def remap_batch(
         TILE=TOKEN_TILE,
         num_warps=4,
     )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        Launch(remap_sequences, num_rows, arguments).run()
+    return Launch(remap_sequences, block_table.shape[0], arguments)
