@@ -17,8 +17,8 @@ VARIABLE = "TRITON_INTERPRET"
 if "triton" not in sys.modules and VARIABLE not in os.environ:
     os.environ[VARIABLE] = "1"
     try:
-        for module in ("vase_vllm.kernels.evict", "vase_vllm.kernels.ring"):
-            importlib.import_module(module)
+        for name in ("evict", "remap", "ring"):
+            importlib.import_module(f"vase_vllm.kernels.{name}")
         importlib.import_module("tests.kernels.selection_kernels")
     finally:
         del os.environ[VARIABLE]
@@ -28,7 +28,8 @@ from vase_vllm.kernels.checks import interpreted  # noqa: E402
 if interpreted():
     collect_ignore = ["test_fresh_process.py"]
 else:
-    collect_ignore_glob = ["test_evict*.py", "test_ring.py", "test_selection.py"]
+    collect_ignore_glob = ["test_evict*.py", "test_remap.py", "test_ring.py", "test_selection.py"]
+    collect_ignore_glob += ["test_traps.py"]
 
 
 def pytest_itemcollected(item):
