@@ -84,9 +84,26 @@ def add_request(llm: LLM, request_id: str, prompt: list[int], params: SamplingPa
 
 def drain(llm: LLM) -> dict[str, list[int]]:
     """Run the engine until it is idle: request id to token ids."""
-    finished = {}
-    while llm.llm_engine.has_unfinished_requests():
+    return drain_counting_preemptions(llm)[0]
+
+
+def drain_counting_preemptions(
+    llm: LLM, max_steps: int = 20_000
+) -> tuple[dict[str, list[int]], dict[str, int]]:
+    """Run the engine until it is idle, or too long.
+
+    Returns:
+        Request id to token ids, and to how often the request was preempted.
+    """
+    finished: dict[str, list[int]] = {}
+    preemptions: dict[str, int] = {}
+    for _ in range(max_steps):
+        if not llm.llm_engine.has_unfinished_requests():
+            break
+        for request in scheduler(llm).requests.values():
+            # vLLM adds a suffix to the id that a request was queued with.
+            preemptions[request.request_id.split("-")[0]] = request.num_preemptions
         for output in llm.llm_engine.step():
             if output.finished:
                 finished[output.request_id] = list(output.outputs[0].token_ids)
-    return finished
+    return finished, preemptions

@@ -8,14 +8,13 @@ from vllm.platforms.cpu import CpuPlatform
 
 from tests.engines import (
     add_request,
-    drain,
+    drain_counting_preemptions,
     engine,
     eviction_stats,
     generate,
     greedy,
     num_used_blocks,
     random_prompt,
-    scheduler,
 )
 from vase_vllm.scheduler import EvictionAsyncScheduler
 
@@ -63,18 +62,10 @@ def test_stale_counts_under_async_scheduling(models, expected):
 def test_blocks_are_freed_only_when_no_step_in_flight_reads_them(models, expected):
     """In a small pool, surplus blocks are handed on at once: too early would corrupt the others."""
     num_blocks = 26
-    with engine(
-        models.qwen3(), EVICTION, kv_cache_memory_bytes=num_blocks * BLOCK_BYTES
-    ) as llm:
+    with engine(models.qwen3(), EVICTION, kv_cache_memory_bytes=num_blocks * BLOCK_BYTES) as llm:
         for index, prompt in enumerate(PROMPTS):
             add_request(llm, str(index), prompt, greedy(NUM_TOKENS))
-        requests, num_preemptions, results = scheduler(llm).requests, 0, {}
-        while llm.llm_engine.has_unfinished_requests():
-            num_preemptions = max([num_preemptions, *(r.num_preemptions for r in requests.values())])
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    results[output.request_id] = list(output.outputs[0].token_ids)
-        assert num_preemptions > 0
-        drain(llm)
+        results, preemptions = drain_counting_preemptions(llm)
+        assert any(preemptions.values())
         assert num_used_blocks(llm) == 0
     assert [results[str(index)] for index in range(len(PROMPTS))] == expected[0]

@@ -5,6 +5,7 @@ import pytest
 from tests.engines import (
     add_request,
     drain,
+    drain_counting_preemptions,
     engine,
     eviction_stats,
     generate,
@@ -73,21 +74,14 @@ def test_preempted_after_evictions_and_resumed(models, prompts, alone):
         max_num_batched_tokens=64,
     ) as llm:
         add_request(llm, "victim", prompts[5], greedy(NUM_TOKENS), priority=9)
-        request = scheduler(llm).requests
         for _ in range(120):
             llm.llm_engine.step()
         before = eviction_stats(llm)["evictions"]
         assert before >= 4
         for index in range(6, 12):
             add_request(llm, str(index), prompts[index], greedy(NUM_TOKENS), priority=0)
-        num_preemptions, results = 0, {}
-        while llm.llm_engine.has_unfinished_requests():
-            if victim := next((r for i, r in request.items() if i.startswith("victim")), None):
-                num_preemptions = victim.num_preemptions
-            for output in llm.llm_engine.step():
-                if output.finished:
-                    results[output.request_id] = list(output.outputs[0].token_ids)
-        assert num_preemptions > 0
+        results, preemptions = drain_counting_preemptions(llm)
+        assert preemptions["victim"] > 0
         assert num_used_blocks(llm) == 0
     assert results.pop("victim") == alone[5]
     assert all(tokens == alone[int(index)] for index, tokens in results.items())
