@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 PIECE_SIZE = 15
@@ -45,13 +46,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def split(wheel: Path, directory: Path, piece_size: int) -> dict[str, object]:
+def split(wheel: Path, directory: Path, piece_size: int) -> dict[str, Any]:
     """Write a wheel's pieces; returns its entry of the manifest.
 
     Args:
         piece_size: most bytes of a piece.
     """
-    pieces = []
+    pieces: list[dict[str, str]] = []
     with wheel.open("rb") as file:
         while part := file.read(piece_size):
             piece = directory / f"{wheel.name}.{len(pieces):04d}"
@@ -60,7 +61,7 @@ def split(wheel: Path, directory: Path, piece_size: int) -> dict[str, object]:
     return {"name": wheel.name, "sha256": sha256(wheel), "pieces": pieces}
 
 
-def join(entry: dict, source: Path, target: Path) -> Path:
+def join(entry: dict[str, Any], source: Path, target: Path) -> Path:
     """Put a wheel's pieces together again and compare every checksum.
 
     Raises:
@@ -119,7 +120,7 @@ def pack(options: argparse.Namespace) -> None:
             raise SystemExit("there is nothing to pack")
         entries = [split(wheel, directory, options.piece_size * MIB) for wheel in wheels]
     (directory / MANIFEST).write_text(json.dumps({"wheels": entries}, indent=1) + "\n")
-    num_pieces = sum(len(entry["pieces"]) for entry in entries)  # type: ignore[arg-type]
+    num_pieces = sum(len(entry["pieces"]) for entry in entries)
     print(f"{len(entries)} wheels in {num_pieces} pieces of at most {options.piece_size} MiB")
 
 

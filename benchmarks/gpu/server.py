@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import requests  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.math_utils import cdiv  # noqa: E402
 
@@ -122,13 +123,13 @@ def metrics(server: Server) -> dict[str, Any]:
 
 
 @contextmanager
-def watched_blocks(server: Server) -> Iterator[list[int]]:
+def watched_blocks(server: Server, interval: float) -> Iterator[list[int]]:
     """Sample the number of used blocks while the body runs; the last entry is after it."""
     samples: list[int] = []
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.5):
+        while not done.wait(interval):
             samples.append(server.num_used_blocks())
 
     watcher = threading.Thread(target=watch)
@@ -139,9 +140,9 @@ def watched_blocks(server: Server) -> Iterator[list[int]]:
         done.set()
         watcher.join()
     deadline = time.monotonic() + 10
-    while (used := server.num_used_blocks()) and time.monotonic() < deadline:
+    while (left := server.num_used_blocks()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    samples.append(used)
+    samples.append(left)
 
 
 def run_load(
@@ -149,7 +150,8 @@ def run_load(
 ) -> dict[str, Any]:
     """One run of ``vllm bench serve``: its own result, and what the server did meanwhile."""
     before = metrics(server)["vllm:num_preemptions"].value
-    with tempfile.TemporaryDirectory() as directory, watched_blocks(server) as used_blocks:
+    interval = 0.05 if options.smoke else 1.0
+    with tempfile.TemporaryDirectory() as directory, watched_blocks(server, interval) as used:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
         command += [*load_arguments(options, model, concurrency), "--base-url", server.url]
         command += ["--save-result", "--result-dir", directory, "--result-filename", "load.json"]
@@ -160,8 +162,8 @@ def run_load(
     return {
         "concurrency": concurrency,
         "load": load,
-        "peak_blocks": max(used_blocks),
-        "blocks_left": used_blocks[-1],
+        "peak_blocks": max(used),
+        "blocks_left": used[-1],
         "preemptions": metrics(server)["vllm:num_preemptions"].value - before,
     }
 
@@ -185,6 +187,8 @@ def check_run(
         raise CheckFailedError(f"{load['completed']} of {num_requests} requests completed")
     if load["total_output_tokens"] != num_requests * options.output_len:
         raise CheckFailedError(f"{load['total_output_tokens']} output tokens: answers are cut off")
+    if not run["peak_blocks"]:
+        raise CheckFailedError("no block was seen in use: raise --output-len")
     if run["blocks_left"]:
         raise CheckFailedError(f"{run['blocks_left']} blocks are in use after all requests")
     if schedule is None:
@@ -204,6 +208,24 @@ def check_run(
         )
 
 
+def settings_in_effect(server: Server, smoke: bool) -> dict[str, str]:
+    """What vLLM made of its defaults.
+
+    Raises:
+        CheckFailedError: CUDA graphs or async scheduling are off.
+    """
+    url = server.url + "/server_info?config_format=json"
+    config = requests.get(url, timeout=60).json()["vllm_config"]
+    eager = config["model_config"]["enforce_eager"]
+    is_async = config["scheduler_config"]["async_scheduling"]
+    graphs = config["compilation_config"]["cudagraph_mode"]
+    # JSON has the value of the enum's member: a number, or a list of two.
+    mode = CUDAGraphMode(tuple(graphs) if isinstance(graphs, list) else graphs)
+    if not smoke and (eager or mode == CUDAGraphMode.NONE or not is_async):
+        raise CheckFailedError(f"graphs are {mode.name}, async_scheduling is {is_async}")
+    return {"CUDA graph mode": mode.name, "async scheduling": "on" if is_async else "off"}
+
+
 def run_policy(
     options: argparse.Namespace, model: Path, config: dict[str, Any], budget: int | None
 ) -> dict[str, Any]:
@@ -213,6 +235,7 @@ def run_policy(
     with Server(model, serve_arguments(options, budget)) as server:
         server.wait_until("Application startup complete", timeout=1800)
         cache = metrics(server)["vllm:cache_config_info"].labels
+        in_effect = settings_in_effect(server, options.smoke)
         block_size = int(cache["block_size"])
         ring = RingLayout(options.window, group_size, block_size)
         runs = []
@@ -232,9 +255,8 @@ def run_policy(
         "num_blocks": int(cache["num_gpu_blocks"]),
         "block_size": block_size,
         "max_concurrency": server_report.find(log, r"Maximum concurrency for .*: ([\d.]+x)"),
-        "backend": server_report.find(log, r"Using (\w+) attention backend"),
-        "eager": server_report.find(log, r"enforce_eager=(\w+)"),
-        "async_scheduling": server_report.find(log, r"Asynchronous scheduling is (\w+)"),
+        "attention backend": server_report.find(log, r"Using (\w+) attention backend"),
+        **in_effect,
         "runs": runs[1:],
     }
 
@@ -258,7 +280,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.smoke:
         options.budgets, options.window, options.rounds = [64], 16, 1
-        options.concurrency, options.input_len, options.output_len = [2, 4], 24, 120
+        options.concurrency, options.input_len, options.output_len = [2, 4], 24, 600
     elif not current_platform.is_cuda():
         parser.error("no GPU: --smoke runs all of this on a CPU, without numbers")
     options.max_model_len = int(options.input_len * (2 - SMALLEST_INPUT)) + options.output_len + 64

@@ -12,6 +12,7 @@ COLUMNS = {
     "ms between tokens, p99": "p99_itl_ms",
     "ms to first token, median": "median_ttft_ms",
 }
+IN_EFFECT = ("attention backend", "CUDA graph mode", "async scheduling")
 
 
 def find(log: str, pattern: str) -> str | None:
@@ -52,8 +53,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"- versions: {versions}, Python {report['python']}",
         f"- command: `{report['command']}`",
         f"- model: {report['model']}",
-        f"- attention backend {first['backend']}, enforce_eager {first['eager']}, asynchronous "
-        f"scheduling {first['async_scheduling']}",
+        *(f"- {key}: {first[key]}" for key in IN_EFFECT),
         f"- prompts of {settings['input_len']} tokens give or take half, answers of "
         f"{settings['output_len']}; window {settings['window']}; medians of {settings['rounds']} "
         "rounds, in brackets the range",
@@ -99,9 +99,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for axis, column in zip(axes, list(COLUMNS)[:2], strict=True):
             axis.plot(concurrency, [row[column] for row in own], "o-", label=policy)
             axis.set(xlabel="concurrent requests", ylabel=column)
-            axis.set_ylim(bottom=0)
-            if report["smoke"]:
-                axis.set_yticks([])
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        if report["smoke"]:
+            axis.set_yticks([])
     axes[0].legend(frameon=False)
     versions = report["versions"]
     answers = report["settings"]["output_len"]
