@@ -45,10 +45,17 @@ def run_case(
     prompts: list[list[int]],
     num_tokens: int,
     options: dict[str, Any],
+    warm_up: bool = False,
 ) -> dict[str, Any]:
-    """Generate greedily in this process, with whatever runner and backend it has."""
+    """Generate greedily in this process, with whatever runner and backend it has.
+
+    Args:
+        warm_up: first run vLLM's warm-up of the kernels, which the CPU worker leaves out.
+    """
     with engine(model, eviction, **options) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        if warm_up:
+            _warm_up(worker)
         layers = worker.vllm_config.compilation_config.static_forward_context
         return {
             "runner": type(worker.model_runner).__module__,
@@ -56,6 +63,26 @@ def run_case(
             "tokens": generate(llm, prompts, greedy(num_tokens)),
             "stats": eviction_stats(llm) if eviction else None,
         }
+
+
+def _warm_up(worker: Any) -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
+    # What the GPU worker's method does for runner V2, inside of what our worker adds to it; of it,
+    # the part with greedy sampling, for the interpreter cannot run vLLM's other sampling kernels.
+    original = CPUWorker.compile_or_warm_up_model
+    CPUWorker.compile_or_warm_up_model = lambda self: run_mixed_prefill_decode_warmup(
+        self.model_runner, self.execute_model, self.sample_tokens, num_tokens=35
+    )
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    null_blocks = [layer.kv_cache[0] for layer in layers]
+    assert not any(block.any() for block in null_blocks)
+    try:
+        assert worker.compile_or_warm_up_model(), "vLLM skipped its warm-up"
+        assert not any(block.any() for block in null_blocks), "the null block was written"
+    finally:
+        CPUWorker.compile_or_warm_up_model = original
 
 
 def _use_triton_attention() -> None:

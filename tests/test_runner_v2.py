@@ -44,7 +44,7 @@ def test_the_triton_kernels_in_the_real_engine(models, sampling):
         "num_tokens": 40,
         "options": {"max_num_batched_tokens": 40},
     }
-    result = run_interpreted(models.qwen3(), triton_attention=True, **case)
+    result = run_interpreted(models.qwen3(), triton_attention=True, warm_up=True, **case)
     assert result["impl"] == "EvictionTritonAttentionImpl"
     expected = run_case(models.qwen3(), **case)
     assert expected["impl"] == "EvictionCPUAttentionBackendImpl"

@@ -64,6 +64,11 @@ class EvictionSpec(FullAttentionSpec):
     num_state_blocks: int
 
     @property
+    def num_front(self) -> int:
+        """Entries of a row in front of the token blocks."""
+        return BlockTableRow.NUM_HEADER + self.num_state_blocks
+
+    @property
     def prefix_cacheable(self) -> bool:
         """Evictions write into blocks in place, so that none may be shared."""
         return False
@@ -76,7 +81,7 @@ class EvictionSpec(FullAttentionSpec):
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Width of a block-table row; the worker indexes it by position before we remap."""
         num_token_blocks = super().max_num_blocks_per_req(vllm_config, max_len)
-        return BlockTableRow.NUM_HEADER + self.num_state_blocks + num_token_blocks
+        return self.num_front + num_token_blocks
 
     @classmethod
     def merge(cls, specs: list["EvictionSpec"]) -> "EvictionSpec":
@@ -93,11 +98,6 @@ class EvictionManager(FullAttentionManager):
 
     # The scheduler's live table of requests (request id -> request): bound by EvictionScheduler.
     requests: Mapping[str, Request]
-
-    @property
-    def _num_front(self) -> int:
-        """Entries of a row in front of the token blocks."""
-        return BlockTableRow.NUM_HEADER + self.kv_cache_spec.num_state_blocks
 
     def first_eviction(self, request_id: str) -> int:
         """Position of the first eviction: what the row says, else what the prompt will make it."""
@@ -161,7 +161,7 @@ class EvictionManager(FullAttentionManager):
         row = self.req_to_blocks.get(request_id)
         if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
             return
-        num_kept = self._num_front + cdiv(self.kv_cache_spec.schedule.bound, self.block_size)
+        num_kept = self.kv_cache_spec.num_front + cdiv(self.kv_cache_spec.schedule.bound, self.block_size)
         if len(row) > num_kept:
             surplus = row[num_kept:]
             del row[num_kept:]

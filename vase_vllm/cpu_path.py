@@ -19,7 +19,6 @@ class CPUPath:
         self.spec = spec
         self.layers = layers
         self.counters: EvictionCounters = context.counters
-        self.num_front = BlockTableRow.NUM_HEADER + spec.num_state_blocks
         self.ring = RingLayout(
             context.config.window, layer.num_heads // layer.num_kv_heads, spec.block_size
         )
@@ -56,7 +55,7 @@ class CPUPath:
             seq_lens=num_cached,
             seq_lens_cpu=num_cached,
             max_seq_len=int(num_cached.max()),
-            block_table=common.block_table_tensor[:, self.num_front :],
+            block_table=common.block_table_tensor[:, self.spec.num_front :],
             ring_write=RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens),
         )
 
@@ -88,6 +87,6 @@ class CPUPath:
         token_first = first[token_rows]
         real = token_first > 0
         slots = self.spec.schedule.slots(positions, token_first) * real
-        blocks = rows[token_rows, self.num_front + slots // block_size]
+        blocks = rows[token_rows, self.spec.num_front + slots // block_size]
         mapping = slot_mapping[: len(positions)]
         mapping.copy_(torch.where(real, blocks * block_size + slots % block_size, mapping))

@@ -107,7 +107,7 @@ class CPUEvictor:
         first, key = row[: BlockTableRow.NUM_HEADER].tolist()
         num_cached = self.spec.schedule.num_cached(position, first)
         eviction_index = (position - first) // self.parameters.window
-        front = BlockTableRow.NUM_HEADER + self.spec.num_state_blocks
+        front = self.spec.num_front
         # Layers with fewer query heads than the largest use fewer of the state blocks.
         state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
         state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()

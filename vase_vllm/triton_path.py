@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vase_vllm.blocks import BlockTableRow, EvictionSpec
+from vase_vllm.blocks import EvictionSpec
 from vase_vllm.kernels.evict import evict_paged
 from vase_vllm.kernels.remap import remap_batch
 from vase_vllm.kernels.ring import store_queries
@@ -55,7 +55,6 @@ class TritonPath:
         self.group_size = layer.num_heads // layer.num_kv_heads
         self.softmax_scale = layer.impl.scale
         self.first_kv_head = int(context.kv_heads(spec.num_kv_heads)[0])
-        self.num_front = BlockTableRow.NUM_HEADER + spec.num_state_blocks
         max_num_seqs = context.vllm_config.scheduler_config.max_num_seqs
         device = context.device
         self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
@@ -92,7 +91,7 @@ class TritonPath:
             seq_lens=self._num_cached[:num_rows],
             seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
             max_seq_len=max_seq_len,
-            block_table=common.block_table_tensor[:, self.num_front :],
+            block_table=common.block_table_tensor[:, self.spec.num_front :],
             ring_write=TritonRingWrite(
                 positions=common.positions[: common.num_actual_tokens],
                 query_start_loc=query_start_loc,

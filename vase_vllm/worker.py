@@ -17,6 +17,8 @@ from vase_vllm.support import check_pool
 class EvictionWorkerMixin(Worker):
     """What eviction adds to a worker of any platform."""
 
+    _warming_up = False
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then wrap the attention backends that it was given."""
         super().load_model(*args, **kwargs)
@@ -44,16 +46,40 @@ class EvictionWorkerMixin(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache, and note which group's block-table rows have a header."""
         super().initialize_from_config(kv_cache_config)
-        self._eviction_group = next(
-            index
+        self._eviction_groups = {
+            index: group.kv_cache_spec
             for index, group in enumerate(kv_cache_config.kv_cache_groups)
             if isinstance(group.kv_cache_spec, EvictionSpec)
-        )
+        }
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up; the requests that vLLM makes up for it know nothing of our rows' header."""
+        self._warming_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warming_up = False
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step. The message that starts it says when its new sequences will evict."""
-        self._eviction.first_evictions.observe(scheduler_output, self._eviction_group)
+        if self._warming_up:
+            for request in scheduler_output.scheduled_new_reqs:
+                request.block_ids = tuple(
+                    self._complete_row(request, index, row)
+                    for index, row in enumerate(request.block_ids)
+                )
+        # All groups' rows say the same.
+        self._eviction.first_evictions.observe(scheduler_output, min(self._eviction_groups))
         return super().execute_model(scheduler_output)
+
+    def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
+        """A made-up request's block-table row, with the front that ours have."""
+        spec = self._eviction_groups.get(group)
+        if spec is None:
+            return row
+        first = spec.schedule.first_eviction(len(request.prompt_token_ids))
+        # No state blocks have been set aside for it: any block of its own does for a warm-up.
+        return [first, 0, *[row[0]] * spec.num_state_blocks, *row]
 
     def get_kv_eviction_stats(self) -> dict[str, int]:
         """Evictions so far on this worker, for ``collective_rpc``."""
