@@ -14,15 +14,14 @@ pytestmark = pytest.mark.slow
 
 
 async def generate(engine, request_id, prompt, num_tokens):
-    params = SamplingParams(
-        temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False
-    )
-    output = None
-    async for output in engine.generate(
-        TokensPrompt(prompt_token_ids=prompt), params, request_id
-    ):
-        pass
-    return output.outputs[0].token_ids
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    outputs = [
+        output
+        async for output in engine.generate(
+            TokensPrompt(prompt_token_ids=prompt), params, request_id
+        )
+    ]
+    return outputs[-1].outputs[0].token_ids
 
 
 async def run(model):

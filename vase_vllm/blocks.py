@@ -161,7 +161,8 @@ class EvictionManager(FullAttentionManager):
         row = self.req_to_blocks.get(request_id)
         if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
             return
-        num_kept = self.kv_cache_spec.num_front + cdiv(self.kv_cache_spec.schedule.bound, self.block_size)
+        spec = self.kv_cache_spec
+        num_kept = spec.num_front + cdiv(spec.schedule.bound, self.block_size)
         if len(row) > num_kept:
             surplus = row[num_kept:]
             del row[num_kept:]
