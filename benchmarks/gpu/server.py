@@ -20,6 +20,7 @@ import json
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -289,6 +290,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_options()
+    # Stopped from outside, it takes its server along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     policies: list[int | None] = [None, *options.budgets]
     servers: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
