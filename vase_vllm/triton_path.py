@@ -69,7 +69,9 @@ class TritonPath:
         if self._pointers is None and num_rows:
             # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
             # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
-            self._launch(rows, np.zeros(1, dtype=np.int64), self.spec.schedule.bound)
+            num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
+            num_cached = min(self.spec.schedule.bound, num_slots)
+            self._launch(rows, np.zeros(1, dtype=np.int64), num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
         remap_batch(
