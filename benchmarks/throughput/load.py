@@ -1,0 +1,131 @@
+"""One run of ``vllm bench serve`` against a server."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+from vllm.benchmarks.datasets.datasets import get_sampling_params
+
+from benchmarks.throughput.suites import Workload
+from vase_vllm.server import Server
+
+SEED = 0
+BINS = 16
+
+
+class RunFailedError(Exception):
+    """The load did not come to its end."""
+
+
+def requested_lengths(workload: Workload, model: Path) -> list[int]:
+    """Tokens that each request asks for: ``vllm bench serve`` draws them from the same seed."""
+    lengths = {"input": 0.0, "output": workload.spread}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sampled = get_sampling_params(
+        np.random.default_rng(SEED),
+        workload.num_requests,
+        lengths,
+        workload.input_len,
+        workload.output_len,
+        tokenizer,
+    )
+    return [int(length) for length in sampled[1]]
+
+
+def warm_up(workload: Workload, longest: int) -> Workload:
+    """The run that is thrown away: of the same kind, but few and not longer than needed."""
+    requests = min(4, workload.num_requests)
+    output_len = min(longest, workload.output_len)
+    return replace(workload, num_requests=requests, output_len=output_len, spread=0.0)
+
+
+def run_load(
+    server: Server,
+    workload: Workload,
+    model: Path,
+    timeout: float,
+    watch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Send the workload; ``watch`` is called about once a second meanwhile.
+
+    Returns:
+        What ``vllm bench serve`` saves with ``--save-detailed``, without the texts.
+
+    Raises:
+        RunFailedError: with the end of what it printed.
+    """
+    arguments = {
+        "--model": model,
+        "--base-url": server.url,
+        "--dataset-name": "random",
+        "--seed": SEED,
+        "--random-input-len": workload.input_len,
+        "--random-output-len": workload.output_len,
+        "--random-prefix-len": workload.prefix_len,
+        "--random-range-ratio": json.dumps({"input": 0.0, "output": workload.spread}),
+        "--num-prompts": workload.num_requests,
+        "--max-concurrency": workload.concurrency,
+        "--ready-check-timeout-sec": 0,
+        "--percentile-metrics": "ttft,tpot,itl",
+    }
+    words = [str(word) for pair in arguments.items() for word in pair]
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words]
+        command += ["--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
+        command += ["--result-dir", directory, "--result-filename", "load.json"]
+        output = Path(directory) / "output.log"
+        with output.open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            deadline = time.monotonic() + timeout
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.5)
+                watch()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                raise RunFailedError(f"not done after {timeout:.0f} s")
+        if process.returncode:
+            end = output.read_text(errors="replace").partition("nanobind:")[0][-1500:]
+            raise RunFailedError(f"vllm bench serve failed: {end}")
+        result: dict[str, Any] = json.loads((Path(directory) / "load.json").read_text())
+    result.pop("generated_texts", None)
+    return result
+
+
+def time_per_token(load: dict[str, Any]) -> dict[str, list[float]]:
+    """Time per token over the position in the answer, in bins, over all requests of a run.
+
+    A streamed chunk may carry more than one token when the client falls behind; chunks then stand
+    at their share of the answer.
+
+    Returns:
+        ``position``: end of each bin; ``mean_ms`` and ``median_ms`` of the chunks in it.
+    """
+    longest = max(load["output_lens"])
+    width = -(-longest // BINS)
+    positions, milliseconds = [], []
+    for length, gaps in zip(load["output_lens"], load["itls"], strict=True):
+        if not gaps:
+            continue
+        tokens_per_chunk = (length - 1) / len(gaps)
+        positions.append(np.arange(1, len(gaps) + 1) * tokens_per_chunk)
+        milliseconds.append(np.array(gaps) * 1e3 / tokens_per_chunk)
+    if not positions:
+        return {"position": [], "mean_ms": [], "median_ms": []}
+    bins = np.minimum(np.concatenate(positions) // width, BINS - 1).astype(int)
+    gaps = np.concatenate(milliseconds)
+    groups = [gaps[bins == index] for index in range(BINS)]
+    filled = [index for index in range(BINS) if len(groups[index])]
+    return {
+        "position": [(index + 1) * width for index in filled],
+        "mean_ms": [round(float(groups[index].mean()), 3) for index in filled],
+        "median_ms": [round(float(np.median(groups[index])), 3) for index in filled],
+    }

@@ -1,0 +1,72 @@
+"""One picture of a workload: speed, time per token, queue, preemptions, blocks, memory."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+Runs = dict[str, list[dict[str, Any]]]
+COLORS = ("#4d4d4d", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
+ROUNDED = 0.9
+
+
+def _bars(axis: Any, runs: Runs, values: dict[str, list[float]], title: str) -> None:
+    """A bar for each policy, the median, with a whisker over the range; "failed" without one."""
+    for index, policy in enumerate(runs):
+        if not (own := values.get(policy)):
+            axis.text(index, 0, "failed", ha="center", va="bottom")
+            continue
+        middle = statistics.median(own)
+        whiskers = [[middle - min(own)], [max(own) - middle]]
+        axis.bar(index, middle, yerr=whiskers, capsize=4, color=COLORS[index % len(COLORS)])
+    axis.set_xticks(range(len(runs)), list(runs))
+    axis.set_title(title)
+
+
+def _good(runs: Runs) -> Runs:
+    """Policies of which every run counts."""
+    return {p: own for p, own in runs.items() if all(run["status"] == "ok" for run in own)}
+
+
+def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
+    """Write ``path`` with .png and .svg; ``runs``: those of each policy."""
+    figure, ((speed, pace, queue), (preempted, blocks, memory)) = pyplot.subplots(
+        2, 3, figsize=(14, 7.5), layout="constrained"
+    )
+    good = _good(runs)
+    throughput = {p: [r["load"]["output_throughput"] for r in own] for p, own in good.items()}
+    _bars(speed, runs, throughput, "output tokens per second")
+    peaks = {p: [r["peak_rss_mib"] for r in own] for p, own in good.items()}
+    _bars(memory, runs, peaks, "peak resident memory of the engine, MiB")
+    for index, (policy, own) in enumerate(runs.items()):
+        color = COLORS[index % len(COLORS)]
+        for number, run in enumerate(r for r in own if "series" in r):
+            series, first = run["series"], number == 0
+            label = policy if first else None
+            style = {"color": color, "linewidth": 1.2, "alpha": ROUNDED if first else 0.35}
+            seconds = series["seconds"]
+            queue.plot(seconds, series["running"], label=label, **style)
+            queue.plot(seconds, series["waiting"], linestyle=":", **style)
+            preempted.plot(seconds, series["preemptions"], label=label, **style)
+            blocks.plot(seconds, series["blocks"], label=label, **style)
+            if policy in good:
+                curve = run["time_per_token"]
+                pace.plot(curve["position"], curve["mean_ms"], marker=".", label=label, **style)
+    pace.set(title="ms per token over the position in the answer", xlabel="token", ylim=(0, None))
+    queue.set(title="requests: running (solid), waiting (dotted)", xlabel="s")
+    preempted.set(title="preemptions so far", xlabel="s")
+    blocks.set(title="KV cache blocks held", xlabel="s", ylim=(0, None))
+    for axis in (pace, queue, preempted, blocks):
+        axis.legend(frameon=False)
+    workload, versions = result["workload"], result["versions"]
+    figure.suptitle(
+        f"{workload['name']}: {workload['question']}\n{result['machine']['processor']}, "
+        f"vLLM {versions['vllm']}, {workload['rounds']} rounds"
+    )
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
+    pyplot.close(figure)

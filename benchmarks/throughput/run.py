@@ -1,0 +1,279 @@
+"""Throughput, memory and capacity of eviction against the full cache, on real servers.
+
+    python -m benchmarks.throughput.run [--suite cpu] [--workloads NAME ...] [--rounds N]
+
+See README.md in this folder for what is measured and how to read it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
+
+from benchmarks.throughput import report
+from benchmarks.throughput.checks import evictions_so_far, problems
+from benchmarks.throughput.load import (
+    RunFailedError,
+    requested_lengths,
+    run_load,
+    time_per_token,
+    warm_up,
+)
+from benchmarks.throughput.monitor import Monitor, read_metrics, thinned
+from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
+from vase_vllm.cost import ModelShape
+from vase_vllm.model_shape import read_model_shape
+from vase_vllm.server import Server
+from vase_vllm.tiny_model import byte_tokenizer, make_tiny_model
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "throughput"
+DETAILS = ("input_lens", "output_lens", "start_times", "ttfts", "itls", "errors")
+SERIES_POINTS = 200
+
+
+def prepare_model(suite: Suite, directory: Path) -> list[str]:
+    """Write the suite's model to ``directory``; returns what ``vllm serve`` needs to load it."""
+    if isinstance(suite.model, dict):
+        make_tiny_model(directory, **suite.model)
+        return []
+    config = json.loads((suite.model / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config))
+    byte_tokenizer(config["max_position_embeddings"]).save_pretrained(directory)
+    # Weights that are made up may sample ids that this tokenizer cannot print: give them names.
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    known = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
+    tokenizer["model"]["vocab"] |= {f"w{id};": id for id in range(known, config["vocab_size"])}
+    path.write_text(json.dumps(tokenizer))
+    return ["--load-format", "dummy"]
+
+
+def kv_memory_bytes(workload: Workload, shape: ModelShape, block_size: int) -> int:
+    """KV cache memory that holds the workload's tokens, and vLLM's null block."""
+    num_slots = (cdiv(workload.kv_tokens, block_size) + 1) * block_size
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * shape.element_size
+    return num_slots * token_bytes
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the servers that the body starts."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def facts(log: str) -> dict[str, str]:
+    """What the server says about itself."""
+    patterns = {
+        "attention_backend": r"Using (\w+) (?:attention )?backend",
+        "enforce_eager": r"enforce_eager=(\w+)",
+        "prefix_caching": r"enable_prefix_caching=(\w+)",
+        "chunked_prefill": r"enable_chunked_prefill=(\w+)",
+        "async_scheduling": r"Asynchronous scheduling is (\w+)",
+        "max_concurrency": r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x",
+    }
+    found = {name: re.search(pattern, log) for name, pattern in patterns.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def run_once(
+    suite: Suite,
+    workload: Workload,
+    policy: Policy,
+    model: Path,
+    load_arguments: list[str],
+    timeout: float,
+    progress: Progress,
+    task: TaskID,
+) -> dict[str, Any]:
+    """Start a server, warm it up, load it and watch it; never raises for what the server does.
+
+    Returns:
+        ``status`` is "ok", "failed" (it crashed, refused or hung) or "wrong" (its output failed
+        the check), the latter two with the ``reason`` and without a speed.
+    """
+    shape = read_model_shape(str(model))[0]
+    arguments = [
+        *load_arguments,
+        *["--max-model-len", str(workload.max_model_len), "--block-size", str(suite.block_size)],
+        "--kv-cache-memory-bytes",
+        str(kv_memory_bytes(workload, shape, suite.block_size)),
+        *policy.serve_arguments(),
+    ]
+    result: dict[str, Any] = {"policy": policy.name, "serve_arguments": shlex.join(arguments)}
+    requested = requested_lengths(workload, model)
+    progress.update(task, total=sum(requested), completed=0, state="starting")
+    try:
+        with Server(model, arguments) as server:
+            server.wait_until("Application startup complete", timeout=600)
+            progress.update(task, state="warming up")
+            longest = (policy.budget or 0) + 2 * policy.window
+            run_load(server, warm_up(workload, longest), model, timeout)
+            before = evictions_so_far(server, policy)
+            interval = 0.5
+            with Monitor(server, interval) as monitor:
+
+                def watch() -> None:
+                    state = (
+                        f"running {monitor.latest('running'):.0f}, "
+                        f"waiting {monitor.latest('waiting'):.0f}, "
+                        f"preempted {monitor.latest('preemptions'):.0f}"
+                    )
+                    progress.update(task, completed=monitor.latest("generated"), state=state)
+
+                load = run_load(server, workload, model, timeout, watch)
+            after = evictions_so_far(server, policy)
+            evictions = None if after is None or before is None else after - before
+            left = read_metrics(server)["blocks"]
+            result["server"] = facts(server.log())
+    except (RuntimeError, RunFailedError) as error:
+        return result | {"status": "failed", "reason": str(error)[-1500:]}
+    wrong = problems(
+        load,
+        requested,
+        policy,
+        evictions,
+        monitor.series,
+        left,
+        suite.block_size,
+        shape.num_query_heads // shape.num_kv_heads,
+    )
+    result |= {
+        "evictions": evictions,
+        "preemptions": monitor.series["preemptions"][-1],
+        "peak_running": max(monitor.series["running"]),
+        "peak_blocks": max(monitor.series["blocks"]),
+        "pool_blocks": monitor.series["pool"][-1],
+        "peak_rss_mib": max(monitor.series["rss_mib"]),
+        "series": thinned(monitor.series, SERIES_POINTS),
+    }
+    if wrong:
+        return result | {"status": "wrong", "reason": "; ".join(wrong)}
+    seconds = monitor.cpu_seconds
+    return result | {
+        "status": "ok",
+        "engine_cpu_seconds": round(seconds, 2),
+        "tokens_per_engine_cpu_second": round(sum(requested) / seconds, 2),
+        "time_per_token": time_per_token(load),
+        "load": {name: value for name, value in load.items() if name not in DETAILS},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers belong to."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
+        name = match[1]
+    device = current_platform.get_device_name() if current_platform.is_cuda() else None
+    return {"processor": name, "cores": os.cpu_count(), "accelerator": device}
+
+
+def run_workload(
+    name: str, suite: Suite, workload: Workload, policies: list[Policy], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All rounds of a workload, the policies in turn; every other round in reverse order."""
+    rounds = args.rounds or workload.rounds
+    runs: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+    path = args.output / f"{name}-{workload.name}.json"
+    result = {
+        "suite": name,
+        "workload": {"name": workload.name, **vars(workload), "rounds": rounds},
+        "model": suite.model if isinstance(suite.model, dict) else suite.model.name,
+        "block_size": suite.block_size,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.throughput.run", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("vllm", "torch", "vase-vllm")},
+        "environment": suite.environment,
+        "runs": runs,
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="throughput-") as directory,
+        environment(suite.environment),
+        Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
+    ):
+        model = Path(directory)
+        load_arguments = prepare_model(suite, model)
+        all_rounds = progress.add_task(workload.name, total=rounds * len(policies), state="")
+        for index in range(rounds):
+            for policy in policies if index % 2 == 0 else reversed(policies):
+                task = progress.add_task(f"round {index + 1}, {policy.name}", state="")
+                run = run_once(
+                    suite, workload, policy, model, load_arguments, args.timeout, progress, task
+                )
+                runs.append({"round": index + 1, **run})
+                progress.remove_task(task)
+                progress.advance(all_rounds)
+                outcome = run.get("reason", "")
+                if run["status"] == "ok":
+                    outcome = f"{run['load']['output_throughput']:.1f} output tokens/s"
+                progress.console.print(
+                    f"{workload.name}, round {index + 1}, {policy.name}: {run['status']} {outcome}",
+                    markup=False,
+                )
+                args.output.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(result, separators=(",", ":"), default=str) + "\n")
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--workloads", nargs="+", help="some of the suite's only")
+    parser.add_argument("--policies", nargs="+", help="some of the suite's only")
+    parser.add_argument("--rounds", type=int, help="instead of each workload's own number")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--report-only", action="store_true", help="from results already there")
+    args = parser.parse_args()
+    suite = SUITES[args.suite]
+    for kind in ("workloads", "policies"):
+        known = [item.name for item in getattr(suite, kind)]
+        chosen = getattr(args, kind) or known
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--{kind}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+        setattr(args, kind, chosen)
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    suite = SUITES[args.suite]
+    failed = False
+    if not args.report_only:
+        policies = [policy for policy in suite.policies if policy.name in args.policies]
+        for workload in suite.workloads:
+            if workload.name in args.workloads:
+                result = run_workload(args.suite, suite, workload, policies, args)
+                failed |= any(run["status"] != "ok" for run in result["runs"])
+    console = Console()
+    console.print(report.write(args.output, args.suite), markup=False)
+    console.print(f"Raw results, report and plots are in {args.output}", markup=False)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

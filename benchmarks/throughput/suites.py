@@ -1,0 +1,170 @@
+"""What is run: models, policies and workloads. A new one is one more entry in a table here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to serve.
+
+    Attributes:
+        name: as the tables and plots call it.
+        budget, window: of vase; no budget is the full cache.
+        arguments: further ones of ``vllm serve``.
+    """
+
+    name: str
+    budget: int | None = None
+    window: int = 64
+    arguments: tuple[str, ...] = ()
+
+    def serve_arguments(self) -> list[str]:
+        """What distinguishes this policy's server; everything else is vLLM's default."""
+        if self.budget is None:
+            return list(self.arguments)
+        eviction = ["--kv-eviction", "vase", "--kv-eviction-config.budget", str(self.budget)]
+        return [*eviction, "--kv-eviction-config.window", str(self.window), *self.arguments]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One load, the same for all policies. Lengths are in tokens.
+
+    Attributes:
+        question: what it is there to show.
+        kv_tokens: tokens that the KV cache memory of every policy holds.
+        max_model_len: longest sequence that the servers accept.
+        output_len: mean length of the answers, which never end by themselves.
+        spread: answers are drawn uniformly from output_len * (1 - spread) to * (1 + spread).
+        prefix_len: length of a prefix that all prompts share, beside their input_len.
+        rounds: times that every policy runs, in turn.
+    """
+
+    name: str
+    question: str
+    kv_tokens: int
+    max_model_len: int
+    num_requests: int
+    concurrency: int
+    input_len: int
+    output_len: int
+    spread: float = 0.0
+    prefix_len: int = 0
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Workloads that share a model and policies.
+
+    Attributes:
+        model: arguments of ``make_tiny_model``, or the directory of a model's config, which is
+            served with weights that are made up (``--load-format dummy``).
+        environment: of the servers.
+    """
+
+    model: dict[str, Any] | Path
+    policies: tuple[Policy, ...]
+    workloads: tuple[Workload, ...]
+    block_size: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# The attention of Qwen3-8B (32 query heads, 8 KV heads of size 128) in two layers with next to no
+# weights around it: the KV cache is nearly all of the memory and most of the work.
+CPU_MODEL = {
+    "layers": 2,
+    "hidden_size": 256,
+    "query_heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 32768,
+}
+CPU_WORKLOADS = (
+    Workload(
+        "pressure",
+        "many long answers in KV memory for about four of full length",
+        kv_tokens=4 * 3104,
+        max_model_len=3136,
+        num_requests=32,
+        concurrency=32,
+        input_len=32,
+        output_len=2048,
+        spread=0.5,
+    ),
+    Workload(
+        "length",
+        "time per token over the length of a single answer, memory in plenty",
+        kv_tokens=2 * 16640,
+        max_model_len=16640,
+        num_requests=1,
+        concurrency=1,
+        input_len=32,
+        output_len=16384,
+        rounds=2,
+    ),
+    Workload(
+        "relaxed",
+        "short answers and memory in plenty: eviction has nothing to win",
+        kv_tokens=32768,
+        max_model_len=1600,
+        num_requests=64,
+        concurrency=16,
+        input_len=64,
+        output_len=256,
+        rounds=5,
+    ),
+    Workload(
+        "short-and-tight",
+        "answers far below the budget in tight memory: the query ring takes room for nothing",
+        kv_tokens=2048,
+        max_model_len=1600,
+        num_requests=64,
+        concurrency=32,
+        input_len=64,
+        output_len=192,
+    ),
+    Workload(
+        "shared-prefix",
+        "a long prompt that all requests share, short answers: the full cache reuses the prefix",
+        kv_tokens=16384,
+        max_model_len=1600,
+        num_requests=48,
+        concurrency=8,
+        input_len=64,
+        output_len=64,
+        prefix_len=1024,
+    ),
+)
+GPU_WORKLOADS = tuple(
+    Workload(
+        f"answers-{length // 1024}k-concurrency-{concurrency}",
+        f"{concurrency} answers of {length} tokens at a time",
+        kv_tokens=320 * 1024,
+        max_model_len=1024 + length + 64,
+        num_requests=2 * concurrency,
+        concurrency=concurrency,
+        input_len=1024,
+        output_len=length,
+    )
+    for length in (16384, 32768)
+    for concurrency in (16, 64, 256)
+)
+GPU_POLICIES = (Policy("full"), *(Policy(f"vase-{b}", b) for b in (2048, 4096, 6144)))
+
+SUITES = {
+    "cpu": Suite(
+        model=CPU_MODEL,
+        policies=(Policy("full"), Policy("vase-512", 512), Policy("vase-1024", 1024)),
+        workloads=CPU_WORKLOADS,
+        block_size=32,
+        # One thread that no core is bound to: several engines on one machine then stay apart.
+        environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    ),
+    "qwen3-8b": Suite(MODELS / "qwen3-8b", GPU_POLICIES, GPU_WORKLOADS, block_size=16),
+}
