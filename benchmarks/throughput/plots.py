@@ -11,7 +11,8 @@ from matplotlib import pyplot
 
 Runs = dict[str, list[dict[str, Any]]]
 COLORS = ("#4d4d4d", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
-ROUNDED = 0.9
+FIRST, LATER = 0.9, 0.35
+"""Opacity of the first round's lines and of the others'."""
 
 
 def _bars(axis: Any, runs: Runs, values: dict[str, list[float]], title: str) -> None:
@@ -32,6 +33,12 @@ def _good(runs: Runs) -> Runs:
     return {p: own for p, own in runs.items() if all(run["status"] == "ok" for run in own)}
 
 
+def _arrivals(series: dict[str, list[float]]) -> tuple[list[float], list[float]]:
+    """Time of each sample, and the requests that the server had."""
+    present = [a + b for a, b in zip(series["running"], series["waiting"], strict=True)]
+    return series["seconds"], present
+
+
 def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
     """Write ``path`` with .png and .svg; ``runs``: those of each policy."""
     figure, ((speed, pace, queue), (preempted, blocks, memory)) = pyplot.subplots(
@@ -47,8 +54,10 @@ def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
         for number, run in enumerate(r for r in own if "series" in r):
             series, first = run["series"], number == 0
             label = policy if first else None
-            style = {"color": color, "linewidth": 1.2, "alpha": ROUNDED if first else 0.35}
-            seconds = series["seconds"]
+            style = {"color": color, "linewidth": 1.2, "alpha": FIRST if first else LATER}
+            # The client needs a while to start: seconds count from the first request on.
+            start = next((t for t, n in zip(*_arrivals(series), strict=True) if n), 0.0)
+            seconds = [second - start for second in series["seconds"]]
             queue.plot(seconds, series["running"], label=label, **style)
             queue.plot(seconds, series["waiting"], linestyle=":", **style)
             preempted.plot(seconds, series["preemptions"], label=label, **style)
@@ -57,9 +66,9 @@ def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
                 curve = run["time_per_token"]
                 pace.plot(curve["position"], curve["mean_ms"], marker=".", label=label, **style)
     pace.set(title="ms per token over the position in the answer", xlabel="token", ylim=(0, None))
-    queue.set(title="requests: running (solid), waiting (dotted)", xlabel="s")
-    preempted.set(title="preemptions so far", xlabel="s")
-    blocks.set(title="KV cache blocks held", xlabel="s", ylim=(0, None))
+    queue.set(title="requests: running (solid), waiting (dotted)", xlabel="s", xlim=(0, None))
+    preempted.set(title="preemptions so far", xlabel="s", xlim=(0, None))
+    blocks.set(title="KV cache blocks held", xlabel="s", xlim=(0, None), ylim=(0, None))
     for axis in (pace, queue, preempted, blocks):
         axis.legend(frameon=False)
     workload, versions = result["workload"], result["versions"]

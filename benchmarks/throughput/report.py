@@ -114,6 +114,7 @@ def section(result: dict[str, Any]) -> list[str]:
                 f"- {policy}: time per token {steep[0]:.2f} ms around position 2048, "
                 f"{steep[1]:.2f} ms at the end ({steep[2]:+.0%})"
             )
+    notes += [f"- {note}" for note in result.get("notes", [])]
     lines += ["", *notes, *([""] if notes else [])]
     name = f"{result['suite']}-{workload['name']}"
     return [*lines, f"![{workload['name']}]({name}.svg)", ""]
@@ -123,7 +124,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """The page of a suite."""
     first = results[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    server = next((run["server"] for r in results for run in r["runs"] if "server" in run), {})
+    described = (run["server"] for r in results for run in r["runs"] if "server" in run)
+    server: dict[str, str] = next(described, {})
     accelerator = first["machine"]["accelerator"] or "no accelerator"
     settings = ", ".join(f"{k} {v}" for k, v in server.items() if k != "max_concurrency")
     lines = [

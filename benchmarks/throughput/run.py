@@ -195,12 +195,18 @@ def run_workload(
 ) -> dict[str, Any]:
     """All rounds of a workload, the policies in turn; every other round in reverse order."""
     rounds = args.rounds or workload.rounds
-    runs: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     path = args.output / f"{name}-{workload.name}.json"
+    runs: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if args.append and path.exists():
+        earlier = json.loads(path.read_text())
+        runs, notes = earlier["runs"], earlier["notes"]
+    notes += args.note
+    done = max((run["round"] for run in runs), default=0)
     result = {
         "suite": name,
-        "workload": {"name": workload.name, **vars(workload), "rounds": rounds},
+        "workload": {"name": workload.name, **vars(workload), "rounds": done + rounds},
         "model": suite.model if isinstance(suite.model, dict) else suite.model.name,
         "block_size": suite.block_size,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -208,6 +214,7 @@ def run_workload(
         "machine": machine(),
         "versions": {name: version(name) for name in ("vllm", "torch", "vase-vllm")},
         "environment": suite.environment,
+        "notes": notes,
         "runs": runs,
     }
     with (
@@ -218,7 +225,7 @@ def run_workload(
         model = Path(directory)
         load_arguments = prepare_model(suite, model)
         all_rounds = progress.add_task(workload.name, total=rounds * len(policies), state="")
-        for index in range(rounds):
+        for index in range(done, done + rounds):
             for policy in policies if index % 2 == 0 else reversed(policies):
                 task = progress.add_task(f"round {index + 1}, {policy.name}", state="")
                 run = run_once(
@@ -245,6 +252,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", help="some of the suite's only")
     parser.add_argument("--policies", nargs="+", help="some of the suite's only")
     parser.add_argument("--rounds", type=int, help="instead of each workload's own number")
+    parser.add_argument(
+        "--append", action="store_true", help="add rounds to results that are there"
+    )
+    parser.add_argument("--note", action="append", default=[], help="to be shown with the results")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--report-only", action="store_true", help="from results already there")

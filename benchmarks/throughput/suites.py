@@ -160,7 +160,7 @@ GPU_POLICIES = (Policy("full"), *(Policy(f"vase-{b}", b) for b in (2048, 4096, 6
 SUITES = {
     "cpu": Suite(
         model=CPU_MODEL,
-        policies=(Policy("full"), Policy("vase-512", 512), Policy("vase-1024", 1024)),
+        policies=(Policy("full"), *(Policy(f"vase-{b}", b) for b in (256, 512, 1024))),
         workloads=CPU_WORKLOADS,
         block_size=32,
         # One thread that no core is bound to: several engines on one machine then stay apart.
