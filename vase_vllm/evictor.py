@@ -19,6 +19,9 @@ from vase_vllm.kernels.reference import (
 from vase_vllm.pages import PageLayout
 from vase_vllm.ring import RingLayout
 
+_DRAWS_TOGETHER = 1 << 15
+"""Noise drawn at once: int64 numbers that still fit a processor's cache."""
+
 
 @dataclass
 class EvictionCounters:
@@ -112,20 +115,32 @@ class CPUEvictor:
         state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
         state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()
         blocks = row[front : front + cdiv(num_cached, self.spec.block_size)].long()
-        for layer_index, kv_cache in kv_caches.items():
-            noise = None
-            if self.parameters.sampling == "gumbel":
-                noise = sampling_noise(
-                    self.parameters,
-                    num_cached - self.parameters.window,
-                    eviction_index,
-                    layer_index,
-                    self.kv_heads,
-                    key,
-                )
+        noises = self._noise(
+            list(kv_caches), num_cached - self.parameters.window, eviction_index, key
+        )
+        for kv_cache, noise in zip(kv_caches.values(), noises, strict=True):
             queries = self.ring.load(kv_cache, state_blocks)
             self._evict_layer(kv_cache, blocks, num_cached, queries, noise)
         return num_cached - self.parameters.budget
+
+    def _noise(
+        self, layers: list[int], num_candidates: int, eviction_index: int, key: int
+    ) -> Iterator[torch.Tensor | None]:
+        """Each layer's noise, [H, candidates], or None for the deterministic top-k.
+
+        A draw is some hundred small operations: layers draw together as long as they are small.
+        """
+        if self.parameters.sampling != "gumbel":
+            yield from [None] * len(layers)
+            return
+        num_heads = len(self.kv_heads)
+        num_together = max(1, _DRAWS_TOGETHER // (num_heads * num_candidates))
+        for start in range(0, len(layers), num_together):
+            together = torch.tensor(layers[start : start + num_together])
+            # The counter of layer l and head h is that of layer 0 and head l * 65536 + h.
+            heads = (together[:, None] * 65536 + self.kv_heads).flatten()
+            noise = sampling_noise(self.parameters, num_candidates, eviction_index, 0, heads, key)
+            yield from noise.split(num_heads)
 
     def _read(
         self, key_pages: torch.Tensor, value_pages: torch.Tensor, blocks: list[int]

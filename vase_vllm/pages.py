@@ -7,7 +7,7 @@ them, and nothing here depends on the instruction set.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from vllm import _custom_ops as ops
@@ -25,12 +25,27 @@ class Packing:
     tokens: torch.Tensor
     dims: torch.Tensor
 
+    @cached_property
+    def _has_plain_tokens(self) -> bool:
+        """Tokens lie one after another, each with its dimensions in order."""
+        return torch.equal(self.dims, torch.arange(len(self.dims)))
+
+    @cached_property
+    def _has_plain_dims(self) -> bool:
+        """Dimensions lie one after another, each with its tokens in order."""
+        return torch.equal(self.tokens, torch.arange(len(self.tokens)))
+
+    @cached_property
+    def _offsets(self) -> torch.Tensor:
+        """[block_size, D] int64, the offset of every element."""
+        return self.tokens[:, None] + self.dims[None, :]
+
     def _view(self, pages: torch.Tensor) -> torch.Tensor | None:
         """[..., block_size, D] view of packed pages where plain strides can express it."""
         num_tokens, num_dims = len(self.tokens), len(self.dims)
-        if torch.equal(self.dims, torch.arange(num_dims)):
+        if self._has_plain_tokens:
             return pages.unflatten(-1, (num_tokens, num_dims))
-        if torch.equal(self.tokens, torch.arange(num_tokens)):
+        if self._has_plain_dims:
             return pages.unflatten(-1, (num_dims, num_tokens)).transpose(-1, -2)
         return None
 
@@ -39,7 +54,7 @@ class Packing:
         view = self._view(pages)
         if view is not None:
             return view
-        return pages[..., self.tokens[:, None] + self.dims[None, :]]
+        return pages[..., self._offsets]
 
     def copy(
         self,
