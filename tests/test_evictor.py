@@ -171,3 +171,15 @@ def test_draws_on_pages_follow_the_law():
     for head in range(NUM_HEADS):
         law = set_probabilities(weights[head, rest[head]].tolist(), 3)
         assert chi_square_of_sets(observed[head], law) > 1e-3
+
+
+@pytest.mark.parametrize("num_candidates", [80, 20_000], ids=["together", "apart"])
+def test_layers_that_draw_together_draw_what_each_would_alone(num_candidates):
+    parameters = EvictionParameters(budget=96, window=16, protected=20, seed=2**40 + 7)
+    paged = Paged(parameters, "vec", torch.float32, 2, 112, 112)
+    layers = [3, 7, 11]
+    noises = paged.evictor()._noise(layers, num_candidates, 4, KEY)
+    for layer, noise in zip(layers, noises, strict=True):
+        heads = torch.arange(NUM_HEADS)
+        alone = sampling_noise(parameters, num_candidates, 4, layer, heads, KEY)
+        assert torch.equal(noise, alone)
