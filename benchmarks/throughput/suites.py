@@ -100,12 +100,12 @@ CPU_WORKLOADS = (
     Workload(
         "length",
         "time per token over the length of a single answer, memory in plenty",
-        kv_tokens=2 * 16640,
-        max_model_len=16640,
+        kv_tokens=2 * 8448,
+        max_model_len=8448,
         num_requests=1,
         concurrency=1,
         input_len=32,
-        output_len=16384,
+        output_len=8192,
         rounds=2,
     ),
     Workload(
