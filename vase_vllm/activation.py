@@ -6,7 +6,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
-from vase_vllm.config import ADDITIONAL_CONFIG_KEY, EvictionConfig
+from vase_vllm.config import EvictionConfig
 from vase_vllm.ring import RingLayout
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.support import UnsupportedError, check_engine
@@ -23,10 +23,9 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
     Raises:
         ValueError: one line that names the setting and the remedy.
     """
-    settings = engine_args.additional_config.get(ADDITIONAL_CONFIG_KEY)
-    if not settings or settings.get("policy", "vase") == "none":
+    config = EvictionConfig.from_additional(engine_args.additional_config)
+    if config is None:
         return None
-    config = EvictionConfig.parse(settings)
     if engine_args.enable_prefix_caching:
         raise UnsupportedError(
             f"--kv-eviction {config.policy}: prefix caching is not supported; "

@@ -103,7 +103,11 @@ class EvictionConfig(BaseModel):
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "EvictionConfig | None":
         """The eviction settings of an engine, or None where eviction is off."""
-        additional = vllm_config.additional_config
+        return cls.from_additional(vllm_config.additional_config)
+
+    @classmethod
+    def from_additional(cls, additional: Any) -> "EvictionConfig | None":
+        """The same from vLLM's ``additional_config``, before there is an engine's config."""
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
         if not settings or settings.get("policy", "vase") == "none":
             return None

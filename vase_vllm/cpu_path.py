@@ -5,7 +5,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
-from vase_vllm.evictor import CPUEvictor, EvictionCounters
+from vase_vllm.evictor import CPUEvictor
 from vase_vllm.pages import cpu_page_layout
 from vase_vllm.ring import RingLayout, RingWrite
 from vase_vllm.step import PreparedStep, StepContext
@@ -18,7 +18,7 @@ class CPUPath:
         layer = next(iter(layers.values()))
         self.spec = spec
         self.layers = layers
-        self.counters: EvictionCounters = context.counters
+        self.counters = context.counters
         self.ring = RingLayout(
             context.config.window, layer.num_heads // layer.num_kv_heads, spec.block_size
         )

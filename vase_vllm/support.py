@@ -127,9 +127,9 @@ def _layer_reasons(
             yield f"layer {name} caps its attention logits; remove --kv-eviction"
         if layer.head_size_v != layer.head_size:
             yield f"layer {name} has values of another size than its keys; remove --kv-eviction"
-        if (name := layer.attn_backend.get_name()) not in backends:
+        if (backend := layer.attn_backend.get_name()) not in backends:
             yield (
-                f"attention backend {name} is not supported; set --attention-backend to one of "
+                f"attention backend {backend} is not supported; set --attention-backend to one of "
                 f"{', '.join(backends)}"
             )
         group_size = layer.num_heads // layer.num_kv_heads
