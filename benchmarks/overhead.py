@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import Qwen3Config
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vase_vllm.evictor import CPUEvictor
+from vase_vllm.evictor import TorchEvictor
 
 BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4
 WRAPPER_STEPS, PERIODS = 150, 2
@@ -134,7 +134,7 @@ def measure_wrapper(full: LLM, evicting: LLM) -> dict[str, float]:
 def measure_evictions(evicting: LLM) -> dict[str, float]:
     """Share of evictions in the steps of sequences that are all beyond their budget."""
     seconds: list[float] = []
-    original = CPUEvictor.evict
+    original = TorchEvictor.evict
 
     def timed_evict(*args: Any) -> int:
         start = time.process_time()
@@ -146,13 +146,13 @@ def measure_evictions(evicting: LLM) -> dict[str, float]:
     fill(evicting, [BUDGET + 4 * index for index in range(BATCH)])
     for _ in track(range(WINDOW + 4), "reaching the steady state", transient=True):
         evicting.llm_engine.step()
-    CPUEvictor.evict = timed_evict
+    TorchEvictor.evict = timed_evict
     try:
         steps = [
             timed_step(evicting) for _ in track(range(PERIODS * WINDOW), "evicting", transient=True)
         ]
     finally:
-        CPUEvictor.evict = original
+        TorchEvictor.evict = original
     clear(evicting)
     assert len(seconds) == PERIODS * BATCH, "every sequence evicts once in each period"
     return {

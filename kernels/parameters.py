@@ -4,6 +4,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Sampling = Literal["gumbel", "greedy"]
+Scoring = Literal["attention", "uniform", "age"]
+
+
+@dataclass(frozen=True)
+class EvictionLimits:
+    """What an eviction of any policy is told.
+
+    Attributes:
+        budget: tokens that a sequence holds right after an eviction, the window included.
+        window: newest tokens; never evicted. Also the period of the evictions.
+        sinks: first tokens of the sequence; never evicted.
+        seed: 64-bit seed of the counter-based generator.
+    """
+
+    budget: int
+    window: int
+    sinks: int = 4
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,6 +37,12 @@ class EvictionParameters:
         temperature: divides the attention logits before the softmax.
         sampling: ``gumbel`` draws at random, ``greedy`` keeps the largest scores.
         seed: 64-bit seed of the counter-based generator.
+        scoring: what ranks the candidates that are not protected. ``attention``: what the window's
+            queries pay them. ``uniform``: nothing, all have score 1, so that the draw is uniform.
+            ``age``: their positions, the newest survive. The last two protect the sinks alone.
+
+    Raises:
+        ValueError: names the parameter that is out of its range or does not go with another.
     """
 
     budget: int
@@ -29,6 +53,7 @@ class EvictionParameters:
     temperature: float = 1.0
     sampling: Sampling = "gumbel"
     seed: int = 0
+    scoring: Scoring = "attention"
 
     def __post_init__(self) -> None:
         if not 0 < self.window < self.budget:
@@ -37,3 +62,16 @@ class EvictionParameters:
             raise ValueError(f"protected must be in [sinks, budget - window], got {self.protected}")
         if self.smoothing < 1 or self.smoothing % 2 == 0:
             raise ValueError(f"smoothing must be odd and positive, got {self.smoothing}")
+        if self.scoring == "attention":
+            return
+        if self.protected != self.sinks:
+            raise ValueError(
+                f"protected must equal sinks ({self.sinks}) with scoring {self.scoring!r}, "
+                f"got {self.protected}"
+            )
+        sampling = "gumbel" if self.scoring == "uniform" else "greedy"
+        if self.sampling != sampling:
+            raise ValueError(
+                f"sampling must be {sampling!r} with scoring {self.scoring!r}, "
+                f"got {self.sampling!r}"
+            )

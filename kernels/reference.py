@@ -52,7 +52,7 @@ def value_range(values: torch.Tensor) -> torch.Tensor:
 
 
 def sampling_noise(
-    parameters: EvictionParameters,
+    seed: int,
     num_candidates: int,
     eviction_index: int,
     layer_index: int,
@@ -69,12 +69,41 @@ def sampling_noise(
     """
     slot = torch.arange(num_candidates)
     return gumbel(
-        parameters.seed,
+        seed,
         slot[None, :],
         torch.tensor(eviction_index),
         (layer_index * 65536 + kv_heads)[:, None],
         torch.tensor(content_key),
     )
+
+
+def vase_priority(
+    scores: torch.Tensor,
+    magnitudes: torch.Tensor,
+    noise: torch.Tensor | None,
+    sinks: int,
+    protected: int,
+) -> torch.Tensor:
+    """Rank the candidates as VaSE does.
+
+    The sinks and then the largest magnitudes are protected; the rest go by ``log a + noise``. With
+    Gumbel noise, keeping the largest of these draws without replacement in proportion to ``a``
+    (Gumbel-top-k: Kool et al., arXiv 1903.06059).
+
+    Args:
+        scores: [H, n] fp32, non-negative.
+        magnitudes: [H, n] fp32, of the values.
+        noise: [H, n] fp32, or None for the deterministic top-k.
+        sinks: first slots, always protected.
+        protected: candidates to protect, the sinks included.
+
+    Returns:
+        [H, n] fp32, +inf where protected.
+    """
+    magnitudes = magnitudes.clone()
+    magnitudes[:, :sinks] = torch.inf
+    priority = scores if noise is None else scores.log() + noise
+    return priority.masked_fill(largest(magnitudes, protected), torch.inf)
 
 
 def select_survivors(
@@ -83,11 +112,9 @@ def select_survivors(
     ranges: torch.Tensor,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Choose which candidates stay.
+    """Choose which candidates stay: those that :func:`vase_priority` ranks highest.
 
-    The sinks and then the largest value ranges are protected; from the rest, the largest
-    ``log a + noise`` stay. With Gumbel noise that draws without replacement in proportion to ``a``
-    (Gumbel-top-k: Kool et al., arXiv 1903.06059). Ties go to the lower slot.
+    Ties go to the lower slot.
 
     Args:
         scores: [H, n] fp32, non-negative.
@@ -97,11 +124,7 @@ def select_survivors(
     Returns:
         [H, n] bool with exactly ``budget - window`` true per head.
     """
-    ranges = ranges.clone()
-    ranges[:, : parameters.sinks] = torch.inf
-    protected = largest(ranges, parameters.protected)
-    priority = scores if noise is None else scores.log() + noise
-    priority = priority.masked_fill(protected, torch.inf)
+    priority = vase_priority(scores, ranges, noise, parameters.sinks, parameters.protected)
     return largest(priority, parameters.budget - parameters.window)
 
 
@@ -125,7 +148,7 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def plan_moves(
-    parameters: EvictionParameters, keep: torch.Tensor
+    budget: int, window: int, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Which survivors fill which freed slots.
 
@@ -134,12 +157,12 @@ def plan_moves(
     many slots as it needs, because ``budget`` tokens survive in all.
 
     Args:
-        keep: [H, n] bool, from :func:`select_survivors`.
+        budget, window: tokens that survive in all, and the newest of them.
+        keep: [H, n] bool, the candidates that survive.
 
     Returns:
         (head, source slot, destination slot), each [moves] int64, sorted by head.
     """
-    budget, window = parameters.budget, parameters.window
     keep = torch.cat([keep, keep.new_ones(keep.shape[0], window)], dim=-1)
     head, destination = (~keep[:, :budget]).nonzero(as_tuple=True)
     _, source = keep[:, budget:].nonzero(as_tuple=True)

@@ -62,7 +62,8 @@ def test_stale_counts_under_async_scheduling(models, expected):
 def test_blocks_are_freed_only_when_no_step_in_flight_reads_them(models, expected):
     """In a small pool, surplus blocks are handed on at once: too early would corrupt the others."""
     num_blocks = 26
-    with engine(models.qwen3(), EVICTION, kv_cache_memory_bytes=num_blocks * BLOCK_BYTES) as llm:
+    eviction = EVICTION | {"admission": "optimistic"}
+    with engine(models.qwen3(), eviction, kv_cache_memory_bytes=num_blocks * BLOCK_BYTES) as llm:
         for index, prompt in enumerate(PROMPTS):
             add_request(llm, str(index), prompt, greedy(NUM_TOKENS))
         results, preemptions = drain_counting_preemptions(llm)

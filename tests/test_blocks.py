@@ -93,18 +93,34 @@ def test_freed_blocks_carry_nothing_over(llm):
     assert generate(llm, [prompt], greedy(150)) == fresh
 
 
-@pytest.mark.parametrize("llm", [{"kv_cache_memory_bytes": 12 * BLOCK_BYTES}], indirect=True)
-def test_a_pool_for_two_sequences_serves_many_and_never_hangs(llm):
-    """Requests wait and are preempted, and all finish, with the tokens that a large pool gives."""
-    prompts = [random_prompt(5 + 7 * seed, seed) for seed in range(12)]
-    for index, prompt in enumerate(prompts):
-        add_request(llm, str(index), prompt, greedy(150))
-    results, preemptions = drain_counting_preemptions(llm)
-    assert len(results) == 12, "the engine hangs"
-    assert any(preemptions.values())
-    assert num_used_blocks(llm) == 0
-    alone = [generate(llm, [prompt], greedy(150))[0] for prompt in prompts]
-    assert [results[str(index)] for index in range(12)] == alone
+@pytest.mark.parametrize("admission", ["reserve", "optimistic"])
+def test_a_pool_for_two_sequences_serves_many_and_never_hangs(models, admission):
+    """Requests wait or are preempted, and all finish, with the tokens that a large pool gives."""
+    prompts = [random_prompt(5 + 20 * seed, seed) for seed in range(12)]
+    pool = {"kv_cache_memory_bytes": 12 * BLOCK_BYTES}
+    with engine(models.qwen3(), EVICTION | {"admission": admission}, **pool) as llm:
+        for index, prompt in enumerate(prompts):
+            add_request(llm, str(index), prompt, greedy(150))
+        results, preemptions = drain_counting_preemptions(llm)
+        assert len(results) == 12, "the engine hangs"
+        assert any(preemptions.values()) == (admission == "optimistic")
+        assert num_used_blocks(llm) == 0
+        alone = [generate(llm, [prompt], greedy(150))[0] for prompt in prompts]
+        assert [results[str(index)] for index in range(12)] == alone
+
+
+def test_reservation_knows_how_long_a_request_can_become(models):
+    """Answers that cannot reach the bound reserve no more than they can fill."""
+    pool = {"kv_cache_memory_bytes": 13 * BLOCK_BYTES}
+    with engine(models.qwen3(), EVICTION, **pool) as llm:
+        # 12 usable blocks: one of state and one of tokens for each.
+        for index in range(8):
+            add_request(llm, str(index), random_prompt(10, index), greedy(20))
+        llm.llm_engine.step()
+        assert len(scheduler(llm).running) == 6
+        results, preemptions = drain_counting_preemptions(llm)
+    assert len(results) == 8
+    assert not any(preemptions.values())
 
 
 @pytest.mark.parametrize("llm", [{"kv_cache_memory_bytes": 12 * BLOCK_BYTES}], indirect=True)

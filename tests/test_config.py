@@ -3,21 +3,24 @@
 import pytest
 
 from vase_vllm.config import EvictionConfig
+from vase_vllm.policies.registry import find_policy, policy_names
 
 
 def test_defaults_are_those_of_the_paper():
     config = EvictionConfig()
-    assert (config.budget, config.window, config.num_protected) == (4096, 64, 1024)
-    assert (config.sinks, config.smoothing, config.temperature) == (4, 5, 1.0)
-    assert (config.sampling, config.seed) == ("gumbel", 0)
+    assert (config.budget, config.window, config.sinks, config.seed) == (4096, 64, 4, 0)
+    policy = config.policy
+    assert (policy.name, policy.num_protected(config.limits)) == ("vase", 1024)
+    assert (policy.smoothing, policy.temperature, policy.sampling) == (5, 1.0, "gumbel")
+    assert (policy.magnitude, policy.protect, policy.evict_large) == ("range", "large", False)
 
 
 @pytest.mark.parametrize(
     ("protected", "count"), [(0.25, 250), (0.5, 500), (7, 7), (0.0041, 4), (1, 1)]
 )
 def test_protected_is_a_fraction_or_a_count(protected, count):
-    config = EvictionConfig(budget=1000, protected=protected, sinks=0)
-    assert config.num_protected == count
+    config = EvictionConfig.parse({"budget": 1000, "protected": protected, "sinks": 0})
+    assert config.policy.num_protected(config.limits) == count
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,15 @@ def test_protected_is_a_fraction_or_a_count(protected, count):
         ({"seed": -1}, "--kv-eviction-config.seed", "greater than or equal to 0"),
         ({"seed": 2**64}, "--kv-eviction-config.seed", "less than"),
         ({"budgets": 9}, "--kv-eviction-config.budgets", "unknown key; the keys are budget,"),
-        ({"policy": "lru"}, "--kv-eviction-config.policy", "'vase'"),
+        ({"sinks": 4090, "protected": 4090}, "sinks (4090)", "lower sinks"),
+        ({"admission": "never"}, "--kv-eviction-config.admission", "'reserve' or 'optimistic'"),
+        ({"policy": "lru"}, "--kv-eviction lru", "the policies are vase, cur, random, rkv"),
+        ({"policy": "snapkv", "protected": 9}, "protected", "the keys are budget,"),
+        ({"policy": "snapkv", "smoothing": 2}, "smoothing (2)", "odd"),
+        ({"policy": "rkv", "lambda": 2}, "--kv-eviction-config.lambda", "less than or equal to 1"),
+        ({"policy": "cur", "gaussian": "new"}, "gaussian", "'fixed' or 'redrawn'"),
+        ({"evict_large": True, "magnitude": "none"}, "evict_large", "set magnitude"),
+        ({"protect": "random", "magnitude": "none"}, "magnitude none", "remove magnitude"),
     ],
     ids=str,
 )
@@ -52,5 +63,12 @@ def test_bad_values_are_refused_in_one_line(settings, setting, remedy):
 
 
 def test_every_key_is_documented():
-    properties = EvictionConfig.model_json_schema()["properties"]
-    assert all(field["description"] for field in properties.values())
+    for model in (EvictionConfig, *map(find_policy, policy_names())):
+        assert model.__doc__
+        assert all(field.description for field in model.model_fields.values())
+
+
+def test_all_settings_are_in_the_log_line():
+    config = EvictionConfig.parse({"policy": "rkv", "budget": 128, "lambda": 0.1})
+    assert "budget=128" in str(config)
+    assert "lambda=0.1" in str(config)

@@ -8,8 +8,9 @@ from vllm import _custom_ops as ops
 
 from tests.oracle.law import chi_square_of_sets, set_probabilities
 from vase_vllm.blocks import EvictionSpec
-from vase_vllm.evictor import CPUEvictor
-from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.config import EvictionConfig
+from vase_vllm.evictor import TorchEvictor
+from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.reference import (
     attention_scores,
     plan_moves,
@@ -18,6 +19,7 @@ from vase_vllm.kernels.reference import (
     value_range,
 )
 from vase_vllm.pages import cpu_page_layout
+from vase_vllm.policies.draws import Draws
 from vase_vllm.ring import RingLayout, RingWrite
 from vase_vllm.schedule import EvictionSchedule
 
@@ -27,9 +29,10 @@ BLOCK_SIZE, NUM_HEADS, KEY = 32, 2, 1234
 class Paged:
     """One sequence in packed pages with NaN everywhere else, and a dense copy of it."""
 
-    def __init__(self, parameters, isa, dtype, group, num_cached, first, head_size=64):
+    def __init__(self, config, isa, dtype, group, num_cached, first, head_size=64):
         torch.manual_seed(0)
-        self.parameters, self.first, self.num_cached = parameters, first, num_cached
+        self.config, self.first, self.num_cached = config, first, num_cached
+        self.parameters = parameters = config.fused
         self.ring = RingLayout(parameters.window, group, BLOCK_SIZE)
         self.spec = EvictionSpec(
             block_size=BLOCK_SIZE,
@@ -67,17 +70,16 @@ class Paged:
         ).store(self.cache, self.query)
 
     def evictor(self, scale=0.125):
-        return CPUEvictor(
-            self.parameters, self.spec, self.ring, self.layout, scale, torch.arange(NUM_HEADS)
+        return TorchEvictor(
+            self.config, self.spec, self.ring, self.layout, scale, torch.arange(NUM_HEADS)
         )
 
     def dense(self):
         """Keys and values in slot order, [slots, H, D], as they lie in the pages now."""
+        blocks = self.blocks.tolist()
         keys, values = (
-            packing.unpack(pages[self.blocks]).transpose(1, 2).flatten(0, 1)
-            for packing, pages in zip(
-                (self.layout.keys, self.layout.values), self.layout.split(self.cache), strict=True
-            )
+            torch.cat(list(read(self.cache, blocks)), dim=1).transpose(0, 1)
+            for read in (self.layout.keys, self.layout.values)
         )
         return keys[: self.num_cached], values[: self.num_cached]
 
@@ -96,10 +98,14 @@ def expected_eviction(paged, eviction_index, layer_index, scale):
     noise = None
     if parameters.sampling == "gumbel":
         heads = torch.arange(NUM_HEADS)
-        noise = sampling_noise(parameters, num_candidates, eviction_index, layer_index, heads, KEY)
+        noise = sampling_noise(
+            parameters.seed, num_candidates, eviction_index, layer_index, heads, KEY
+        )
     ranges = value_range(paged.value[:num_candidates]).T
     head, source, destination = plan_moves(
-        parameters, select_survivors(parameters, scores, ranges, noise)
+        parameters.budget,
+        parameters.window,
+        select_survivors(parameters, scores, ranges, noise),
     )
     key, value = paged.key.clone(), paged.value.clone()
     key[destination, head] = paged.key[source, head]
@@ -121,12 +127,11 @@ def expected_eviction(paged, eviction_index, layer_index, scale):
 )
 @pytest.mark.parametrize("num_cached", [112, 230], ids=["steady", "long-prompt"])
 def test_paged_equals_dense(isa, dtype, group, sampling, num_cached):
-    parameters = EvictionParameters(
-        budget=96, window=16, protected=20, smoothing=3, temperature=1.5, sampling=sampling
-    )
+    settings = {"budget": 96, "window": 16, "protected": 20, "smoothing": 3, "temperature": 1.5}
+    config = EvictionConfig.parse(settings | {"sampling": sampling})
     first = 112 if num_cached == 112 else num_cached
     position = first + (3 * 16 if num_cached == 112 else 0)
-    paged = Paged(parameters, isa, dtype, group, num_cached, first)
+    paged = Paged(config, isa, dtype, group, num_cached, first)
     expected = expected_eviction(paged, (position - first) // 16, 5, 0.125)
     before = paged.cache.clone()
     dropped = paged.evictor().evict({5: paged.cache}, paged.row, position)
@@ -142,8 +147,8 @@ def test_paged_equals_dense(isa, dtype, group, sampling, num_cached):
 
 def test_draws_on_pages_follow_the_law():
     """Which tokens survive in the pages themselves, over many requests' keys."""
-    parameters = EvictionParameters(budget=8, window=2, protected=3, sinks=2, smoothing=1)
-    paged = Paged(parameters, "vec", torch.float32, 2, 10, 10)
+    settings = {"budget": 8, "window": 2, "protected": 3, "sinks": 2, "smoothing": 1}
+    paged = Paged(EvictionConfig.parse(settings), "vec", torch.float32, 2, 10, 10)
     original = paged.cache.clone()
     queries = paged.query.unflatten(1, (NUM_HEADS, 2)).permute(1, 0, 2, 3).flatten(1, 2)
     weights = attention_scores(queries, paged.key[:8].permute(1, 2, 0), 0.125, 1)
@@ -175,11 +180,9 @@ def test_draws_on_pages_follow_the_law():
 
 @pytest.mark.parametrize("num_candidates", [80, 20_000], ids=["together", "apart"])
 def test_layers_that_draw_together_draw_what_each_would_alone(num_candidates):
-    parameters = EvictionParameters(budget=96, window=16, protected=20, seed=2**40 + 7)
-    paged = Paged(parameters, "vec", torch.float32, 2, 112, 112)
-    layers = [3, 7, 11]
-    noises = paged.evictor()._noise(layers, num_candidates, 4, KEY)
-    for layer, noise in zip(layers, noises, strict=True):
-        heads = torch.arange(NUM_HEADS)
-        alone = sampling_noise(parameters, num_candidates, 4, layer, heads, KEY)
-        assert torch.equal(noise, alone)
+    limits = EvictionLimits(budget=96, window=16, seed=2**40 + 7)
+    layers, heads = [3, 7, 11], torch.arange(NUM_HEADS)
+    draws = Draws(limits, KEY, 4, num_candidates, layers, heads)
+    for layer in layers:
+        alone = sampling_noise(limits.seed, num_candidates, 4, layer, heads, KEY)
+        assert torch.equal(draws.of_layer(layer).gumbel(), alone)

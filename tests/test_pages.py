@@ -4,7 +4,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from vase_vllm.pages import cpu_page_layout
+from vase_vllm.pages import CandidatePages, PlainPages, cpu_page_layout
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS = 64, 5, 3
 PACKINGS = [("vec", 64), ("vec", 128), ("vec16", 80), ("vec16", 112), ("amx", 64), ("amx", 128)]
@@ -36,23 +36,57 @@ def by_block(tensor):
     return tensor.unflatten(0, (NUM_BLOCKS, BLOCK_SIZE)).transpose(1, 2)
 
 
-def test_unpack_gives_what_was_written(written):
-    layout, cache, key, value = written
-    key_pages, value_pages = layout.split(cache)
-    assert torch.equal(layout.keys.unpack(key_pages), by_block(key))
-    assert torch.equal(layout.values.unpack(value_pages), by_block(value))
+def read(layout, cache):
+    """Keys and values of all blocks, each [num_blocks, H, block_size, D]."""
+    return [
+        torch.cat(list(half(cache, list(range(NUM_BLOCKS)))), dim=1)
+        .unflatten(1, (NUM_BLOCKS, BLOCK_SIZE))
+        .transpose(0, 1)
+        for half in (layout.keys, layout.values)
+    ]
 
 
-def test_copy_moves_single_tokens_of_single_heads(written):
-    layout, cache, key, value = written
+def check_moves(layout, cache, key, value):
     head = torch.tensor([0, 0, 2])
     source = torch.tensor([4, 4, 0]), torch.tensor([7, 63, 1])
     destination = torch.tensor([0, 1, 3]), torch.tensor([3, 0, 33])
-    for packing, pages, dense in zip(
-        (layout.keys, layout.values), layout.split(cache), (key, value), strict=True
-    ):
+    layout.copy(cache, head, source, destination)
+    for dense, moved in zip((key, value), read(layout, cache), strict=True):
         expected = by_block(dense).clone()
         for h, sb, st, db, dt in zip(head, *source, *destination, strict=True):
             expected[db, h, dt] = expected[sb, h, st].clone()
-        packing.copy(pages, head, source, destination)
-        assert torch.equal(packing.unpack(pages), expected)
+        assert torch.equal(moved, expected)
+
+
+def test_reading_gives_what_was_written(written):
+    layout, cache, key, value = written
+    keys, values = read(layout, cache)
+    assert torch.equal(keys, by_block(key))
+    assert torch.equal(values, by_block(value))
+
+
+def test_copy_moves_single_tokens_of_single_heads(written):
+    check_moves(*written)
+
+
+@pytest.mark.parametrize("order", ["heads-first", "tokens-first"])
+def test_plain_pages_in_any_order_of_strides(order):
+    """GPU backends have a page's heads or its tokens first."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, 64)
+    cache = torch.cat([by_block(key), by_block(value)], dim=-1)
+    if order == "tokens-first":
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    check_moves(PlainPages(), cache, key, value)
+
+
+def test_candidates_stop_before_the_window():
+    torch.manual_seed(0)
+    key, value = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, 64)
+    cache = torch.cat([by_block(key), by_block(value)], dim=-1)
+    blocks, num = torch.tensor([3, 0, 2]), BLOCK_SIZE + 5
+    candidates = CandidatePages(PlainPages(), cache, blocks, num)
+    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:num]
+    assert torch.equal(candidates.keys(), key[slots].permute(1, 2, 0))
+    values = torch.cat(list(candidates.values()), dim=1)
+    assert torch.equal(values, value[slots].transpose(0, 1))

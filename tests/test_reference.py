@@ -44,7 +44,7 @@ def noise_for(parameters, scores):
     if parameters.sampling == "greedy":
         return None
     heads = torch.arange(scores.shape[0])
-    return sampling_noise(parameters, scores.shape[1], 3, 1, heads, 99)
+    return sampling_noise(parameters.seed, scores.shape[1], 3, 1, heads, 99)
 
 
 @given(evictions())
@@ -78,7 +78,7 @@ def test_greedy_keeps_the_largest_scores_of_the_rest(eviction):
 def test_moves_fill_every_freed_slot_once(eviction):
     parameters, scores, ranges = eviction
     keep = select_survivors(parameters, scores, ranges, noise_for(parameters, scores))
-    head, source, destination = plan_moves(parameters, keep)
+    head, source, destination = plan_moves(parameters.budget, parameters.window, keep)
     num_cached = scores.shape[1] + parameters.window
     for h in range(len(keep)):
         survivors = {*keep[h].nonzero().flatten().tolist()}
@@ -121,7 +121,7 @@ def test_draws_follow_the_law_without_replacement(skew):
     rest = [1, 2, 4, 5, 6, 7]
     observed: Counter[tuple[int, ...]] = Counter()
     for key in range(6000):
-        noise = sampling_noise(parameters, 8, key % 7, key % 5, torch.tensor([key % 3]), key)
+        noise = sampling_noise(parameters.seed, 8, key % 7, key % 5, torch.tensor([key % 3]), key)
         keep = select_survivors(parameters, scores, ranges, noise)[0]
         kept = frozenset(keep.nonzero().flatten().tolist())
         assert {0, 3} <= kept

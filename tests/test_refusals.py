@@ -136,7 +136,7 @@ def test_unsupported_parallelism(models, flag):
     [
         ({"budget": 64}, "--kv-eviction-config: budget (64)"),
         ({"budget": 128, "rate": 1}, "--kv-eviction-config.rate: unknown key"),
-        ({"policy": "lru"}, "--kv-eviction-config.policy"),
+        ({"policy": "lru"}, "--kv-eviction lru: unknown policy"),
     ],
     ids=["value", "key", "policy"],
 )

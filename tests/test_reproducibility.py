@@ -68,7 +68,7 @@ def test_preempted_after_evictions_and_resumed(models, prompts, alone):
     page = 2 * 2 * 32 * 128 * 4
     with engine(
         models.qwen3(),
-        EVICTION,
+        EVICTION | {"admission": "optimistic"},
         kv_cache_memory_bytes=24 * page,
         scheduling_policy="priority",
         max_num_batched_tokens=64,

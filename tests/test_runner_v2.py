@@ -36,10 +36,23 @@ def test_v2_silently_not_evicting(models, expected):
     assert result["tokens"] == expected["tokens"]
 
 
-@pytest.mark.parametrize("sampling", ["gumbel", "greedy"])
-def test_the_triton_kernels_in_the_real_engine(models, sampling):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampling": "gumbel"},
+        {"sampling": "greedy"},
+        {"policy": "snapkv"},
+        {"policy": "streaming"},
+        {"policy": "random"},
+        # Not in the fused kernel: plain torch on the device's pages.
+        {"policy": "rkv"},
+        {"policy": "cur"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_evictions_on_gpu_pages_in_the_real_engine(models, settings):
     case = {
-        "eviction": {"budget": 48, "window": 16, "sampling": sampling},
+        "eviction": {"budget": 48, "window": 16, **settings},
         "prompts": [random_prompt(length, length) for length in (45, 70)],
         "num_tokens": 40,
         "options": {"max_num_batched_tokens": 40},

@@ -28,7 +28,7 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
         return None
     if engine_args.enable_prefix_caching:
         raise UnsupportedError(
-            f"--kv-eviction {config.policy}: prefix caching is not supported; "
+            f"--kv-eviction {config.policy.name}: prefix caching is not supported; "
             "remove --enable-prefix-caching"
         )
     if engine_args.enable_prefix_caching is None:
@@ -40,7 +40,8 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
     ):
         if value != default:
             raise UnsupportedError(
-                f"--kv-eviction {config.policy}: a custom {flag} is not supported; remove {flag}"
+                f"--kv-eviction {config.policy.name}: a custom {flag} is not supported; "
+                f"remove {flag}"
             )
     return config
 
@@ -61,11 +62,17 @@ def activate(vllm_config: VllmConfig, config: EvictionConfig) -> None:
     )
     logger.info(
         "KV eviction: %s, at most %d + %d tokens per sequence, layer and KV head (%s).",
-        config.policy,
+        config.policy.name,
         config.budget,
         config.window,
         config,
     )
+    if config.fused is None and not current_platform.is_cpu():
+        logger.warning(
+            "KV eviction: %s with these settings is not in the fused kernel: it evicts in plain "
+            "torch, sequence by sequence, which is slow.",
+            config.policy.name,
+        )
 
 
 def check_prompt(vllm_config: VllmConfig, prompt_len: int) -> str | None:

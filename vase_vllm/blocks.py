@@ -96,8 +96,11 @@ class EvictionManager(FullAttentionManager):
 
     kv_cache_spec: EvictionSpec
 
-    # The scheduler's live table of requests (request id -> request): bound by EvictionScheduler.
+    # Bound by EvictionScheduler: its live table of requests (request id -> request), whether a
+    # request is admitted only if all can grow to their bound, and the longest sequence.
     requests: Mapping[str, Request]
+    reserves: bool
+    max_model_len: int
 
     def first_eviction(self, request_id: str) -> int:
         """Position of the first eviction: what the row says, else what the prompt will make it."""
@@ -126,12 +129,29 @@ class EvictionManager(FullAttentionManager):
 
         For admission (``apply_admission_cap``) that is the most it holds on the way: a preempted
         sequence computes its output again, evicting as it goes, and peaks at its first eviction.
+        Where room is reserved it is the most that it will ever hold, and what all the others still
+        need to get there: then nobody is preempted later.
         """
         first = self.first_eviction(request_id)
-        if apply_admission_cap:
-            num_slots = min(num_tokens, first)
-        else:
+        if not apply_admission_cap:
             num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+            return self._num_missing_blocks(request_id, num_slots)
+        if not self.reserves:
+            return self._num_missing_blocks(request_id, min(num_tokens, first))
+        others = (id for id, row in self.req_to_blocks.items() if row and id != request_id)
+        return self._num_blocks_to_come(request_id) + sum(map(self._num_blocks_to_come, others))
+
+    def _num_blocks_to_come(self, request_id: str) -> int:
+        """Blocks between what a sequence holds and the most it can come to hold."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return 0
+        first = self.first_eviction(request_id)
+        num_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        if request.num_computed_tokens >= first:
+            num_slots = self.kv_cache_spec.schedule.bound
+        else:
+            num_slots = min(num_tokens, first)
         return self._num_missing_blocks(request_id, num_slots)
 
     def allocate_new_blocks(

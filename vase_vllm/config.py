@@ -1,46 +1,50 @@
 """The settings of KV cache eviction: parsed, checked and documented here and nowhere else."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
-from vase_vllm.kernels.parameters import EvictionParameters, Sampling
+from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.policies.base import Policy
+from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 ADDITIONAL_CONFIG_KEY = "kv_eviction"
-POLICIES = ("none", "vase")
 
 
 class EvictionConfig(BaseModel):
-    """Settings of ``--kv-eviction-config``.
+    """Settings of ``--kv-eviction-config`` that every policy has, and the policy with its own.
 
     A sequence holds ``budget`` tokens per layer and KV head right after an eviction and at most
-    ``budget + window`` before the next one. Defaults are those of the paper (arXiv 2606.03928).
+    ``budget + window`` before the next one. Defaults are those of VaSE's paper (arXiv 2606.03928).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    policy: Literal["vase"] = "vase"
-    """Eviction method."""
+    policy: SerializeAsAny[Policy] = Field(default_factory=lambda: find_policy(DEFAULT_POLICY)())
+    """Which tokens go."""
     budget: int = Field(default=4096, gt=0)
     """Tokens that a sequence keeps at an eviction, the window included."""
     window: int = Field(default=64, gt=0)
     """Newest tokens: never evicted, and their queries score the rest. Also the eviction period."""
-    protected: int | float = Field(default=0.25, ge=0)
-    """Tokens kept for their abnormally large value range: a fraction of the budget, or a count."""
     sinks: int = Field(default=4, ge=0)
-    """First tokens of the sequence, always protected."""
-    smoothing: int = Field(default=5, ge=1)
-    """Width of the average pooling of the scores over slots; 1 is off."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the attention logits before the softmax."""
-    sampling: Sampling = "gumbel"
-    """``gumbel`` draws in proportion to attention, ``greedy`` keeps the top-k."""
+    """First tokens of the sequence, never evicted."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the draws."""
+    admission: Literal["reserve", "optimistic"] = "reserve"
+    """``reserve`` admits a request when all running ones can grow to their bound beside it, so that
+    none is preempted; ``optimistic`` as soon as its prompt fits, which is vLLM's own rule."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvictionConfig":
@@ -49,56 +53,48 @@ class EvictionConfig(BaseModel):
                 f"budget ({self.budget}) must be larger than window ({self.window}): "
                 "raise budget or lower window"
             )
-        if isinstance(self.protected, float) and self.protected > 1:
+        if self.sinks > self.budget - self.window:
             raise ValueError(
-                f"protected ({self.protected}) must be a fraction up to 1 or an integer count"
+                f"sinks ({self.sinks}) must be at most budget - window "
+                f"({self.budget - self.window}): lower sinks or raise budget"
             )
-        if self.num_protected > self.budget - self.window:
-            raise ValueError(
-                f"protected ({self.num_protected} tokens) must be at most budget - window "
-                f"({self.budget - self.window}): lower protected or raise budget"
-            )
-        if self.num_protected < self.sinks:
-            raise ValueError(
-                f"protected ({self.num_protected} tokens) must be at least sinks "
-                f"({self.sinks}), which count among them: raise protected or lower sinks"
-            )
-        if self.smoothing % 2 == 0:
-            raise ValueError(f"smoothing ({self.smoothing}) must be odd: use 1 to switch it off")
+        self.policy.check(self.limits)
         return self
 
     @cached_property
-    def num_protected(self) -> int:
-        """``protected`` as a count of tokens."""
-        if isinstance(self.protected, int):
-            return self.protected
-        return int(self.protected * self.budget)
+    def limits(self) -> EvictionLimits:
+        """What an eviction of any policy is told."""
+        return EvictionLimits(self.budget, self.window, self.sinks, self.seed)
 
     @cached_property
-    def parameters(self) -> EvictionParameters:
-        """The same settings as the kernels take them."""
-        return EvictionParameters(
-            budget=self.budget,
-            window=self.window,
-            protected=self.num_protected,
-            sinks=self.sinks,
-            smoothing=self.smoothing,
-            temperature=self.temperature,
-            sampling=self.sampling,
-            seed=self.seed,
-        )
+    def fused(self) -> EvictionParameters | None:
+        """The policy as the fused GPU kernel takes it, or None where it does not know it."""
+        return self.policy.fused(self.limits)
+
+    def __str__(self) -> str:
+        settings = self.model_dump(exclude={"policy"}) | self.policy.model_dump(by_alias=True)
+        return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     @classmethod
-    def parse(cls, settings: dict[str, Any]) -> "EvictionConfig":
+    def parse(cls, settings: Mapping[str, Any]) -> "EvictionConfig":
         """Check settings.
+
+        Args:
+            settings: ``policy``, the keys of that policy and those of all, in one.
 
         Raises:
             ValueError: one line that names the setting and the remedy.
         """
+        policy = find_policy(settings.get("policy", DEFAULT_POLICY))
+        keys = settings_keys(policy)
+        own = {key: value for key, value in settings.items() if key in keys}
+        common = {key: value for key, value in settings.items() if key not in keys}
         try:
-            return cls.model_validate(settings)
+            return cls.model_validate(common | {"policy": policy.model_validate(own)})
         except ValidationError as error:
-            raise ValueError("; ".join(map(_one_line, error.errors()))) from None
+            known = [*(name for name in cls.model_fields if name != "policy"), *keys]
+            lines = (_one_line(error, known) for error in error.errors())
+            raise ValueError("; ".join(lines)) from None
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "EvictionConfig | None":
@@ -109,18 +105,22 @@ class EvictionConfig(BaseModel):
     def from_additional(cls, additional: Any) -> "EvictionConfig | None":
         """The same from vLLM's ``additional_config``, before there is an engine's config."""
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-        if not settings or settings.get("policy", "vase") == "none":
+        if not settings or settings.get("policy") == "none":
             return None
         return cls.parse(settings)
 
 
-def _one_line(error: Any) -> str:
+def settings_keys(model: type[BaseModel]) -> list[str]:
+    """The keys of a model's fields as a user writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _one_line(error: Any, known: list[str]) -> str:
     """One pydantic error as "--kv-eviction-config.key: what is wrong"."""
     key = ".".join(str(part) for part in error["loc"] if part not in ("int", "float"))
     setting = f"--kv-eviction-config.{key}" if key else "--kv-eviction-config"
     if error["type"] == "extra_forbidden":
-        known = ", ".join(name for name in EvictionConfig.model_fields if name != "policy")
-        return f"{setting}: unknown key; the keys are {known}"
+        return f"{setting}: unknown key; the keys are {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if key and error["type"] != "value_error":
         message += f", got {error['input']!r}"

@@ -5,7 +5,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.blocks import BlockTableRow, EvictionSpec
-from vase_vllm.evictor import CPUEvictor
+from vase_vllm.evictor import TorchEvictor
 from vase_vllm.pages import cpu_page_layout
 from vase_vllm.ring import RingLayout, RingWrite
 from vase_vllm.step import PreparedStep, StepContext
@@ -22,8 +22,8 @@ class CPUPath:
         self.ring = RingLayout(
             context.config.window, layer.num_heads // layer.num_kv_heads, spec.block_size
         )
-        self.evictor = CPUEvictor(
-            context.config.parameters,
+        self.evictor = TorchEvictor(
+            context.config,
             spec,
             self.ring,
             cpu_page_layout(layer.isa, spec.block_size, spec.head_size, spec.dtype),

@@ -1,16 +1,22 @@
-"""How the CPU backend packs keys and values inside a page, and how to read and move them.
+"""How keys and values lie inside a page, and how to read and move them.
 
-vLLM's CPU attention permutes each page for the instruction set at hand ("vec", "amx", ...).
-Every such packing is separable: the offset of (token, dimension) in a page is a sum of one number
-of the token and one of the dimension. So one probe through vLLM's own cache write finds any of
-them, and nothing here depends on the instruction set.
+On a GPU a page is plain: a key and a value side by side for every token. vLLM's CPU attention
+permutes each page for the instruction set at hand ("vec", "amx", ...). Every such packing is
+separable: the offset of (token, dimension) in a page is a sum of one number of the token and one of
+the dimension. So one probe through vLLM's own cache write finds any of them, and nothing here
+depends on the instruction set.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Protocol
 
 import torch
 from vllm import _custom_ops as ops
+
+At = tuple[torch.Tensor, torch.Tensor]
+"""Where tokens lie: (block, token in the block), each [n] int64."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +86,114 @@ class Packing:
         pages[destination[0][:, None], heads, columns[1]] = moved
 
 
+class PageLayout(Protocol):
+    """Pages of one layer. A cache is [num_blocks, H, block_size, 2 * D], however it is packed."""
+
+    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """The keys of blocks in slot order, in parts of [H, m, D]: views where possible."""
+
+    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """The values likewise."""
+
+    def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
+        """Copy tokens between pages; no destination may be a source.
+
+        Args:
+            kv_cache: written in place.
+            head: [moves] int64.
+            source, destination: (block, token in the block), each [moves] int64.
+        """
+
+
 @dataclass(frozen=True)
-class PageLayout:
-    """Packing of the keys and of the values in a page [H, block_size, 2 * D]."""
+class PlainPages:
+    """Pages as GPU backends have them: ``key | value`` for every token."""
 
-    keys: Packing
-    values: Packing
+    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """See :class:`PageLayout`."""
+        return self._half(kv_cache, blocks, 0)
 
-    def split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """See :class:`PageLayout`."""
+        return self._half(kv_cache, blocks, 1)
+
+    def _half(self, kv_cache: torch.Tensor, blocks: list[int], half: int) -> Iterator[torch.Tensor]:
+        # All at once: on a GPU launches cost more than memory.
+        pages = kv_cache.chunk(2, dim=-1)[half][blocks]
+        yield pages.transpose(0, 1).flatten(1, 2)
+
+    def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
+        """See :class:`PageLayout`."""
+        kv_cache[destination[0], head, destination[1]] = kv_cache[source[0], head, source[1]]
+
+
+@dataclass(frozen=True)
+class PackedPages:
+    """Pages of the CPU backend: all keys, then all values, each packed in its way."""
+
+    key_packing: Packing
+    value_packing: Packing
+
+    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """See :class:`PageLayout`."""
+        pages, _ = self._split(kv_cache)
+        # Block by block: several times faster than gathering the packed pages first.
+        return (self.key_packing.unpack(pages[block]) for block in blocks)
+
+    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        """See :class:`PageLayout`."""
+        _, pages = self._split(kv_cache)
+        return (self.value_packing.unpack(pages[block]) for block in blocks)
+
+    def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
+        """See :class:`PageLayout`."""
+        keys, values = self._split(kv_cache)
+        self.key_packing.copy(keys, head, source, destination)
+        self.value_packing.copy(values, head, source, destination)
+
+    @staticmethod
+    def _split(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed keys and packed values of a cache, each [num_blocks, H, block_size * D] views."""
         keys, values = kv_cache.flatten(2).chunk(2, dim=-1)
         return keys, values
 
 
+@dataclass(frozen=True)
+class CandidatePages:
+    """A sequence's candidates in its pages of one layer: a ``TokenSource`` of the policies.
+
+    Attributes:
+        blocks: [blocks] int64, of the sequence's slots.
+        num: candidates, the first slots.
+    """
+
+    layout: PageLayout
+    kv_cache: torch.Tensor
+    blocks: torch.Tensor
+    num: int
+
+    def keys(self) -> torch.Tensor:
+        """[H, D, n] fp32, after RoPE."""
+        _, num_heads, block_size, pair_size = self.kv_cache.shape
+        shape = (num_heads, pair_size // 2, len(self.blocks) * block_size)
+        keys = torch.empty(shape, device=self.kv_cache.device)
+        start = 0
+        for part in self.layout.keys(self.kv_cache, self.blocks.tolist()):
+            keys[:, :, start : start + part.shape[1]] = part.transpose(-1, -2)
+            start += part.shape[1]
+        return keys[:, :, : self.num]
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """[H, m, D] of the cache's dtype, part by part."""
+        left = self.num
+        for part in self.layout.values(self.kv_cache, self.blocks.tolist()):
+            if left > 0:
+                yield part[:, :left]
+            left -= part.shape[1]
+
+
 @cache
-def cpu_page_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> PageLayout:
+def cpu_page_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> PackedPages:
     """Find the packing of vLLM's CPU backend by writing known numbers through its own cache write.
 
     Args:
@@ -118,7 +217,7 @@ def cpu_page_layout(isa: str, block_size: int, head_size: int, dtype: torch.dtyp
                 "remove --kv-eviction"
             )
         halves.append(packing)
-    return PageLayout(*halves)
+    return PackedPages(*halves)
 
 
 def _written(isa: str, numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

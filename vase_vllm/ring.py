@@ -56,7 +56,8 @@ class RingLayout:
     def load(self, kv_cache: torch.Tensor, state_blocks: torch.Tensor) -> torch.Tensor:
         """All queries of one sequence: [H, window * G, D], window-major, in the cache's dtype."""
         num_kv_heads, head_size = kv_cache.shape[1], kv_cache.shape[-1] // 2
-        entries = self.view(kv_cache)[state_blocks].transpose(0, 1).flatten(1, 2)
+        # Gathered first: a GPU's pages need not have a head's cells side by side.
+        entries = self.view(kv_cache[state_blocks]).transpose(0, 1).flatten(1, 2)
         return entries[:, : self.window].reshape(num_kv_heads, -1, head_size)
 
 

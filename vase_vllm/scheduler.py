@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vase_vllm.blocks import EvictionManager, EvictionSpec
+from vase_vllm.config import EvictionConfig
 from vase_vllm.support import UnsupportedError
 
 
@@ -26,8 +27,12 @@ class _EvictionMixin(Scheduler):
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, EvictionManager)
         ]
+        config = EvictionConfig.from_vllm(self.vllm_config)
+        assert config is not None
         for manager in managers:
             manager.requests = self.requests
+            manager.reserves = config.admission == "reserve"
+            manager.max_model_len = self.max_model_len
         # All groups share one schedule: any manager can answer for a request.
         self._manager = managers[0]
         if len(self.kv_cache_config.kv_cache_groups) > 1:

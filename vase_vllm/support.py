@@ -22,7 +22,7 @@ def check_engine(vllm_config: VllmConfig, config: EvictionConfig) -> None:
         UnsupportedError: names the setting and what to change.
     """
     if reason := next(_engine_reasons(vllm_config, config), None):
-        raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
+        raise UnsupportedError(f"--kv-eviction {config.policy.name}: {reason}")
 
 
 def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator[str]:
@@ -110,7 +110,7 @@ def check_layers(
         UnsupportedError: names the setting and what to change.
     """
     if reason := next(_layer_reasons(layers, block_size, config, backends), None):
-        raise UnsupportedError(f"--kv-eviction {config.policy}: {reason}")
+        raise UnsupportedError(f"--kv-eviction {config.policy.name}: {reason}")
 
 
 def _layer_reasons(

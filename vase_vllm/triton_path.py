@@ -1,8 +1,9 @@
 """One step's evictions and remapping in Triton, in front of any backend with plain pages.
 
-Nothing here waits for the device. The host knows which sequences are due from the scheduler's
-messages and the step's lengths; the kernels decide again from the block table. All tensors that a
-CUDA graph may hold on to are persistent: our own two buffers and vLLM's.
+Nothing here waits for the device, but for the policies that the fused kernel does not know. The
+host knows which sequences are due from the scheduler's messages and the step's lengths; the kernels
+decide again from the block table. All tensors that a CUDA graph may hold on to are persistent: our
+own two buffers and vLLM's.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.blocks import EvictionSpec
+from vase_vllm.evictor import TorchEvictor
 from vase_vllm.kernels.evict import evict_paged
 from vase_vllm.kernels.remap import remap_batch
 from vase_vllm.kernels.ring import store_queries
+from vase_vllm.pages import PlainPages
+from vase_vllm.policies.streaming import slot_positions
+from vase_vllm.ring import RingLayout
 from vase_vllm.step import PreparedStep, StepContext
 
 
@@ -45,7 +50,10 @@ class TritonRingWrite:
 
 
 class TritonPath:
-    """Evicts with the fused kernel, on pages ``[blocks, heads, block_size, K | V]``."""
+    """Evicts on pages ``[blocks, heads, block_size, K | V]``.
+
+    With the fused kernel where it knows the policy, else in plain torch, sequence by sequence.
+    """
 
     def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
         self.context = context
@@ -61,17 +69,28 @@ class TritonPath:
         self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
         self._pointers: tuple[int, torch.Tensor] | None = None
+        self._evictor: TorchEvictor | None = None
+        if context.config.fused is None:
+            self._evictor = TorchEvictor(
+                context.config,
+                spec,
+                RingLayout(context.config.window, self.group_size, spec.block_size),
+                PlainPages(),
+                self.softmax_scale,
+                context.kv_heads(spec.num_kv_heads),
+            )
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """See :class:`StepPath`."""
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
-        if self._pointers is None and num_rows:
+        if self._pointers is None and self._evictor is None and num_rows:
             # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
             # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
             num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
             num_cached = min(self.spec.schedule.bound, num_slots)
-            self._launch(rows, np.zeros(1, dtype=np.int64), num_cached)
+            nothing = np.zeros(1, dtype=np.int64)
+            self._launch(rows, nothing, nothing, nothing, num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
         remap_batch(
@@ -121,7 +140,12 @@ class TritonPath:
         due_rows = np.flatnonzero(due & (query_lens > 0))
         if len(due_rows):
             before = np.where(starts == first, first, schedule.bound)[due_rows]
-            self._launch(rows, due_rows, int(before.max()))
+            if self._evictor is None:
+                self._launch(rows, due_rows, starts[due_rows], first[due_rows], int(before.max()))
+            else:
+                kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
+                for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
+                    self._evictor.evict(kv_caches, rows[row], position)
             for num_tokens in before - schedule.budget:
                 self.context.counters.add(len(self.layers), int(num_tokens))
         slots = schedule.slots(torch.from_numpy(seq_lens - 1), torch.from_numpy(first))
@@ -129,11 +153,23 @@ class TritonPath:
         self.context.counters.num_cached = torch.from_numpy(num_cached)
         return num_cached
 
-    def _launch(self, rows: torch.Tensor, due_rows: np.ndarray, max_num_cached: int) -> None:
+    def _launch(
+        self,
+        rows: torch.Tensor,
+        due_rows: np.ndarray,
+        starts: np.ndarray,
+        first: np.ndarray,
+        max_num_cached: int,
+    ) -> None:
+        """One fused eviction of ``due_rows``, whose next positions and schedules these are."""
+        parameters = self.context.config.fused
+        assert parameters is not None
+        arrival = None
+        if parameters.scoring == "age":
+            num_candidates = max_num_cached - parameters.window
+            arrival = self._to_device(self._arrival(starts, first, num_candidates))
         kv_caches = [layer.kv_cache for layer in self.layers.values()]
-        due = torch.from_numpy(due_rows.astype(np.int32))
-        if rows.device.type == "cuda":
-            due = due.pin_memory().to(rows.device, non_blocking=True)
+        due = self._to_device(due_rows.astype(np.int32))
         evict_paged(
             self._kv_pointers(kv_caches),
             kv_caches[0],
@@ -141,13 +177,34 @@ class TritonPath:
             rows,
             due,
             self._starts[: len(rows)],
-            self.context.config.parameters,
+            parameters,
             group_size=self.group_size,
             softmax_scale=self.softmax_scale,
             num_state_blocks=self.spec.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
+            arrival=arrival,
         )
+
+    def _arrival(self, starts: np.ndarray, first: np.ndarray, num_candidates: int) -> np.ndarray:
+        """Positions of the due rows' candidates, where the newest always stay: [due, n] int32."""
+        limits = self.context.config.limits
+        arrival = np.zeros((len(starts), num_candidates), dtype=np.int32)
+        for into, start, first_eviction in zip(
+            arrival, starts.tolist(), first.tolist(), strict=True
+        ):
+            if first_eviction:
+                index = (start - first_eviction) // limits.window
+                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
+                into[: len(positions)] = positions
+        return arrival
+
+    def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
+        """A copy on the device that nobody waits for."""
+        tensor = torch.from_numpy(numbers)
+        if self.context.device.type == "cuda":
+            return tensor.pin_memory().to(self.context.device, non_blocking=True)
+        return tensor
 
     def _kv_pointers(self, kv_caches: list[torch.Tensor]) -> torch.Tensor:
         """Base addresses of the layers' caches; they change only if vLLM allocates anew."""

@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs, optional_type
 from vllm.exceptions import VLLMValidationError
@@ -30,7 +31,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vase_vllm.activation import activate, check_prompt, prepare
-from vase_vllm.config import ADDITIONAL_CONFIG_KEY, POLICIES, EvictionConfig
+from vase_vllm.config import ADDITIONAL_CONFIG_KEY, EvictionConfig
+from vase_vllm.policies.base import Policy
+from vase_vllm.policies.registry import find_policy, policy_names
 
 # Whether this process has parsed a command line that asks for eviction: then a person at a shell
 # gets a refusal as one line, where a program gets the exception. vLLM copies its arguments around
@@ -55,10 +58,10 @@ def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[.
         group = parser.add_argument_group(title="KVEvictionConfig", description=_describe())
         group.add_argument(
             "--kv-eviction",
-            choices=POLICIES,
+            choices=("none", *policy_names()),
             default="none",
             help="Bound the KV cache of every sequence by evicting tokens. "
-            "`vase`: Value-aware Stochastic KV Cache Eviction (arXiv 2606.03928).",
+            + " ".join(f"`{name}`: {_summary(find_policy(name))}" for name in policy_names()),
         )
         group.add_argument(
             "--kv-eviction-config",
@@ -72,15 +75,28 @@ def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[.
     return add_cli_args
 
 
+def _summary(policy: type[Policy]) -> str:
+    """The first line of a policy's docstring."""
+    return (policy.__doc__ or "").partition("\n")[0]
+
+
 def _describe() -> str:
     """The keys, defaults and meanings of the settings, from where they are defined."""
-    fields = EvictionConfig.model_json_schema()["properties"]
-    keys = (
-        f"`{name}` ({field['default']}): {field['description']}"
-        for name, field in fields.items()
+    parts = [f"Keys of --kv-eviction-config, with their defaults: {_keys(EvictionConfig)}"]
+    parts += [
+        f"Of {name}: {_keys(policy)}"
+        for name in policy_names()
+        if (policy := find_policy(name)).model_fields
+    ]
+    return " ".join(parts)
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return " ".join(
+        f"`{field.alias or name}` ({field.default}): {field.description}"
+        for name, field in model.model_fields.items()
         if name != "policy"
     )
-    return "Keys of --kv-eviction-config, with their defaults. " + " ".join(keys)
 
 
 def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineArgs]:

@@ -30,6 +30,7 @@ from rich.table import Table
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from vase_vllm import backend, cpu_path, evictor, pages, ring, worker
+from vase_vllm.policies import candidates, draws, vase
 from vase_vllm.tiny_model import make_tiny_model
 
 BUDGET, WINDOW, BATCH, LAYERS, BLOCK_SIZE, PERIODS = 256, 32, 16, 4, 32, 6
@@ -40,12 +41,14 @@ COSTS: tuple[tuple[Any, str], ...] = (
     (ring.RingWrite, "plan"),
     (ring.RingWrite, "store"),
     (ring.RingLayout, "load"),
-    (evictor, "sampling_noise"),
-    (evictor, "attention_scores"),
-    (evictor, "select_survivors"),
+    (draws.Draws, "gumbel"),
+    (candidates, "attention_scores"),
+    (candidates.Candidates, "of_values"),
+    (vase, "vase_priority"),
+    (evictor, "largest"),
     (evictor, "plan_moves"),
-    (evictor.CPUEvictor, "_read"),
-    (pages.Packing, "copy"),
+    (pages.CandidatePages, "keys"),
+    (pages.PackedPages, "copy"),
     (backend, "wrap_layers"),
     (worker, "wrap_layers"),
     (cpu_path, "cpu_page_layout"),

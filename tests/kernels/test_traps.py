@@ -24,7 +24,7 @@ from vase_vllm.kernels.paged import NUM_HEADER
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.triton_path import TritonPath
 
-CONFIG = EvictionConfig(budget=40, window=8, protected=10)
+CONFIG = EvictionConfig.parse({"budget": 40, "window": 8, "protected": 10})
 FIRST = CONFIG.budget + CONFIG.window
 MAX_MODEL_LEN = 1024
 PAD_SLOT = -1
@@ -37,7 +37,7 @@ class Worker:
     """
 
     def __init__(self, sequences, max_rows=6):
-        case = Case(CONFIG.parameters, tuple(sequences), layers=(3, 5))
+        case = Case(CONFIG.fused, tuple(sequences), layers=(3, 5))
         self.case, self.pool = case, Pool(case)
         self.max_rows = max_rows
         names = [f"request {row}" for row in range(len(sequences))]

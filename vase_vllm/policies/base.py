@@ -1,0 +1,68 @@
+"""What a policy is."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.policies.candidates import Candidates
+
+
+class Policy(BaseModel, ABC):
+    """Ranks the candidates of an eviction.
+
+    A subclass's fields are its keys in ``--kv-eviction-config``, checked by pydantic; its
+    docstring's first line is what ``vllm serve --help`` says about it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+    name: ClassVar[str]
+    """As ``--kv-eviction`` takes it; that of the entry point."""
+
+    @abstractmethod
+    def priority(self, candidates: Candidates) -> torch.Tensor:
+        """Rank one layer's candidates.
+
+        The ``budget - window`` largest of each head survive, ties going to the lower slot. The
+        sinks survive whatever is returned for them.
+
+        Returns:
+            [H, n] floating point without NaN. It may be a new tensor only: it is written to.
+        """
+
+    def check(self, limits: EvictionLimits) -> None:
+        """Refuse keys that do not go together with the budget.
+
+        Raises:
+            ValueError: one line that names the key and the remedy.
+        """
+
+    def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
+        """The same ranking as the fused GPU kernel knows it, or None where it does not.
+
+        Without it a GPU runs :meth:`priority` in plain torch, sequence by sequence.
+        """
+        return None
+
+
+class AttentionPolicy(Policy):
+    """A policy that goes by the attention of the window's queries."""
+
+    smoothing: int = Field(default=5, ge=1)
+    """Width of the average pooling of the attention over slots; 1 is off."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the attention logits before the softmax."""
+
+    def check(self, limits: EvictionLimits) -> None:
+        """See :meth:`Policy.check`."""
+        if self.smoothing % 2 == 0:
+            raise ValueError(f"smoothing ({self.smoothing}) must be odd: use 1 to switch it off")
+
+    def attention(self, candidates: Candidates) -> torch.Tensor:
+        """Mean attention of the window to each candidate: [H, n] fp32."""
+        return candidates.attention(self.smoothing, self.temperature)

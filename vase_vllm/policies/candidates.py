@@ -1,0 +1,122 @@
+"""What a policy sees of one layer at one eviction.
+
+Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from vase_vllm.kernels.parameters import EvictionLimits
+from vase_vllm.kernels.reference import attention_scores
+from vase_vllm.policies.draws import LayerDraws
+
+
+class TokenSource(Protocol):
+    """Reads the candidates of one layer from wherever they lie, in slot order."""
+
+    def keys(self) -> torch.Tensor:
+        """[H, D, n] fp32, after RoPE."""
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """[H, m, D] of the cache's dtype, part by part; the parts make up the n candidates."""
+
+
+@dataclass(frozen=True)
+class DenseTokens:
+    """Candidates that lie in plain tensors.
+
+    Attributes:
+        dense_keys, dense_values: [H, n, D].
+    """
+
+    dense_keys: torch.Tensor
+    dense_values: torch.Tensor
+
+    def keys(self) -> torch.Tensor:
+        """See :class:`TokenSource`."""
+        return self.dense_keys.float().transpose(-1, -2)
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """See :class:`TokenSource`."""
+        yield self.dense_values
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All tokens of one layer that an eviction may drop: those older than the window.
+
+    They come in slot order, which is the order of position only until the first eviction; all KV
+    heads agree on the number of candidates, not on which tokens they are.
+
+    Attributes:
+        num: n.
+        queries: [H, W * G, D] fp32, of the window, after RoPE.
+        tokens: where keys and values are read from, when they are asked for.
+        scale: factor that attention puts on its logits, usually ``1 / sqrt(D)``.
+        limits: budget, window, sinks and seed.
+        first: position of the sequence's first eviction.
+        eviction_index: evictions that the sequence has had before.
+        draws: random numbers that belong to this request, layer, head and eviction.
+        dtype: of the cache.
+    """
+
+    num: int
+    queries: torch.Tensor
+    tokens: TokenSource
+    scale: float
+    limits: EvictionLimits
+    first: int
+    eviction_index: int
+    draws: LayerDraws
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """[H, D, n] fp32, after RoPE."""
+        return self.tokens.keys()
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """[H, n, D] fp32."""
+        return torch.cat([part.float() for part in self.tokens.values()], dim=1)
+
+    def of_values(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``function`` of each token's value, without keeping all the values: [H, n] fp32.
+
+        Args:
+            function: [H, m, D] to [H, m], for any m.
+        """
+        return torch.cat([function(part).float() for part in self.tokens.values()], dim=1)
+
+    def attention(self, smoothing: int = 1, temperature: float = 1.0) -> torch.Tensor:
+        """Mean attention that the window's queries pay to each candidate: [H, n] fp32.
+
+        Args:
+            smoothing: odd width of the average pooling over slots; 1 is off.
+            temperature: divides the logits before the softmax over the candidates.
+        """
+        with _exact_products(self.dtype, self.queries.device):
+            return attention_scores(self.queries, self.keys, self.scale / temperature, smoothing)
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Let fp32 matrix products of bf16 numbers run on the processor's bf16 units.
+
+    A product of two bf16 numbers is exact in fp32, and oneDNN adds up in fp32: the result is that
+    of the fp32 units, in half the time.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

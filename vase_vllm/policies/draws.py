@@ -1,0 +1,111 @@
+"""Random numbers of one eviction: a pure function of the request, the layer, the head, the slot.
+
+The counter of the generator is (slot, eviction index, layer * 65536 + KV head, content key):
+nothing in it depends on the batch, the rank, or the row that the request happens to have.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from vase_vllm.kernels.parameters import EvictionLimits
+from vase_vllm.kernels.philox import philox_word
+from vase_vllm.kernels.reference import sampling_noise
+
+_DRAWS_TOGETHER = 1 << 15
+"""Noise drawn at once: int64 numbers that still fit a processor's cache."""
+_RANDOM_PROTECTION = 1 << 63
+_PROJECTION = 1 << 62
+"""What these draws flip in the seed, so that they have nothing to do with the Gumbel noise."""
+
+
+@dataclass
+class Draws:
+    """Draws of one eviction of one sequence, over layers.
+
+    Attributes:
+        limits: whose seed counts.
+        key: hash of the request's content.
+        eviction_index: evictions that the sequence has had before.
+        num_candidates: n.
+        layers: indices of the layers that evict together, in the whole model.
+        kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
+        device: that the draws are wanted on; they are made on the host.
+    """
+
+    limits: EvictionLimits
+    key: int
+    eviction_index: int
+    num_candidates: int
+    layers: list[int]
+    kv_heads: torch.Tensor
+    device: torch.device | str = "cpu"
+    _gumbel: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def of_layer(self, layer: int) -> "LayerDraws":
+        """The draws of one of ``layers``."""
+        return LayerDraws(self, layer)
+
+    def gumbel(self, layer: int) -> torch.Tensor:
+        """Gumbel noise of one layer, [H, n] fp32.
+
+        A draw is some hundred small operations: layers draw together as long as they are small.
+        """
+        if layer not in self._gumbel:
+            num_heads = len(self.kv_heads)
+            num_together = max(1, _DRAWS_TOGETHER // (num_heads * self.num_candidates))
+            start = self.layers.index(layer)
+            together = self.layers[start : start + num_together]
+            # The counter of layer l and head h is that of layer 0 and head l * 65536 + h.
+            heads = (torch.tensor(together)[:, None] * 65536 + self.kv_heads).flatten()
+            noise = sampling_noise(
+                self.limits.seed, self.num_candidates, self.eviction_index, 0, heads, self.key
+            )
+            self._gumbel = dict(zip(together, noise.split(num_heads), strict=True))
+        return self._gumbel[layer].to(self.device)
+
+
+@dataclass(frozen=True)
+class LayerDraws:
+    """Draws of one layer."""
+
+    eviction: Draws
+    layer: int
+
+    def gumbel(self) -> torch.Tensor:
+        """Standard Gumbel noise, [H, n] fp32: ``log a + noise`` draws in proportion to ``a``."""
+        return self.eviction.gumbel(self.layer)
+
+    def uniform(self) -> torch.Tensor:
+        """Uniform numbers, [H, n] fp32 in (0, 1), independent of :meth:`gumbel`."""
+        of = self.eviction
+        heads = (self.layer * 65536 + of.kv_heads)[:, None]
+        slots = torch.arange(of.num_candidates)[None]
+        return self._uniform(_RANDOM_PROTECTION, slots, of.eviction_index, heads).to(of.device)
+
+    def gaussian(self, rows: int, columns: int, anew: bool) -> torch.Tensor:
+        """A matrix of standard normal numbers, the same for all KV heads of the layer.
+
+        Args:
+            anew: another one at every eviction, instead of one for the whole sequence.
+
+        Returns:
+            [rows, columns] fp32.
+        """
+        of = self.eviction
+        cells = torch.arange(2 * rows * columns)
+        index = 1 + of.eviction_index if anew else 0
+        radius, angle = self._uniform(
+            _PROJECTION, cells, index, torch.tensor(self.layer * 65536)
+        ).chunk(2)
+        # Box and Muller, "A note on the generation of random normal deviates" (1958).
+        normal = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+        return normal.view(rows, columns).to(of.device)
+
+    def _uniform(self, stream: int, c0: torch.Tensor, index: int, c2: torch.Tensor) -> torch.Tensor:
+        of = self.eviction
+        word = philox_word(
+            of.limits.seed ^ stream, c0, torch.tensor(index), c2, torch.tensor(of.key)
+        )
+        return ((word >> 9).float() + 0.5) * 2.0**-23

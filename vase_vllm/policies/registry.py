@@ -1,0 +1,56 @@
+"""Finds policies by name: ours, and the entry points ``vase_vllm.policies`` of other packages."""
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from vase_vllm.policies.base import Policy
+
+GROUP = "vase_vllm.policies"
+DEFAULT_POLICY = "vase"
+OURS = {
+    "cur": "vase_vllm.policies.cur:CURPolicy",
+    "random": "vase_vllm.policies.random:RandomPolicy",
+    "rkv": "vase_vllm.policies.rkv:RKVPolicy",
+    "snapkv": "vase_vllm.policies.snapkv:SnapKVPolicy",
+    "streaming": "vase_vllm.policies.streaming:StreamingPolicy",
+    "vase": "vase_vllm.policies.vase:VasePolicy",
+}
+"""Name to class; imported when asked for."""
+
+
+@cache
+def _found() -> dict[str, EntryPoint]:
+    found = {name: EntryPoint(name, value, GROUP) for name, value in OURS.items()}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise ValueError(
+                f"--kv-eviction: {point.name!r} is defined twice, by {other.value} and "
+                f"{point.value}: uninstall one"
+            )
+    return found
+
+
+def policy_names() -> tuple[str, ...]:
+    """Names that ``--kv-eviction`` takes, beside ``none``; the default first."""
+    return tuple(sorted(_found(), key=lambda name: (name != DEFAULT_POLICY, name)))
+
+
+@cache
+def find_policy(name: str) -> type[Policy]:
+    """The class of a policy.
+
+    Raises:
+        ValueError: there is none of this name, or its package is broken.
+    """
+    if name not in _found():
+        raise ValueError(
+            f"--kv-eviction {name}: unknown policy; the policies are {', '.join(policy_names())}"
+        )
+    policy = _found()[name].load()
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and policy.name == name):
+        raise ValueError(
+            f"--kv-eviction {name}: {_found()[name].value} is not a Policy of that name; "
+            "fix the package's entry point"
+        )
+    return policy

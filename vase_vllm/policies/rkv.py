@@ -1,0 +1,41 @@
+"""R-KV's ranking (arXiv 2505.24133): attention less redundancy."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from vase_vllm.policies.base import AttentionPolicy
+from vase_vllm.policies.candidates import Candidates
+
+
+class RKVPolicy(AttentionPolicy):
+    """Keeps what is attended to and unlike the rest (R-KV, arXiv 2505.24133)."""
+
+    name: ClassVar[str] = "rkv"
+
+    weight: float = Field(default=0.5, ge=0, le=1, alias="lambda")
+    """Weight of the attention; the rest is that of the redundancy."""
+
+    def priority(self, candidates: Candidates) -> torch.Tensor:
+        """``lambda * a - (1 - lambda) * softmax(similarity)``; see :meth:`Policy.priority`."""
+        redundancy = torch.softmax(mean_similarity(candidates.keys), dim=-1)
+        return self.weight * self.attention(candidates) - (1 - self.weight) * redundancy
+
+
+def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity of each key to all keys, its own counted as zero.
+
+    The sum over the others is a product with the sum of all normalised keys: n * D operations
+    instead of the n * n * D of the similarity matrix.
+
+    Args:
+        keys: [H, D, n] fp32.
+
+    Returns:
+        [H, n] fp32.
+    """
+    unit = keys / (keys.norm(dim=1, keepdim=True) + 1e-8)
+    to_all = (unit.sum(dim=-1, keepdim=True) * unit).sum(dim=1)
+    to_itself = unit.square().sum(dim=1)
+    return (to_all - to_itself) / keys.shape[-1]

@@ -1,0 +1,73 @@
+"""StreamingLLM's rule (arXiv 2309.17453): the sinks and the newest tokens."""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.policies.base import Policy
+from vase_vllm.policies.candidates import Candidates
+
+
+class StreamingPolicy(Policy):
+    """Keeps the sinks and the newest tokens (StreamingLLM, arXiv 2309.17453)."""
+
+    name: ClassVar[str] = "streaming"
+
+    def priority(self, candidates: Candidates) -> torch.Tensor:
+        """See :meth:`Policy.priority`."""
+        positions = slot_positions(candidates.limits, candidates.first, candidates.eviction_index)
+        order = torch.from_numpy(positions[: candidates.num]).to(candidates.queries.device)
+        return order.double().repeat(len(candidates.queries), 1)
+
+    def fused(self, limits: EvictionLimits) -> EvictionParameters:
+        """See :meth:`Policy.fused`."""
+        return EvictionParameters(
+            budget=limits.budget,
+            window=limits.window,
+            protected=limits.sinks,
+            sinks=limits.sinks,
+            sampling="greedy",
+            seed=limits.seed,
+            scoring="age",
+        )
+
+
+_KNOWN: LRUCache[tuple[EvictionLimits, int, int], np.ndarray] = LRUCache(maxsize=2048)
+"""Results of :func:`slot_positions`: more than the sequences that may run at once."""
+
+
+def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> np.ndarray:
+    """Positions of the tokens in all slots just before an eviction, where the newest always stayed.
+
+    This policy alone keeps the same tokens in all heads, so that they follow from the schedule.
+
+    Args:
+        first: position of the sequence's first eviction.
+        eviction_index: evictions before.
+
+    Returns:
+        [slots] int32; not to be written to.
+    """
+    index = eviction_index
+    while index and (limits, first, index) not in _KNOWN:
+        index -= 1
+    positions = _KNOWN[limits, first, index] if index else np.arange(first, dtype=np.int32)
+    for done in range(index, eviction_index):
+        positions = _after_eviction(limits, positions)
+        newest = first + done * limits.window
+        new = np.arange(newest, newest + limits.window, dtype=np.int32)
+        positions = _KNOWN[limits, first, done + 1] = np.concatenate([positions, new])
+    return positions
+
+
+def _after_eviction(limits: EvictionLimits, positions: np.ndarray) -> np.ndarray:
+    """Drop all but the sinks and the newest, and move survivors as every eviction does: [T]."""
+    budget, sinks = limits.budget, limits.sinks
+    oldest_kept = np.sort(positions)[sinks + len(positions) - budget]
+    keep = (positions >= oldest_kept) | (positions < sinks)
+    after = positions[:budget].copy()
+    after[~keep[:budget]] = positions[budget:][keep[budget:]]
+    return after
