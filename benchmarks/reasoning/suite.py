@@ -1,0 +1,103 @@
+"""What can be run: the tasks with their recommended budgets, and policies by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS_DIRECTORY = Path(__file__).parent / "tasks"
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset.
+
+    Attributes:
+        name: here; lm-evaluation-harness knows it as ``vase_`` and this name.
+        budget: what the paper gives it.
+        paper: its column of the paper's table, if it has one.
+    """
+
+    name: str
+    budget: int
+    paper: str | None = None
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("aime24", 4096),
+        Task("aime25", 4096, "AIME25"),
+        Task("aime26", 4096, "AIME26"),
+        Task("hmmt25", 4096, "HMMT25"),
+        Task("gpqa_diamond", 2048, "GPQA-D"),
+        Task("math500", 1024, "MATH"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to serve.
+
+    Attributes:
+        label: as the command line names it: ``full``, ``vase``, ``vase:sampling=greedy``.
+        budget: tokens that a sequence keeps; the full cache has none.
+    """
+
+    label: str
+    budget: int | None
+
+    @property
+    def directory(self) -> str:
+        """The name of its results' directory."""
+        name = re.sub(r"[^\w.=-]+", "-", self.label)
+        return name if self.budget is None else f"{name}-{self.budget}"
+
+    def serve_arguments(self) -> list[str]:
+        """What distinguishes this policy's server.
+
+        Raises:
+            ValueError: the label is not NAME or NAME:KEY=VALUE,...
+        """
+        if self.budget is None:
+            return []
+        name, _, options = self.label.partition(":")
+        arguments = ["--kv-eviction", name, "--kv-eviction-config.budget", str(self.budget)]
+        for option in filter(None, options.split(",")):
+            key, separator, value = option.partition("=")
+            if not (key and separator and value):
+                raise ValueError(f"policy {self.label!r}: write NAME or NAME:KEY=VALUE,KEY=VALUE")
+            arguments += [f"--kv-eviction-config.{key}", value]
+        return arguments
+
+
+def plan(
+    labels: list[str], budgets: list[int] | None, tasks: list[str]
+) -> list[tuple[Policy, list[str]]]:
+    """The servers to start, each with the tasks to run on it.
+
+    Args:
+        labels: of the policies.
+        budgets: every task gets every one; None gives each the budget that is recommended for it.
+        tasks: names from :data:`TASKS`, or lm-evaluation-harness's own.
+
+    Raises:
+        ValueError: there is no recommended budget for a task, or a label cannot be read.
+    """
+    unknown = [name for name in tasks if name not in TASKS]
+    if unknown and budgets is None and labels != [FULL]:
+        raise ValueError(f"no recommended budget for {', '.join(unknown)}: give --budgets")
+    servers = []
+    for label in labels:
+        if label == FULL:
+            servers.append((Policy(FULL, None), tasks))
+            continue
+        for budget in budgets or sorted({TASKS[name].budget for name in tasks}):
+            own = [name for name in tasks if budgets or TASKS[name].budget == budget]
+            servers.append((Policy(label, budget), own))
+    for policy, _ in servers:
+        policy.serve_arguments()
+    return servers
