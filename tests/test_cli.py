@@ -80,6 +80,11 @@ def test_settings_that_are_no_object_are_refused(parser):
         settings_of(parser, ["--kv-eviction", "vase", "--kv-eviction-config", "[4]"])
 
 
+def test_a_second_policy_among_the_settings_is_refused(parser):
+    with pytest.raises(SystemExit, match="remove the key"):
+        settings_of(parser, ["--kv-eviction", "vase", "--kv-eviction-config.policy", "rkv"])
+
+
 def test_unknown_policy_is_refused(parser, capsys):
     with pytest.raises(SystemExit):
         settings_of(parser, ["--kv-eviction", "lru"])
@@ -96,7 +101,7 @@ def test_help_shows_the_flags(command):
     result = subprocess.run(
         [*VLLM, *command, "--help=KVEvictionConfig"], capture_output=True, text=True, check=True
     )
-    assert "--kv-eviction {none,vase}" in result.stdout
+    assert "--kv-eviction {none,vase,cur,random," in result.stdout
     assert "`budget` (4096)" in " ".join(result.stdout.split())
 
 

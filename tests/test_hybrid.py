@@ -14,7 +14,8 @@ from tests.engines import (
     random_prompt,
     scheduler,
 )
-from vase_vllm.blocks import BlockTableRow, EvictionManager
+from vase_vllm.block_table_row import BlockTableRow
+from vase_vllm.blocks import EvictionManager
 
 pytestmark = pytest.mark.slow
 

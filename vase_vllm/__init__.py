@@ -7,4 +7,7 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__"]
+ADDITIONAL_CONFIG_KEY = "kv_eviction"
+"""Where the settings travel in vLLM's ``additional_config``."""
+
+__all__ = ["ADDITIONAL_CONFIG_KEY", "__version__"]

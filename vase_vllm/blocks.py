@@ -24,20 +24,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
+from vase_vllm.block_table_row import BlockTableRow
 from vase_vllm.schedule import EvictionSchedule
-
-
-class BlockTableRow:
-    """Columns of a block-table row.
-
-    ``FIRST`` holds the position of the sequence's first eviction, from which its whole schedule
-    follows; 0, as in a padding row, means that the row never evicts. ``KEY`` holds a hash of the
-    request's content that keys the random draws.
-    """
-
-    FIRST = 0
-    KEY = 1
-    NUM_HEADER = 2
 
 
 def content_key(request: Request) -> int:

@@ -13,14 +13,13 @@ from pydantic import (
     model_validator,
 )
 
+from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-ADDITIONAL_CONFIG_KEY = "kv_eviction"
 
 
 class EvictionConfig(BaseModel):

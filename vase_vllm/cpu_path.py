@@ -4,7 +4,8 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vase_vllm.blocks import BlockTableRow, EvictionSpec
+from vase_vllm.block_table_row import BlockTableRow
+from vase_vllm.blocks import EvictionSpec
 from vase_vllm.evictor import TorchEvictor
 from vase_vllm.pages import cpu_page_layout
 from vase_vllm.ring import RingLayout, RingWrite

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vase_vllm.blocks import BlockTableRow, EvictionSpec
+from vase_vllm.block_table_row import BlockTableRow
+from vase_vllm.blocks import EvictionSpec
 from vase_vllm.config import EvictionConfig
 from vase_vllm.kernels.reference import largest, plan_moves
 from vase_vllm.pages import CandidatePages, PageLayout

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vase_vllm.blocks import BlockTableRow
+from vase_vllm.block_table_row import BlockTableRow
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from vllm.utils.math_utils import cdiv
 
-from vase_vllm.blocks import BlockTableRow
+from vase_vllm.block_table_row import BlockTableRow
 
 
 @dataclass(frozen=True)

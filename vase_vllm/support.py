@@ -1,14 +1,17 @@
 """What eviction does not work with, refused at start-up: one line, the setting and the remedy."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.ring import RingLayout
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
 
 
 class UnsupportedError(ValueError):
@@ -97,7 +100,10 @@ def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> Non
 
 
 def check_layers(
-    layers: dict[str, Attention], block_size: int, config: EvictionConfig, backends: tuple[str, ...]
+    layers: dict[str, "Attention"],
+    block_size: int,
+    config: EvictionConfig,
+    backends: tuple[str, ...],
 ) -> None:
     """Refuse attention layers that eviction cannot serve exactly as asked.
 
@@ -114,7 +120,10 @@ def check_layers(
 
 
 def _layer_reasons(
-    layers: dict[str, Attention], block_size: int, config: EvictionConfig, backends: tuple[str, ...]
+    layers: dict[str, "Attention"],
+    block_size: int,
+    config: EvictionConfig,
+    backends: tuple[str, ...],
 ) -> Iterator[str]:
     if not layers:
         yield "the model has no full-attention layer to evict from; remove --kv-eviction"

@@ -21,19 +21,19 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs, optional_type
-from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.input_processor import InputProcessor
 
-from vase_vllm.activation import activate, check_prompt, prepare
-from vase_vllm.config import ADDITIONAL_CONFIG_KEY, EvictionConfig
-from vase_vllm.policies.base import Policy
-from vase_vllm.policies.registry import find_policy, policy_names
+from vase_vllm import ADDITIONAL_CONFIG_KEY
+
+# vLLM loads the plugin in every process, with eviction or without: what only eviction needs is
+# imported where it is asked for.
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from vllm.v1.engine.input_processor import InputProcessor
 
 # Whether this process has parsed a command line that asks for eviction: then a person at a shell
 # gets a refusal as one line, where a program gets the exception. vLLM copies its arguments around
@@ -42,26 +42,35 @@ _at_a_shell = False
 
 
 def apply() -> None:
-    """Patch vLLM, once per process."""
+    """Patch what every process may need, once per process."""
     if hasattr(EngineArgs.create_engine_config, "__wrapped__"):
         return
     EngineArgs.add_cli_args = staticmethod(_add_cli_args(EngineArgs.add_cli_args))
     EngineArgs.from_cli_args = classmethod(_from_cli_args(EngineArgs.from_cli_args.__func__))
     EngineArgs.create_engine_config = _create_engine_config(EngineArgs.create_engine_config)
-    InputProcessor._validate_prompt_len = _validate_prompt_len(InputProcessor._validate_prompt_len)
+
+
+def _apply_to_requests() -> None:
+    """Patch the check of requests, in a process that makes an engine's config with eviction."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor._validate_prompt_len
+    if not hasattr(original, "__wrapped__"):
+        InputProcessor._validate_prompt_len = _validate_prompt_len(original)
 
 
 def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+        from vase_vllm.policies.registry import policy_names
+
         parser = original(parser)
         group = parser.add_argument_group(title="KVEvictionConfig", description=_describe())
         group.add_argument(
             "--kv-eviction",
             choices=("none", *policy_names()),
             default="none",
-            help="Bound the KV cache of every sequence by evicting tokens. "
-            + " ".join(f"`{name}`: {_summary(find_policy(name))}" for name in policy_names()),
+            help=f"Bound the KV cache of every sequence by evicting tokens. {_policies()}",
         )
         group.add_argument(
             "--kv-eviction-config",
@@ -75,23 +84,26 @@ def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[.
     return add_cli_args
 
 
-def _summary(policy: type[Policy]) -> str:
-    """The first line of a policy's docstring."""
-    return (policy.__doc__ or "").partition("\n")[0]
+def _policies() -> str:
+    """Each policy and the first line of its docstring."""
+    from vase_vllm.policies.registry import find_policy, policy_names
+
+    docs = {name: find_policy(name).__doc__ or "" for name in policy_names()}
+    return " ".join(f"`{name}`: {doc.partition(chr(10))[0]}" for name, doc in docs.items())
 
 
 def _describe() -> str:
     """The keys, defaults and meanings of the settings, from where they are defined."""
+    from vase_vllm.config import EvictionConfig
+    from vase_vllm.policies.registry import find_policy, policy_names
+
     parts = [f"Keys of --kv-eviction-config, with their defaults: {_keys(EvictionConfig)}"]
-    parts += [
-        f"Of {name}: {_keys(policy)}"
-        for name in policy_names()
-        if (policy := find_policy(name)).model_fields
-    ]
+    policies = {name: find_policy(name) for name in policy_names()}
+    parts += [f"Of {name}: {_keys(each)}" for name, each in policies.items() if each.model_fields]
     return " ".join(parts)
 
 
-def _keys(model: type[BaseModel]) -> str:
+def _keys(model: type["BaseModel"]) -> str:
     return " ".join(
         f"`{field.alias or name}` ({field.default}): {field.description}"
         for name, field in model.model_fields.items()
@@ -114,6 +126,11 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
             return engine_args
         if not isinstance(settings, dict | None):
             raise SystemExit("vllm: error: --kv-eviction-config: must be a JSON object")
+        if settings and "policy" in settings:
+            raise SystemExit(
+                "vllm: error: --kv-eviction-config.policy: the policy is --kv-eviction's value; "
+                "remove the key"
+            )
         engine_args.additional_config = {
             **engine_args.additional_config,
             ADDITIONAL_CONFIG_KEY: {"policy": policy, **(settings or {})},
@@ -128,11 +145,16 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
 def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if not (self.additional_config or {}).get(ADDITIONAL_CONFIG_KEY):
+            return original(self, *args, **kwargs)
+        from vase_vllm.activation import activate, prepare
+
         try:
             config = prepare(self)
             vllm_config = original(self, *args, **kwargs)
             if config is not None:
                 activate(vllm_config, config)
+                _apply_to_requests()
         except ValueError as error:
             if _at_a_shell and str(error).startswith("--kv-eviction"):
                 raise SystemExit(f"vllm: error: {error}") from None
@@ -144,7 +166,11 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
 
 def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def validate_prompt_len(self: InputProcessor, prompt_len: int, prompt_type: str) -> None:
+    def validate_prompt_len(self: "InputProcessor", prompt_len: int, prompt_type: str) -> None:
+        from vllm.exceptions import VLLMValidationError
+
+        from vase_vllm.activation import check_prompt
+
         original(self, prompt_len, prompt_type)
         if reason := check_prompt(self.vllm_config, prompt_len):
             raise VLLMValidationError(reason)
