@@ -84,17 +84,26 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def facts(log: str) -> dict[str, str]:
-    """What the server says about itself."""
+    """What the server's log says of its settings; nothing of what it does not say."""
     patterns = {
         "attention_backend": r"Using (\w+) (?:attention )?backend",
         "enforce_eager": r"enforce_eager=(\w+)",
+        "cuda_graphs": r"'cudagraph_mode': <CUDAGraphMode\.(\w+)",
         "prefix_caching": r"enable_prefix_caching=(\w+)",
         "chunked_prefill": r"enable_chunked_prefill=(\w+)",
-        "async_scheduling": r"Asynchronous scheduling is (\w+)",
+        "device": r"device_config=(\w+)",
         "max_concurrency": r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x",
     }
     found = {name: re.search(pattern, log) for name, pattern in patterns.items()}
-    return {name: match[1] for name, match in found.items() if match}
+    known = {name: match[1] for name, match in found.items() if match}
+    # vLLM 0.32 prints no line when async scheduling is on, which is its default. It warns where it
+    # has to switch it off, prints arguments that are not defaults, and its platform for CPUs always
+    # switches it off, without a word (vllm/platforms/cpu.py).
+    switched_off = r"[Aa]sync scheduling .*(?:will be|is) disabled|'async_scheduling': False"
+    if device := known.get("device"):
+        is_off = device == "cpu" or re.search(switched_off, log)
+        known["async_scheduling"] = "False" if is_off else "True"
+    return known
 
 
 def run_once(

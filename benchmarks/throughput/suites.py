@@ -141,20 +141,30 @@ CPU_WORKLOADS = (
         prefix_len=1024,
     ),
 )
-GPU_WORKLOADS = tuple(
-    Workload(
-        f"answers-{length // 1024}k-concurrency-{concurrency}",
-        f"{concurrency} answers of {length} tokens at a time",
-        kv_tokens=320 * 1024,
-        max_model_len=1024 + length + 64,
-        num_requests=2 * concurrency,
-        concurrency=concurrency,
-        input_len=1024,
-        output_len=length,
+
+
+def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
+    """Long answers at a concurrency that doubles until memory is full under every policy.
+
+    The full cache holds ``kv_tokens / (input_len + output_len)`` sequences to their end, a budget
+    of 6144 about ``kv_tokens / 6208`` of any length.
+    """
+    return tuple(
+        Workload(
+            f"answers-{length // 1024}k-concurrency-{concurrency}",
+            f"{concurrency} answers of {length} tokens at a time",
+            kv_tokens=kv_tokens,
+            max_model_len=1024 + length + 64,
+            num_requests=2 * concurrency,
+            concurrency=concurrency,
+            input_len=1024,
+            output_len=length,
+        )
+        for length in (16384, 32768)
+        for concurrency in (8, 16, 32, 64, 128, 256)
     )
-    for length in (16384, 32768)
-    for concurrency in (16, 64, 256)
-)
+
+
 GPU_POLICIES = (Policy("full"), *(Policy(f"vase-{b}", b) for b in (2048, 4096, 6144)))
 
 SUITES = {
@@ -166,5 +176,10 @@ SUITES = {
         # One thread that no core is bound to: several engines on one machine then stay apart.
         environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     ),
-    "qwen3-8b": Suite(MODELS / "qwen3-8b", GPU_POLICIES, GPU_WORKLOADS, block_size=16),
+    # KV memory on a GPU of 80 GB: 48 GB (147,456 bytes a token) beside the 16 GB of Qwen3-8B's
+    # weights, 38 GB (163,840 bytes a token) beside the 30 GB of Qwen3-14B's.
+    "qwen3-8b": Suite(MODELS / "qwen3-8b", GPU_POLICIES, gpu_workloads(320 * 1024), block_size=16),
+    "qwen3-14b": Suite(
+        MODELS / "qwen3-14b", GPU_POLICIES, gpu_workloads(224 * 1024), block_size=16
+    ),
 }
