@@ -175,7 +175,7 @@ def test_selection_is_made_of_the_models_own_queries_keys_and_values(
     ]
     try:
         with torch.inference_mode():
-            output = model(torch.tensor([sequence[:32]]), output_attentions=True)
+            output = model(torch.tensor([sequence[:32]]), output_attentions=True, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -190,6 +190,9 @@ def test_selection_is_made_of_the_models_own_queries_keys_and_values(
         torch.testing.assert_close(c.ranges[3:], expected[3:], atol=1e-4, rtol=1e-4)
         assert c.ranges[:3].isinf().all()
         assert c.positions.tolist() == list(range(count))
+        cache = output.past_key_values.layers[c.layer]
+        torch.testing.assert_close(c.keys, cache.keys[0, c.kv_head, :count], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(c.values, value, atol=1e-4, rtol=1e-4)
 
 
 # When

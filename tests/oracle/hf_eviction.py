@@ -1,4 +1,4 @@
-"""Greedy decoding of a Hugging Face model with VaSE eviction over a contiguous cache.
+"""Greedy decoding of a Hugging Face model with eviction over a contiguous cache.
 
 Slow and plain: float32, CPU, one sequence, the model's own modules called layer by layer. A layer's
 keys are one tensor, [KV heads, length, D], in order of position, and so are its values. An eviction
@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .cache import LayerCache
 from .selection import (
     Candidates,
+    Margins,
     Selector,
     Settings,
     attention_scores,
@@ -41,6 +42,7 @@ class HeadEviction:
         after: Positions held after; as many as the budget.
         range_margin: Relative gap between the last protected value range and the next one.
         score_margin: Relative gap between the last score kept and the next one, were it greedy.
+            Another policy than VaSE has its own magnitudes and scores, see `Margins`.
     """
 
     before: tuple[int, ...]
@@ -103,6 +105,7 @@ class EvictingDecoder:
             `draw_without_replacement`); the draws go by layer, then by KV head. A callable chooses
             by itself, to replay or to judge the choices of another implementation.
         generator: Source of the draws of "gumbel"; torch's default one if None.
+        margins: How clear a choice is, in the log; a policy's own goes with its selector.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class EvictingDecoder:
         settings: Settings,
         sampling: str | Selector = "greedy",
         generator: torch.Generator | None = None,
+        margins: Margins = selection_margins,
     ) -> None:
         _check_model(model)
         selectors = {"greedy": select_greedy, "gumbel": sampling_selector(generator)}
@@ -119,6 +123,7 @@ class EvictingDecoder:
         self.model = model
         self.settings = settings
         self.select = selectors[sampling] if isinstance(sampling, str) else sampling
+        self.margins = margins
         self.evictions: list[Eviction] = []
         self.next_position = 0
         self._prompt_length = 0
@@ -239,6 +244,10 @@ class EvictingDecoder:
             ranges=value_ranges(cache.values[kv_head, :count], positions[:count], settings.sinks),
             protected=settings.protected,
             keep=settings.budget - settings.window,
+            sinks=settings.sinks,
+            eviction_index=len(self.evictions),
+            keys=cache.keys[kv_head, :count],
+            values=cache.values[kv_head, :count],
         )
         chosen = self.select(candidates).sort().values
         allowed = torch.isin(chosen, torch.arange(count)).all()
@@ -248,7 +257,7 @@ class EvictingDecoder:
         log[layer, kv_head] = HeadEviction(
             tuple(positions.tolist()),
             tuple(positions[kept].tolist()),
-            *selection_margins(candidates),
+            *self.margins(candidates),
         )
         return kept
 
@@ -266,16 +275,17 @@ def generate_with_eviction(
     temperature: float = 1.0,
     sampling: str | Selector = "greedy",
     generator: torch.Generator | None = None,
+    margins: Margins = selection_margins,
 ) -> OracleResult:
     """Decode exactly `max_new_tokens` tokens, always the one with the largest logit.
 
     No token ends it, an end-of-sequence token neither. The last token is not fed back: with a
     prompt of L tokens, steps run at positions L to L + max_new_tokens - 2. A sequence that was
-    preempted and read anew is a call with all that was read anew as its prompt. `sampling` is about
-    the eviction, see `EvictingDecoder`; for the other arguments see `Settings`.
+    preempted and read anew is a call with all that was read anew as its prompt. `sampling` and
+    `margins` are about the eviction, see `EvictingDecoder`; for the other arguments see `Settings`.
     """
     settings = Settings(budget, window, protected, sinks, smoothing, temperature)
-    decoder = EvictingDecoder(model, settings, sampling, generator)
+    decoder = EvictingDecoder(model, settings, sampling, generator, margins)
     result = OracleResult([], [], [], decoder.evictions)
     logits = decoder.prefill(prompt_token_ids)
     for index in range(max_new_tokens):

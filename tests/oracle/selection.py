@@ -62,6 +62,10 @@ class Candidates:
         ranges: [n], float32, value range, +inf at the sinks.
         protected: P, how many to keep for their range.
         keep: T - W, how many to keep in all.
+        sinks: Positions below it are sinks.
+        eviction_index: How many evictions the sequence has had before.
+        keys: [n, D], float32, after RoPE.
+        values: [n, D], float32.
     """
 
     step: int
@@ -72,10 +76,17 @@ class Candidates:
     ranges: torch.Tensor
     protected: int
     keep: int
+    sinks: int
+    eviction_index: int
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 Selector = Callable[[Candidates], torch.Tensor]
 """Maps candidates to the indices, [T - W] int64 in any order, of those that survive."""
+
+Margins = Callable[[Candidates], tuple[float, float]]
+"""How clear the two cuts of a selection are, see `selection_margins`."""
 
 
 def attention_scores(
@@ -179,7 +190,9 @@ def draw_without_replacement(
 
 
 def selection_margins(candidates: Candidates) -> tuple[float, float]:
-    """How clear the two cuts of the greedy selection are, relative to the last one kept.
+    """How clear the two cuts of the greedy selection are, relative to what they lie between.
+
+    The gap between the last one kept and the next, over the larger of the two sizes.
 
     A margin at the level of rounding (1e-5, say) means that a correct implementation may cut
     elsewhere. Exact ties are not exotic: in layer 0 a value depends on the token alone, so tokens
@@ -195,7 +208,9 @@ def selection_margins(candidates: Candidates) -> tuple[float, float]:
         last, first_out = values.sort(descending=True).values[kept - 1 : kept + 1].tolist()
         if last == first_out:
             return 0.0
-        return float("inf") if last == float("inf") else (last - first_out) / last
+        if last == float("inf"):
+            return last
+        return (last - first_out) / max(abs(last), abs(first_out))
 
     _, rest = split_protected(candidates)
     return (

@@ -61,9 +61,20 @@ def test_ranges_by_hand() -> None:
 
 
 def by_hand(scores: list[float], ranges: list[float], protected: int, keep: int) -> Candidates:
-    positions = torch.arange(len(scores)) * 3
+    positions, nothing = torch.arange(len(scores)) * 3, torch.zeros(len(scores), 2)
     return Candidates(
-        0, 0, 0, positions, torch.tensor(scores), torch.tensor(ranges), protected, keep
+        step=0,
+        layer=0,
+        kv_head=0,
+        positions=positions,
+        scores=torch.tensor(scores),
+        ranges=torch.tensor(ranges),
+        protected=protected,
+        keep=keep,
+        sinks=1,
+        eviction_index=0,
+        keys=nothing,
+        values=nothing,
     )
 
 
@@ -91,6 +102,7 @@ def test_margins_tell_how_clear_a_cut_is() -> None:
     assert selection_margins(by_hand(scores, ranges, 3, 4)) == (0.5, 0.0)
     assert selection_margins(by_hand(scores, ranges, 1, 3)) == (float("inf"), 0.5)
     assert selection_margins(by_hand(scores, ranges, 0, 0)) == (float("inf"), float("inf"))
+    assert selection_margins(by_hand([-1.0, -4.0], [0.0, 0.0], 0, 1)) == (float("inf"), 0.75)
 
 
 def test_selection_draws_by_the_law_and_never_the_protected() -> None:

@@ -1,0 +1,196 @@
+"""Every eviction policy, and every ablation of VaSE, as selectors of the oracle.
+
+A policy looks at the candidates in its own way, a `View`: which of them it protects, and by which
+scores it keeps of the rest. It keeps the largest scores (`Ranking`) or draws in proportion to them
+(`Drawing`). The sinks are protected by every policy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .selection import (
+    Candidates,
+    sampling_selector,
+    select_greedy,
+    selection_margins,
+)
+
+View = Callable[[Candidates], Candidates]
+"""Replaces `ranges` and `protected`, `scores`, or all of them."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A selector: of what the view does not protect, the largest scores survive."""
+
+    view: View
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        return select_greedy(self.view(candidates))
+
+    def margins(self, candidates: Candidates) -> tuple[float, float]:
+        """How clear the cuts are, see `selection_margins`. The view must not be a random one."""
+        return selection_margins(self.view(candidates))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A selector: of what the view does not protect, draws in proportion to the scores."""
+
+    view: View
+    generator: torch.Generator | None = None
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        return sampling_selector(self.generator)(self.view(candidates))
+
+
+# Which candidates are protected
+
+
+def protect_sinks(candidates: Candidates) -> Candidates:
+    """Nothing but the sinks: VaSE with `protect` or `magnitude` none, and all other policies."""
+    ranges = _infinite_at_sinks(candidates, torch.zeros_like(candidates.scores))
+    return replace(candidates, ranges=ranges, protected=int(ranges.isinf().sum()))
+
+
+def protect_large(magnitude: str) -> View:
+    """The P largest magnitudes of the values: VaSE with `protect` large."""
+
+    def view(candidates: Candidates) -> Candidates:
+        magnitudes = value_magnitudes(candidates.values, magnitude)
+        return replace(candidates, ranges=_infinite_at_sinks(candidates, magnitudes))
+
+    return view
+
+
+def protect_at_random(generator: torch.Generator | None = None) -> View:
+    """The sinks and P - sinks others, all equally likely: VaSE with `protect` random."""
+
+    def view(candidates: Candidates) -> Candidates:
+        lots = torch.rand(len(candidates.scores), dtype=torch.float64, generator=generator)
+        return replace(candidates, ranges=_infinite_at_sinks(candidates, lots))
+
+    return view
+
+
+def value_magnitudes(values: torch.Tensor, magnitude: str) -> torch.Tensor:
+    """How large each value vector is.
+
+    range is max_d v[d] - min_d v[d], variance is sum_d (v[d] - mean)^2 / (D - 1), and l2 is
+    sqrt(sum_d v[d]^2).
+
+    Args:
+        values: [n, D], float32.
+        magnitude: One of these names.
+
+    Returns:
+        [n], float32.
+    """
+    if magnitude == "range":
+        return values.amax(dim=-1) - values.amin(dim=-1)
+    if magnitude == "variance":
+        deviations = values - values.mean(dim=-1, keepdim=True)
+        return deviations.square().sum(dim=-1) / (values.shape[-1] - 1)
+    if magnitude == "l2":
+        return values.square().sum(dim=-1).sqrt()
+    raise ValueError(f"unknown magnitude {magnitude!r}")
+
+
+def _infinite_at_sinks(candidates: Candidates, magnitudes: torch.Tensor) -> torch.Tensor:
+    return magnitudes.masked_fill(candidates.positions < candidates.sinks, float("inf"))
+
+
+# The policies
+
+
+def vase_greedy(magnitude: str = "range") -> Ranking:
+    """VaSE with `protect` large and `sampling` greedy."""
+    return Ranking(protect_large(magnitude))
+
+
+def evict_large(magnitude: str = "range") -> Ranking:
+    """VaSE's ablation: the smallest magnitudes survive."""
+
+    def view(candidates: Candidates) -> Candidates:
+        scores = -value_magnitudes(candidates.values, magnitude)
+        return replace(protect_sinks(candidates), scores=scores)
+
+    return Ranking(view)
+
+
+def snapkv() -> Ranking:
+    """The largest attention."""
+    return Ranking(protect_sinks)
+
+
+def rkv(attention_weight: float = 0.5) -> Ranking:
+    """The largest sum of attention and dissimilarity of the keys.
+
+    Margins are relative, but a difference of two terms may be near 0 or below it. Moving all scores
+    alike makes them at least 1 / n, which is the mean of both terms.
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        scores = rkv_scores(candidates.scores, candidates.keys, attention_weight)
+        scores = scores - scores.min() + 1 / len(scores)
+        return replace(protect_sinks(candidates), scores=scores)
+
+    return Ranking(view)
+
+
+def rkv_scores(
+    attention: torch.Tensor, keys: torch.Tensor, attention_weight: float
+) -> torch.Tensor:
+    """lambda * a[j] - (1 - lambda) * s[j], with s the softmax over the candidates of m.
+
+    m[j] = (1 / n) * sum over i != j of cos(k[i], k[j]), with k / (|k| + 1e-8) as unit vectors.
+
+    Args:
+        attention: [n], float32.
+        keys: [n, D], float32.
+        attention_weight: lambda.
+
+    Returns:
+        [n], float32.
+    """
+    units = keys / (keys.square().sum(dim=-1, keepdim=True).sqrt() + 1e-8)
+    cosines = (units @ units.T).fill_diagonal_(0)
+    redundancy = (cosines.sum(dim=0) / len(keys)).softmax(dim=0)
+    return attention_weight * attention - (1 - attention_weight) * redundancy
+
+
+def cur(gaussian: Callable[[Candidates], torch.Tensor]) -> Ranking:
+    """The largest leverage |k G|^2 * |v G|^2.
+
+    Args:
+        gaussian: The [D, columns] matrix G of an eviction. It tells `fixed` from `redrawn`.
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        sketch = gaussian(candidates)
+        key_leverage, value_leverage = (
+            (rows @ sketch).square().sum(dim=-1) for rows in (candidates.keys, candidates.values)
+        )
+        return replace(protect_sinks(candidates), scores=key_leverage * value_leverage)
+
+    return Ranking(view)
+
+
+def streaming() -> Ranking:
+    """The newest positions."""
+
+    def view(candidates: Candidates) -> Candidates:
+        return replace(protect_sinks(candidates), scores=candidates.positions.double())
+
+    return Ranking(view)
+
+
+def uniform(generator: torch.Generator | None = None) -> Drawing:
+    """All equally likely: the policy `random`."""
+
+    def view(candidates: Candidates) -> Candidates:
+        return replace(protect_sinks(candidates), scores=torch.ones_like(candidates.scores))
+
+    return Drawing(view, generator)
