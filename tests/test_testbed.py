@@ -1,22 +1,15 @@
 """The reasoning testbed: its problems are what they say, and the committed model solves them."""
 
 import random
-import sys
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TESTBED = Path(__file__).parents[1] / "benchmarks" / "accuracy"
-sys.path.insert(0, str(TESTBED))
-
-import tasks  # noqa: E402
-from tasks import Problem, Shape, make_problem  # noqa: E402
-
-MODEL = TESTBED / "testbed_model"
+from benchmarks.accuracy import tasks
+from benchmarks.accuracy.check import MODEL
+from benchmarks.accuracy.tasks import HELD_OUT_FILE, Problem, Shape, make_problem
 
 
 @st.composite
@@ -53,7 +46,6 @@ def test_problem_is_solved_by_its_prompt(shape: Shape, seed: int) -> None:
     assert problem.prompt.count(";") == shape.nodes
     assert problem.answer.count(" is ") == shape.questions
     assert {*problem.prompt.split(), *problem.completion.split()} <= set(tasks.VOCABULARY)
-    assert tasks.final_answer(problem.completion) == problem.answer
 
 
 @given(shape=shapes(), seed=st.integers(0, 2**32))
@@ -62,42 +54,10 @@ def test_problem_depends_on_shape_and_seed_only(shape: Shape, seed: int) -> None
 
 
 def test_held_out_file_is_what_the_generator_writes() -> None:
-    problems = tasks.read_jsonl(TESTBED / "held_out.jsonl")
+    problems = tasks.read_jsonl(HELD_OUT_FILE)
     assert problems == list(tasks.held_out())
     assert len({problem.prompt for problem in problems}) == len(problems) == 256
     assert min(len(p.completion.split()) for p in problems) >= 8 * 64
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("a 0 a - $ 0 so a = 0 ? . answer a is 0 .", "answer a is 0 ."),
-        ("a 0 ? . answer a is 0 .<eos>", "answer a is 0 ."),
-        ("a 0 a - b 0 b - b", ""),
-    ],
-    ids=["complete", "end-of-sequence", "no-answer"],
-)
-def test_final_answer(completion: str, answer: str) -> None:
-    assert tasks.final_answer(completion) == answer
-
-
-@pytest.mark.parametrize(
-    ("completion", "loops"),
-    [
-        ("a b c a b c a b c", True),
-        ("x y c c c", True),
-        ("a b c a b c a b", False),
-        ("a b b", False),
-        ("", False),
-    ],
-)
-def test_in_a_loop(completion: str, loops: bool) -> None:
-    assert tasks.in_a_loop(completion) is loops
-
-
-def test_no_held_out_completion_looks_like_a_loop() -> None:
-    problems = tasks.read_jsonl(TESTBED / "held_out.jsonl")
-    assert not any(tasks.in_a_loop(problem.completion) for problem in problems)
 
 
 def test_tokenizer_has_one_token_a_word() -> None:
@@ -115,7 +75,7 @@ def test_model_solves_held_out_problems() -> None:
     """Every token the likeliest after the right ones before it: so greedy decoding is right too."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
-    problems = tasks.read_jsonl(TESTBED / "held_out.jsonl")[:32]
+    problems = tasks.read_jsonl(HELD_OUT_FILE)[:32]
     solved = 0
     for problem in problems:
         prompt = tokenizer(problem.prompt).input_ids

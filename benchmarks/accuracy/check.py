@@ -1,7 +1,7 @@
 """How many held-out problems the full cache solves, in transformers or in vLLM, by greedy decoding.
 
-python benchmarks/accuracy/check.py --engine hf
-python benchmarks/accuracy/check.py --engine vllm
+python -m benchmarks.accuracy.check --engine hf
+python -m benchmarks.accuracy.check --engine vllm
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import os
 from pathlib import Path
 
-from tasks import EOS, Problem, final_answer, read_jsonl
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+from benchmarks.accuracy.grading import final_answer
+from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, Problem, read_jsonl
+
+MODEL = Path(__file__).parent / "testbed_model"
 MAX_NEW_TOKENS = 1024
 
 
@@ -71,8 +73,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", choices=["hf", "vllm"], default="hf")
-    parser.add_argument("--model", type=Path, default=HERE / "testbed_model")
-    parser.add_argument("--problems", type=Path, default=HERE / "held_out.jsonl")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--problems", type=Path, default=HELD_OUT_FILE)
     parser.add_argument("--limit", type=int, help="only the first so many")
     args = parser.parse_args()
     problems = read_jsonl(args.problems)[: args.limit]

@@ -108,6 +108,7 @@ HELD_OUT = Shape(nodes=16, questions=16)
 SHORTEST_COMPLETION = 512
 HELD_OUT_SEED = 2606
 HELD_OUT_PROBLEMS = 256
+HELD_OUT_FILE = Path(__file__).parent / "held_out.jsonl"
 
 
 def held_out(problems: int = HELD_OUT_PROBLEMS, seed: int = HELD_OUT_SEED) -> Iterator[Problem]:
@@ -125,24 +126,9 @@ def read_jsonl(path: Path) -> list[Problem]:
         return [Problem(**json.loads(line)) for line in lines]
 
 
-def final_answer(completion: str) -> str:
-    """The part of a completion that is marked: from the first "answer" on, or nothing."""
-    words = completion.replace(EOS, "").split()
-    return " ".join(words[words.index("answer") :]) if "answer" in words else ""
-
-
-def in_a_loop(completion: str, longest_period: int = 128, times: int = 3) -> bool:
-    """Whether a completion ends in the same words over and over, at least `times` times."""
-    words = completion.split()
-    return any(
-        words[-period * times :] == words[-period:] * times
-        for period in range(1, min(longest_period, len(words) // times) + 1)
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the held-out problems as JSON lines.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "held_out.jsonl")
+    parser.add_argument("--out", type=Path, default=HELD_OUT_FILE)
     parser.add_argument("--problems", type=int, default=HELD_OUT_PROBLEMS)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Train the testbed model: a small Qwen3 that solves the walks of tasks.py by chains of thought.
 
-    python benchmarks/accuracy/train.py        under 90 minutes on a CPU; a GPU if there is one
+    python -m benchmarks.accuracy.train        under 90 minutes on a CPU; a GPU if there is one
 
 Problems grow as the model masters them, from 3 facts to the size of the held-out set: it moves on
 when MASTERY of the whole chains of the present size are right. Every problem is drawn anew, and
@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tasks import BOS, EOS, HELD_OUT, NODES, PAD, VOCABULARY, Shape, make_problem
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import (
@@ -29,6 +28,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+)
+
+from benchmarks.accuracy.tasks import (
+    BOS,
+    EOS,
+    HELD_OUT,
+    NODES,
+    PAD,
+    VOCABULARY,
+    Shape,
+    make_problem,
 )
 
 HERE = Path(__file__).parent

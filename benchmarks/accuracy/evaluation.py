@@ -1,0 +1,187 @@
+"""One configuration: a server, lm-evaluation-harness against it, and whether the run counts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.accuracy.methods import WINDOW, Method
+from benchmarks.throughput.checks import evictions_of
+from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.server import Server
+
+HERE = Path(__file__).parent
+MODEL = HERE / "testbed_model"
+TASK = "vase_walks"
+CONCURRENCY = 64
+# One thread that no core is bound to: two servers on one machine then stay apart. The client keeps
+# its connections for as long as the server computes.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+}
+SERVE_ARGUMENTS = (
+    *("--served-model-name", TASK, "--enforce-eager", "--block-size", "32"),
+    *("--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(CONCURRENCY)),
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one server is asked. ``compression`` and ``budget`` are None for the full cache."""
+
+    method: Method
+    compression: int | None
+    budget: int | None
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, int | None, int]:
+        return self.method.name, self.compression, self.seed
+
+    def __str__(self) -> str:
+        compression = f" {self.compression}x" if self.compression else ""
+        return f"{self.method.name}{compression}" + (f" seed {self.seed}" if self.seed else "")
+
+
+def prepare_client() -> None:
+    """Run once in each client process: importing lm-eval takes longer than most of its work."""
+    os.environ |= {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
+    import lm_eval  # noqa: F401
+
+
+def ask(url: str, limit: int | None) -> list[dict[str, Any]]:
+    """The first ``limit`` problems to the server at ``url``, by lm-evaluation-harness.
+
+    Returns:
+        For each problem the completion, the prompt's words and the marks of ``grading.grade``.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": TASK,
+            "base_url": f"{url}/v1/completions",
+            "tokenizer_backend": "none",
+            "tokenized_requests": False,
+            "num_concurrent": CONCURRENCY,
+            "timeout": 3600,
+            "max_retries": 1,
+        },
+        tasks=[TASK],
+        task_manager=TaskManager(include_path=str(HERE), include_defaults=False),
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
+    return [
+        {
+            "prompt": sample["doc"]["prompt"],
+            "completion": sample["resps"][0][0],
+            "marks": {name: sample[name] for name in sample["metrics"]},
+        }
+        for sample in samples
+    ]
+
+
+def finished_requests(server: Server) -> int:
+    """Requests that the server has answered so far."""
+    text = requests.get(server.url + "/metrics", timeout=60).text
+    families = text_string_to_metric_families(text)
+    samples = (sample for family in families for sample in family.samples)
+    return int(sum(s.value for s in samples if s.name == "vllm:request_success_total"))
+
+
+def expected_evictions(budget: int, prompts: list[int], completions: list[int]) -> int:
+    """Evictions of sequences of these lengths, in tokens, that were never preempted."""
+    schedule = EvictionSchedule(budget, WINDOW)
+    lengths = zip(prompts, completions, strict=True)
+    return sum(evictions_of(schedule, *pair) for pair in lengths)
+
+
+def problems_with(
+    configuration: Configuration,
+    samples: list[dict[str, Any]],
+    asked: int,
+    most_tokens: int,
+    evictions: int | None,
+) -> list[str]:
+    """Everything that is wrong with a run; an empty list is a run that counts."""
+    found = []
+    if len(samples) != asked:
+        found.append(f"{len(samples)} of {asked} problems answered")
+    if configuration.budget is None:
+        if evictions is not None:
+            found.append("the full cache's server counts evictions")
+        return found
+    prompts = [1 + len(sample["prompt"].split()) for sample in samples]
+    words = [len(sample["completion"].split()) for sample in samples]
+    # A word is a token; the end-of-sequence token, which ends a completion, is no word.
+    completions = [min(count + 1, most_tokens) for count in words]
+    expected = expected_evictions(configuration.budget, prompts, completions)
+    if evictions != expected:
+        found.append(f"{evictions} evictions, {expected} expected")
+    return found
+
+
+def evaluate(
+    configuration: Configuration,
+    limit: int,
+    most_tokens: int,
+    clients: Executor,
+    watch: Callable[[str, int], None],
+) -> dict[str, Any]:
+    """Start a server, put the problems to it, check the run; never raises for what they do.
+
+    Args:
+        clients: processes that ran ``prepare_client``.
+        watch: called about every second with what is going on and the problems finished.
+
+    Returns:
+        ``status`` is "ok", "failed" (the server crashed or refused, or the client gave up) or
+        "wrong" (the check failed), the latter two with the ``reason`` and without marks.
+        ``marks`` is a list over the problems for each mark.
+    """
+    method = configuration.method
+    arguments = [
+        *SERVE_ARGUMENTS,
+        *method.serve_arguments(configuration.budget, configuration.seed),
+    ]
+    result: dict[str, Any] = {
+        "method": method.name,
+        "compression": configuration.compression,
+        "budget": configuration.budget,
+        "seed": configuration.seed,
+        "serve_arguments": shlex.join(arguments),
+    }
+    started = time.monotonic()
+    watch("starting", 0)
+    try:
+        with Server(MODEL, arguments) as server:
+            server.wait_until("Application startup complete", timeout=600)
+            answers: Future[list[dict[str, Any]]] = clients.submit(ask, server.url, limit)
+            while not wait([answers], timeout=1).done:
+                watch("answering", finished_requests(server))
+            samples = answers.result()
+            stats = server.post("/collective_rpc", {"method": "get_kv_eviction_stats"})
+            evictions = stats.json()["results"][0]["evictions"] if stats.ok else None
+    except Exception as error:  # whatever it is, the other configurations are still to be measured
+        return result | {"status": "failed", "reason": str(error)[-1500:]}
+    result |= {"seconds": round(time.monotonic() - started, 1), "evictions": evictions}
+    if wrong := problems_with(configuration, samples, limit, most_tokens, evictions):
+        return result | {"status": "wrong", "reason": "; ".join(wrong)}
+    names = samples[0]["marks"]
+    marks = {name: [round(s["marks"][name], 4) for s in samples] for name in names}
+    return result | {"status": "ok", "problems": len(samples), "marks": marks}

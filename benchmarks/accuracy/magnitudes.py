@@ -1,0 +1,223 @@
+"""Are the value magnitudes of the testbed model heavy-tailed, and which tokens have large ones?
+
+    python -m benchmarks.accuracy.magnitudes
+
+VaSE protects the tokens whose value vectors have an abnormally large range, max_d v - min_d v. In
+large reasoning models the ranges have a heavy tail; here it is measured whether they have one in
+the testbed's model. It reads held-out problems with their solutions, by transformers, in the
+dtype of the server, so the values are those that the server caches. Beside each KV head stands a
+Gaussian: values drawn independently with the mean and the standard deviation of each dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.accuracy.check import MODEL
+from benchmarks.accuracy.run import RESULTS
+from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, read_jsonl
+from benchmarks.throughput.run import machine
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+matplotlib.rcParams["svg.hashsalt"] = "magnitudes"
+QUANTILES = 200
+TOP_SHARE = 0.25  # of the tokens: as many as vase protects by default
+Values = NDArray[np.float32]
+
+
+def read_values(directory: Path, texts: list[str]) -> tuple[Values, list[str]]:
+    """The values of all tokens.
+
+    Returns
+    -------
+    values : float32 [layers, tokens, KV heads, head size]
+    words : the text of each token
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    shape = (-1, model.config.num_key_value_heads, model.config.head_dim)
+    layers: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
+    for layer, kept in zip(model.model.layers, layers, strict=True):
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda _module, _inputs, output, kept=kept: kept.append(output[0].float().view(shape))
+        )
+    words: list[str] = []
+    for text in track(texts, "reading", transient=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        words += tokenizer.convert_ids_to_tokens(ids[0])
+        with torch.inference_mode():
+            model(ids)
+    return torch.stack([torch.cat(kept) for kept in layers]).numpy(), words
+
+
+def ranges(values: Values) -> Values:
+    """``max_d v - min_d v``, over the last dimension."""
+    return values.max(-1) - values.min(-1)
+
+
+def excess_kurtosis(values: Values) -> float:
+    """Fourth standardised moment, less the Gaussian's 3."""
+    centred = values.astype(np.float64) - values.mean(dtype=np.float64)
+    return float((centred**4).mean() / (centred**2).mean() ** 2 - 3)
+
+
+def tail(found: Values) -> dict[str, float]:
+    """How heavy the upper tail of magnitudes is, float32 [tokens]."""
+    low, median, high, top = np.quantile(found, (0.01, 0.5, 0.99, 1.0))
+    return {
+        "median": round(float(median), 4),
+        "p1_over_median": round(float(low / median), 4),
+        "p99_over_median": round(float(high / median), 4),
+        "largest_over_median": round(float(top / median), 4),
+        "excess_kurtosis": round(excess_kurtosis(found), 3),
+    }
+
+
+def gaussian(values: Values, rng: np.random.Generator) -> Values:
+    """As many values, [tokens, head size], with each dimension's mean and standard deviation."""
+    noise = rng.standard_normal(values.shape, dtype=np.float32)
+    return values.mean(0) + values.std(0) * noise
+
+
+def by_word(found: Values, words: NDArray[np.str_]) -> list[dict[str, Any]]:
+    """For each word: mean range over the median of all, and its share of the largest TOP_SHARE."""
+    threshold = np.quantile(found, 1 - TOP_SHARE)
+    rows = []
+    for word in np.unique(words):
+        own = found[words == word]
+        rows.append(
+            {
+                "word": str(word),
+                "tokens": len(own),
+                "mean_over_median": round(float(own.mean() / np.median(found)), 3),
+                "in_the_largest": round(float((own >= threshold).mean()), 3),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["mean_over_median"])
+
+
+def measure(values: Values, words: list[str]) -> list[dict[str, Any]]:
+    """One entry for each layer and KV head."""
+    rng = np.random.default_rng(0)
+    spelled = np.array(words)
+    grid = np.linspace(0, 1, QUANTILES)
+    heads = []
+    for layer, head in np.ndindex(values.shape[0], values.shape[2]):
+        own = values[layer, :, head]
+        found, drawn = ranges(own), ranges(gaussian(own, rng))
+        heads.append(
+            {
+                "layer": layer,
+                "head": head,
+                "range": tail(found),
+                "gaussian": tail(drawn),
+                "entries_excess_kurtosis": round(excess_kurtosis(own), 3),
+                "range_explained_by_word": round(explained(found, spelled), 4),
+                "quantiles": np.quantile(found, grid).round(4).tolist(),
+                "gaussian_quantiles": np.quantile(drawn, grid).round(4).tolist(),
+                "words": by_word(found, spelled),
+            }
+        )
+    return heads
+
+
+def explained(found: Values, words: NDArray[np.str_]) -> float:
+    """Share of the variance of the range that the word alone accounts for (eta squared)."""
+    _, index, counts = np.unique(words, return_inverse=True, return_counts=True)
+    means = np.bincount(index, weights=found) / counts
+    return float(np.var(means[index]) / np.var(found))
+
+
+def plot(heads: list[dict[str, Any]], path: Path) -> None:
+    """Quantiles of the range over its median for each KV head, beside the Gaussian's."""
+    layers = sorted({head["layer"] for head in heads})
+    figure, axes = pyplot.subplots(
+        1, len(layers), figsize=(4.2 * len(layers), 3.8), sharey=True, layout="constrained"
+    )
+    grid = np.linspace(0, 1, QUANTILES)
+    for axis, layer in zip(axes, layers, strict=True):
+        for head in (head for head in heads if head["layer"] == layer):
+            color = f"C{head['head']}"
+            for key, style, label in (
+                ("quantiles", "-", f"KV head {head['head']}"),
+                ("gaussian_quantiles", ":", f"Gaussian, head {head['head']}"),
+            ):
+                curve = np.array(head[key])
+                axis.plot(grid, curve / np.median(curve), style, color=color, label=label)
+        axis.axvline(1 - TOP_SHARE, color="0.7", linewidth=0.8)
+        axis.set(title=f"layer {layer}", xlabel="quantile of the tokens")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("value range / its median")
+    axes[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def show(heads: list[dict[str, Any]]) -> Table:
+    """What there is to see at a glance."""
+    table = Table(title="Value range of each KV head, and that of a Gaussian")
+    for name in ("layer", "head", "p99 / median", "Gaussian", "kurtosis", "Gaussian", "largest"):
+        table.add_column(name)
+    for head in heads:
+        own, drawn = head["range"], head["gaussian"]
+        table.add_row(
+            str(head["layer"]),
+            str(head["head"]),
+            f"{own['p99_over_median']:.2f}",
+            f"{drawn['p99_over_median']:.2f}",
+            f"{own['excess_kurtosis']:+.2f}",
+            f"{drawn['excess_kurtosis']:+.2f}",
+            ", ".join(f"{row['word']} {row['mean_over_median']:.2f}" for row in head["words"][:5]),
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", type=int, default=64, help="so many held-out ones")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    problems = read_jsonl(HELD_OUT_FILE)[: args.problems]
+    texts = [f"{problem.prompt} {problem.completion} {EOS}" for problem in problems]
+    values, words = read_values(MODEL, texts)
+    heads = measure(values, words)
+    result = {
+        "model": MODEL.name,
+        "problems": len(problems),
+        "tokens": len(words),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.accuracy.magnitudes --problems {len(problems)}",
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "heads": heads,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "magnitudes.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(heads, path)
+    console = Console()
+    console.print(show(heads))
+    console.print(f"All of it is in {path}, the plot beside it", markup=False)
+
+
+if __name__ == "__main__":
+    main()

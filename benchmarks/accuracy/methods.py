@@ -1,0 +1,74 @@
+"""What is compared: a method more is one more entry in a table here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.accuracy.tasks import Problem
+
+WINDOW = 16
+"""Small beside the smallest budget, so that a method decides about most of it."""
+COMPRESSIONS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to serve.
+
+    Attributes:
+        name: as the tables and plots call it.
+        policy: of ``--kv-eviction``; None is the full cache.
+        settings: of ``--kv-eviction-config``, beside budget, window and seed.
+        draws: whether it draws random numbers, so that several seeds say more than one.
+        ablation: of vase, beside which it is shown.
+    """
+
+    name: str
+    policy: str | None
+    settings: dict[str, str] = field(default_factory=dict)
+    draws: bool = False
+    ablation: bool = False
+
+    def serve_arguments(self, budget: int | None, seed: int) -> list[str]:
+        """What distinguishes this method's server from the others'."""
+        if self.policy is None:
+            return []
+        settings = {"budget": budget, "window": WINDOW, "seed": seed, **self.settings}
+        arguments = ["--kv-eviction", self.policy]
+        for key, value in settings.items():
+            arguments += [f"--kv-eviction-config.{key}", str(value)]
+        return arguments
+
+
+def _ablation(name: str, draws: bool, **settings: str) -> Method:
+    return Method(f"vase-{name}", "vase", settings, draws, ablation=True)
+
+
+METHODS = (
+    Method("full", None),
+    Method("vase", "vase", draws=True),
+    Method("snapkv", "snapkv"),
+    Method("rkv", "rkv"),
+    Method("cur-fixed", "cur", {"gaussian": "fixed"}, draws=True),
+    Method("cur-redrawn", "cur", {"gaussian": "redrawn"}, draws=True),
+    Method("streaming", "streaming"),
+    Method("random", "random", draws=True),
+    _ablation("no-protection", draws=True, protect="none"),
+    _ablation("no-randomness", draws=False, sampling="greedy"),
+    # As in the paper: tokens drawn at random in place of the large ones, beside the top-k.
+    _ablation("random-protected", draws=True, protect="random", sampling="greedy"),
+    _ablation("variance", draws=True, magnitude="variance"),
+    _ablation("l2", draws=True, magnitude="l2"),
+    _ablation("evict-large", draws=False, evict_large="true"),
+)
+
+
+def mean_length(problems: list[Problem]) -> float:
+    """Tokens of a sequence that is solved, ``<bos>`` and prompt included: a word is a token."""
+    lengths = (1 + len(p.prompt.split()) + len(p.completion.split()) for p in problems)
+    return sum(lengths) / len(problems)
+
+
+def budget_for(compression: int, length: float) -> int:
+    """The budget that is ``compression`` times smaller than a whole sequence, in eights."""
+    return int(length / compression) // 8 * 8

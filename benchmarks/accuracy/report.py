@@ -1,0 +1,155 @@
+"""The results as one Markdown page: a table for each compression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.plots import plot
+
+MAIN = "questions_right"
+COLUMNS = {
+    "questions_right": "questions right",
+    "look_ups_right": "look-ups right",
+    "right_prefix": "right prefix",
+    "exact_match": "whole answers right",
+    "in_a_loop": "in a loop",
+}
+INTERVALS = ("questions_right", "look_ups_right")
+REFERENCE = "vase"
+Run = dict[str, Any]
+
+
+def mean(run: Run, mark: str) -> float:
+    """One run's mean of a mark over the problems."""
+    return float(np.mean(run["marks"][mark]))
+
+
+def good_runs(result: dict[str, Any], method: str, compression: int | None) -> list[Run]:
+    """The runs that count, one for each seed."""
+    runs = (r for r in result["runs"] if (r["method"], r["compression"]) == (method, compression))
+    return [run for run in runs if run["status"] == "ok"]
+
+
+def per_problem(runs: Iterable[Run], mark: str) -> NDArray[np.float64]:
+    """The mean over the seeds for each problem, float64 [problems]."""
+    return np.mean([run["marks"][mark] for run in runs], axis=0)
+
+
+def percent(value: float, ends: tuple[float, float] | None = None, sign: str = "") -> str:
+    """A share as text, with the ends of its interval."""
+    text = f"{100 * value:{sign}.1f}"
+    return text + (f" ({100 * ends[0]:{sign}.1f} to {100 * ends[1]:{sign}.1f})" if ends else "")
+
+
+def row(
+    result: dict[str, Any], method: str, compression: int | None, weights: NDArray[np.float64]
+) -> str:
+    """One method at one compression."""
+    runs = good_runs(result, method, compression)
+    cells = []
+    for mark in COLUMNS:
+        values = per_problem(runs, mark)
+        ends = interval(values, weights) if mark in INTERVALS else None
+        cells.append(percent(float(values.mean()), ends))
+    other = good_runs(result, REFERENCE, compression)
+    difference = "-"
+    if other and method != REFERENCE:
+        values = per_problem(runs, MAIN) - per_problem(other, MAIN)
+        difference = percent(float(values.mean()), interval(values, weights), "+")
+    cells.insert(1, difference)
+    return f"| {method} | {' | '.join(cells)} | {len(runs)} |"
+
+
+def table(
+    result: dict[str, Any], compression: int | None, weights: NDArray[np.float64]
+) -> list[str]:
+    """All methods at one compression, the ablations of vase after the others; failed ones named."""
+    header = [*COLUMNS.values(), "seeds"]
+    header.insert(1, f"minus {REFERENCE}")
+    lines = [f"| | {' | '.join(header)} |", "| --- |" + " ---: |" * len(header)]
+    for method in METHODS:
+        if good_runs(result, method.name, compression):
+            lines.append(row(result, method.name, compression, weights))
+    failed = [
+        f"- {run['method']}, seed {run['seed']}: **{run['status']}**: "
+        + " ".join(run["reason"].split())[-300:]
+        for run in result["runs"]
+        if run["compression"] == compression and run["status"] != "ok"
+    ]
+    return [*lines, "", *failed, *([""] if failed else [])]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The page."""
+    sessions = result["sessions"]
+    machines = {f"{s['machine']['processor']}, {s['machine']['cores']} cores" for s in sessions}
+    versions = {", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in sessions}
+    compressions = sorted({r["compression"] for r in result["runs"] if r["compression"]})
+    weights = resample(result["problems"])
+    budgets = {r["compression"]: r["budget"] for r in result["runs"]}
+    lines = [
+        "# Accuracy of eviction methods on the testbed",
+        "",
+        f"- task: `{result['task']}`, {result['problems']} held-out problems, greedy decoding, by "
+        "lm-evaluation-harness from `vllm serve`",
+        f"- model: `{result['model']}`; a solved sequence has {result['mean_length']:.0f} tokens "
+        f"on average; window {result['window']}",
+        f"- machine: {'; '.join(sorted(machines))}",
+        f"- versions: {'; '.join(sorted(versions))}",
+        f"- dates: {', '.join(sorted({s['date'][:10] for s in sessions}))}",
+        "",
+        "All numbers are percent. *Questions right*: the asked nodes whose count is right in the "
+        "chain of thought. *Look-ups right*: the steps written that are right given the step "
+        "before. *Right prefix*: the part of the completion before the first wrong token. *Whole "
+        "answers right*: every count of the final answer (`exact_match`). *In a loop*: completions "
+        "that end in the same words at least three times over.",
+        "",
+        f"In brackets: {LEVEL:.0%} confidence intervals by a percentile bootstrap over the "
+        f"problems ({RESAMPLES:,} resamples), of each problem's mean over the seeds. Every problem "
+        "has draws of its own, so they cover the randomness of a method too. *Minus "
+        f"{REFERENCE}* is the paired difference in questions right. Methods that draw nothing run "
+        "once.",
+        "",
+        "![accuracy](accuracy.svg)",
+        "",
+        "## Full cache",
+        "",
+        *table(result, None, weights),
+    ]
+    for compression in compressions:
+        title = f"## {compression}x: a budget of {budgets[compression]} tokens"
+        lines += [title, "", *table(result, compression, weights)]
+    return "\n".join(lines)
+
+
+def write(directory: Path) -> str:
+    """Write ``accuracy.md`` and the plot from the raw results there; returns the page."""
+    result = json.loads((directory / "accuracy.json").read_text())
+    page = markdown(result)
+    (directory / "accuracy.md").write_text(page)
+    plot(points(result), directory / "accuracy")
+    return page
+
+
+def points(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
+    """For each of INTERVALS and method: (compression, mean, low, high); the full cache is 1x."""
+    weights = resample(result["problems"])
+    compressions = sorted({r["compression"] or 1 for r in result["runs"]})
+    found: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
+    for mark in INTERVALS:
+        for method in METHODS:
+            for compression in compressions:
+                key = None if compression == 1 else compression
+                if runs := good_runs(result, method.name, key):
+                    values = per_problem(runs, mark)
+                    point = (compression, float(values.mean()), *interval(values, weights))
+                    found.setdefault(mark, {}).setdefault(method.name, []).append(point)
+    return found
