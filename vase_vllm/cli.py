@@ -7,21 +7,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from vase_vllm import __version__, plan_command, tiny_model
+from vase_vllm import __version__, inspect_command, plan_command, tiny_model
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name and help, what arguments it has, and what it does with them."""
+    """A subcommand: its name and help, what arguments it has, and what it does with them.
+
+    Attributes:
+        takes_engine_arguments: ``run`` finds what ``add_arguments`` has not declared in the list
+            ``engine_arguments``; other commands refuse it.
+    """
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    takes_engine_arguments: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not args.takes_engine_arguments:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.engine_arguments = others
     try:
         return args.run(args)
     except ValueError as error:
@@ -48,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(
+            run=command.run, takes_engine_arguments=command.takes_engine_arguments
+        )
     return parser
 
 
@@ -96,6 +108,13 @@ COMMANDS = (
         "predict what fits into a GPU and how fast it decodes, with and without eviction",
         plan_command.add_plan_arguments,
         plan_command.run_plan,
+    ),
+    Command(
+        "inspect",
+        "replay one request and draw which positions each KV head holds over time",
+        inspect_command.add_inspect_arguments,
+        inspect_command.run_inspect,
+        takes_engine_arguments=True,
     ),
 )
 

@@ -5,6 +5,7 @@ fused kernel does not know.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from vllm.utils.math_utils import cdiv
@@ -49,8 +50,24 @@ class EvictionCounters:
         }
 
 
+class EvictionObserver(Protocol):
+    """Looks at evictions while they happen."""
+
+    def observe(self, candidates: Candidates, priority: torch.Tensor, keep: torch.Tensor) -> None:
+        """Look at one layer's eviction from one sequence, and change nothing.
+
+        Args:
+            priority: [H, n], the policy's, +inf where a candidate is sure to stay.
+            keep: [H, n] bool, which candidates stay.
+        """
+
+
 class TorchEvictor:
     """Evictions straight on the pages of a KV cache."""
+
+    observer: ClassVar[EvictionObserver | None] = None
+    """Sees all evictions of this process. Set before an engine is built (``vase-vllm inspect``), so
+    that the engine evicts here on a GPU too: the fused kernel does not tell what it kept."""
 
     def __init__(
         self,
@@ -129,7 +146,10 @@ class TorchEvictor:
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
         priority[:, : limits.sinks] = torch.inf
-        return largest(priority, limits.budget - limits.window)
+        keep = largest(priority, limits.budget - limits.window)
+        if self.observer is not None:
+            self.observer.observe(candidates, priority, keep)
+        return keep
 
     def _move(self, kv_cache: torch.Tensor, blocks: torch.Tensor, keep: torch.Tensor) -> None:
         """Move the survivors above the budget into freed slots.

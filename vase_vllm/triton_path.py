@@ -70,7 +70,7 @@ class TritonPath:
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
         self._pointers: tuple[int, torch.Tensor] | None = None
         self._evictor: TorchEvictor | None = None
-        if context.config.fused is None:
+        if context.config.fused is None or TorchEvictor.observer is not None:
             self._evictor = TorchEvictor(
                 context.config,
                 spec,
