@@ -4,6 +4,7 @@ import torch
 
 from .launch import HEAD_SIZES
 from .paged import NUM_HEADER, ring_entries_per_block
+from .parameters import Scoring
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -77,6 +78,28 @@ def check_ring(
         )
     if num_columns < NUM_HEADER + num_state_blocks:
         raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
+
+
+def check_arrival(
+    arrival: torch.Tensor | None,
+    scoring: Scoring,
+    num_due: int,
+    num_candidates: int,
+    device: torch.device,
+) -> None:
+    """Refuse positions of another shape, and positions missing or given in vain."""
+    if arrival is None:
+        if scoring == "age":
+            raise ValueError("arrival must be given with scoring 'age'")
+        return
+    if scoring != "age":
+        raise ValueError(f"arrival must be None with scoring {scoring!r}")
+    if arrival.dim() != 2 or arrival.shape[1] < num_candidates:
+        raise ValueError(
+            f"arrival must have shape ({num_due}, {num_candidates} or more), "
+            f"got {tuple(arrival.shape)}"
+        )
+    check_tensor("arrival", arrival, (num_due, arrival.shape[1]), (torch.int32,), device)
 
 
 def interpreted() -> bool:

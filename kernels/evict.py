@@ -15,6 +15,11 @@ Three launches cover all sequences, layers and heads:
    r: 8 bytes of scratch per candidate. Launched once for every 256 query rows.
 3. ``select_and_move``: one program a head; thresholds by digit search, no sort.
 
+That is scoring by attention. The two other kinds (``EvictionParameters.scoring``) read no K, V or
+queries and are the third launch alone: ``uniform`` gives every candidate a score of 1, so that
+Gumbel noise draws uniformly; ``age`` ranks by position, which the caller passes. Both protect the
+sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
+
 Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
 twice: 3 MiB. Each pass multiplies 2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials.
 On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 a cycle each at 1.8 GHz) that is 0.66 us of
@@ -42,8 +47,16 @@ from contextlib import nullcontext
 import torch
 import triton.language as tl
 
-from .checks import check_block_table, check_cache, check_ring, check_tensor
-from .launch import DeviceLimits, Launch, device_limits, plan_launch, power_of_two
+from .checks import check_arrival, check_block_table, check_cache, check_ring, check_tensor
+from .launch import (
+    DeviceLimits,
+    Launch,
+    device_limits,
+    plan_launch,
+    plan_splits,
+    power_of_two,
+    scoring_tile,
+)
 from .paged import NUM_HEADER
 from .parameters import EvictionParameters
 from .scoring import MAX_SPLITS, candidate_scores, row_statistics
@@ -78,6 +91,7 @@ def evict_paged(
     first_kv_head: int = 0,
     scratch: torch.Tensor | None = None,
     num_splits: int | None = None,
+    arrival: torch.Tensor | None = None,
 ) -> None:
     """Evict from the due sequences among ``rows``, in all layers, in place.
 
@@ -96,13 +110,17 @@ def evict_paged(
         parameters: of the eviction.
         group_size: query heads per KV head (G).
         softmax_scale: of the model's attention; the temperature is divided out here.
-        num_state_blocks: state blocks in each row.
+        num_state_blocks: state blocks in each row; may be 0 unless attention is scored.
         max_num_cached: at least the cached length of every due sequence; a sequence that is
             longer is left alone, because it would overrun the scratch memory.
         first_kv_head: index in the whole model of this rank's first KV head.
         scratch: [bytes] uint8 to work in, else up to ``SCRATCH_BYTES`` are allocated. More heads
             than fit are launched one part after the other.
-        num_splits: programs that share a head's candidates, else the counted best.
+        num_splits: programs that share a head's candidates in the scoring of attention, else the
+            counted best.
+        arrival: [due, n] int32, for scoring by age: the position of the token in each slot, one
+            row for each of ``rows``; all layers and heads share it, for they evict alike. n is at
+            least ``max_num_cached - window``.
 
     Raises:
         ValueError: names the argument whose shape, dtype, device or stride is not supported.
@@ -119,7 +137,10 @@ def evict_paged(
     check_tensor("rows", rows, (num_due,), (torch.int32,), device)
     check_tensor("positions", positions, (num_rows,), integers, device)
     block_size = kv_cache.shape[2]
-    check_ring(parameters.window, group_size, block_size, num_columns, num_state_blocks)
+    if parameters.scoring == "attention":
+        check_ring(parameters.window, group_size, block_size, num_columns, num_state_blocks)
+    num_candidates = max_num_cached - parameters.window
+    check_arrival(arrival, parameters.scoring, num_due, num_candidates, device)
     if max_num_cached > (num_columns - NUM_HEADER - num_state_blocks) * block_size:
         raise ValueError(
             f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
@@ -143,6 +164,7 @@ def evict_paged(
         first_kv_head=first_kv_head,
         scratch=scratch,
         num_splits=num_splits,
+        arrival=arrival,
         limits=device_limits(device),
     )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -166,21 +188,19 @@ def eviction_launches(
     first_kv_head: int,
     scratch: torch.Tensor | None,
     num_splits: int | None,
+    arrival: torch.Tensor | None,
     limits: DeviceLimits,
 ) -> Iterator[Launch]:
     """The launches of :func:`evict_paged`, whose arguments these are, in order."""
     _, num_kv_heads, block_size, pair_size = kv_cache.shape
-    head_size, num_rows = pair_size // 2, group_size * parameters.window
+    head_size, attention = pair_size // 2, parameters.scoring == "attention"
+    num_rows = group_size * parameters.window if attention else 0
     num_tasks = rows.shape[0] * kv_pointers.shape[0] * num_kv_heads
     plan = plan_launch(
         num_tasks,
         max_num_cached - parameters.window,
         num_rows,
-        head_size,
-        kv_cache.element_size(),
-        limits,
         SCRATCH_BYTES if scratch is None else scratch.shape[0],
-        num_splits,
     )
     if scratch is None:
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=kv_cache.device)
@@ -208,27 +228,33 @@ def eviction_launches(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
     )
+    tile = scoring_tile(num_rows, head_size, kv_cache.element_size(), limits)
+    if num_splits is None:
+        num_splits = plan_splits(plan, tile, limits)
     scoring = dict(
         maxima=maxima.view(torch.float32),
         sums=sums.view(torch.float32),
-        num_splits=plan.num_splits,
+        num_splits=num_splits,
         scale=softmax_scale / parameters.temperature * math.log2(math.e),
         STATE_COLUMN=NUM_HEADER,
         # The interpreter multiplies bf16 wrongly.
         EXACT=kv_cache.dtype == torch.float32 or kv_cache.device.type == "cpu",
         HEAD_PADDED=power_of_two(head_size),
-        QUERY_TILE=plan.tile.queries,
-        KEY_TILE=plan.tile.keys,
-        num_warps=plan.tile.num_warps,
-        num_stages=plan.tile.num_stages,
-        maxnreg=plan.tile.max_registers,
+        QUERY_TILE=tile.queries,
+        KEY_TILE=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
     )
     selecting = dict(
         layer_indices=layer_indices,
+        arrival=arrival,
+        num_arrivals=0 if arrival is None else arrival.shape[1],
         protected=parameters.protected,
         seed_low=_signed(parameters.seed),
         seed_high=_signed(parameters.seed >> 32),
         first_kv_head=first_kv_head,
+        SCORING=parameters.scoring,
         GUMBEL=parameters.sampling == "gumbel",
         SMOOTHING=parameters.smoothing,
         PAIR_PADDED=power_of_two(pair_size),
@@ -238,16 +264,15 @@ def eviction_launches(
         maxnreg=80,
     )
     results = dict(scores=scores.view(torch.float32), ordered=ordered)
-    num_chunks = -(-num_rows // plan.tile.queries)
+    num_chunks = -(-num_rows // tile.queries)
     for offset in range(0, num_tasks, plan.tasks_per_launch):
         num = min(plan.tasks_per_launch, num_tasks - offset)
         part = dict(task_offset=offset, **common)
-        yield Launch(row_statistics, num * num_chunks * plan.num_splits, part | scoring)
+        if attention:
+            yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
         for chunk in range(num_chunks):
             chunked = dict(chunk=chunk, sinks=parameters.sinks)
-            yield Launch(
-                candidate_scores, num * plan.num_splits, part | scoring | results | chunked
-            )
+            yield Launch(candidate_scores, num * num_splits, part | scoring | results | chunked)
         yield Launch(select_and_move, num, part | selecting | results)
 
 

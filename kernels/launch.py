@@ -58,15 +58,11 @@ class LaunchPlan:
     """How tasks (due sequence, layer, KV head) are launched.
 
     Attributes:
-        tile: of the scoring launches.
-        num_splits: programs that share the candidates of one task.
         tasks_per_launch: so many that their scratch memory fits.
         capacity: candidates that a scratch row holds.
         scratch_bytes: of one launch.
     """
 
-    tile: ScoringTile
-    num_splits: int
     tasks_per_launch: int
     capacity: int
     scratch_bytes: int
@@ -150,28 +146,20 @@ def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
 
 
 def plan_launch(
-    num_tasks: int,
-    max_candidates: int,
-    num_rows: int,
-    head_size: int,
-    element_size: int,
-    limits: DeviceLimits,
-    scratch_bytes: int,
-    num_splits: int | None = None,
+    num_tasks: int, max_candidates: int, num_rows: int, scratch_bytes: int
 ) -> LaunchPlan:
     """Cut an eviction into launches.
 
     Args:
         num_tasks: due sequences * layers * KV heads.
         max_candidates: of the longest of them.
-        num_rows: query rows of a KV head, G * W.
+        num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
         scratch_bytes: bound on the scratch memory.
-        num_splits: fixed number of splits instead of the counted best.
 
     Raises:
         ValueError: if the scratch of a single head does not fit.
     """
-    tile = scoring_tile(num_rows, head_size, element_size, limits)
+    # A multiple of 16, so that every part of the scratch memory is aligned to 16 bytes.
     capacity = -(-max_candidates // 16) * 16
     per_task = 8 * (capacity + MAX_SPLITS * num_rows)
     tasks_per_launch = min(num_tasks, scratch_bytes // per_task)
@@ -182,7 +170,10 @@ def plan_launch(
         )
     num_launches = -(-num_tasks // tasks_per_launch)
     tasks_per_launch = -(-num_tasks // num_launches)
-    if num_splits is None:
-        num_slots = limits.num_sms * tile.programs_per_sm
-        num_splits = choose_splits(tasks_per_launch, -(-capacity // tile.keys), num_slots)
-    return LaunchPlan(tile, num_splits, tasks_per_launch, capacity, tasks_per_launch * per_task)
+    return LaunchPlan(tasks_per_launch, capacity, tasks_per_launch * per_task)
+
+
+def plan_splits(plan: LaunchPlan, tile: ScoringTile, limits: DeviceLimits) -> int:
+    """Counted best number of programs that share the candidates of one task."""
+    num_slots = limits.num_sms * tile.programs_per_sm
+    return choose_splits(plan.tasks_per_launch, -(-plan.capacity // tile.keys), num_slots)

@@ -24,6 +24,12 @@ def ordered_bits(x):
 
 
 @triton.jit
+def ordered_positions(positions):
+    """int32 -> uint32 with the same order."""
+    return positions.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
 def load_ordered(ordered, slots, live):
     """Ordered bits of slots as uint32, 0 (below every float) where not live."""
     return tl.load(ordered + slots, mask=live, other=0).to(tl.uint32, bitcast=True)
@@ -105,6 +111,7 @@ def pooled_scores(scores, slots, live, length, SMOOTHING: tl.constexpr):
         "seed_low",
         "seed_high",
         "first_kv_head",
+        "num_arrivals",
     ]
 )
 def select_and_move(
@@ -113,8 +120,9 @@ def select_and_move(
     block_table,  # [R, columns] int32
     rows,  # [due] int32
     positions,  # [R] int32 or int64
-    scores,  # [tasks, capacity] fp32; reused for the list of freed slots
-    ordered,  # [tasks, capacity] int32; ranges in, overwritten with the sampling keys
+    scores,  # [tasks, capacity] fp32, in for "attention"; reused for the list of freed slots
+    ordered,  # [tasks, capacity] int32; ranges in, overwritten with the priorities
+    arrival,  # [due, num_arrivals] int32, position of the token in each slot; None unless "age"
     task_offset,
     capacity,
     budget,
@@ -122,6 +130,7 @@ def select_and_move(
     seed_low,  # int32 bits
     seed_high,  # int32 bits
     first_kv_head,  # of this rank in the whole model
+    num_arrivals,
     num_layers,
     num_kv_heads,
     table_stride,
@@ -130,6 +139,7 @@ def select_and_move(
     slot_stride,
     TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
+    SCORING: tl.constexpr,
     GUMBEL: tl.constexpr,
     SMOOTHING: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -140,8 +150,15 @@ def select_and_move(
     TILE: tl.constexpr,
     MOVE_TILE: tl.constexpr,
 ):
-    """Choose the survivors of one head and copy those above the budget into freed slots."""
+    """Choose the survivors of one head and copy those above the budget into freed slots.
+
+    Priority by SCORING: the logarithm of the attention ("attention") or of 1 ("uniform"), with
+    Gumbel noise if GUMBEL, else the score itself; the token's position ("age").
+    """
     local_task = tl.program_id(0)
+    limit = capacity
+    if SCORING == "age":
+        limit = tl.minimum(capacity, num_arrivals)
     table_row, layer, head, candidates, eviction = load_task(
         local_task + task_offset,
         rows,
@@ -151,29 +168,41 @@ def select_and_move(
         num_layers,
         num_kv_heads,
         budget,
-        capacity,
+        limit,
         WINDOW,
     )
     if candidates > 0:
         scores += local_task.to(tl.int64) * capacity
         ordered += local_task.to(tl.int64) * capacity
 
-        # Protected: the largest value ranges. Everything else gets its sampling key.
-        threshold, ties = kth_largest(ordered, candidates, protected, TILE)
+        # Protected: the largest value ranges, or the sinks alone. All others get their priority.
+        if SCORING == "attention":
+            threshold, ties = kth_largest(ordered, candidates, protected, TILE)
+        if SCORING == "age":
+            due = (local_task + task_offset) // (num_kv_heads * num_layers)
+            arrival += due.to(tl.int64) * num_arrivals
         key = tl.load(table_row + 1)
         stream = tl.load(layer_indices + layer) * 65536 + first_kv_head + head
         ties_seen = 0
         for start in range(0, candidates, TILE):
             slots = start + tl.arange(0, TILE)
             live = slots < candidates
-            x = load_ordered(ordered, slots, live)
-            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
-            priority = pooled_scores(scores, slots, live, candidates, SMOOTHING)
-            priority = priority / (SMOOTHING * GROUP * WINDOW)
+            if SCORING == "attention":
+                x = load_ordered(ordered, slots, live)
+                kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
+                priority = pooled_scores(scores, slots, live, candidates, SMOOTHING)
+                priority = priority / (SMOOTHING * GROUP * WINDOW)
+            else:
+                kept = slots < protected
+                priority = tl.full(slots.shape, 1.0, tl.float32)
             if GUMBEL:
                 noise = gumbel_noise(seed_low, seed_high, slots, eviction, stream, key)
                 priority = tl.log(priority) + noise
-            bits = tl.where(kept, HIGHEST, ordered_bits(priority))
+            if SCORING == "age":
+                bits = ordered_positions(tl.load(arrival + slots, mask=live, other=0))
+            else:
+                bits = ordered_bits(priority)
+            bits = tl.where(kept, HIGHEST, bits)
             tl.store(ordered + slots, bits.to(tl.int32, bitcast=True), mask=live)
         tl.debug_barrier()
 

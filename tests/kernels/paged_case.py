@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vase_vllm.kernels.evict import evict_paged
 from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
@@ -59,7 +60,13 @@ class Case:
 
     @property
     def num_state_blocks(self) -> int:
-        return -(-self.parameters.window // self.ring_entries) + self.spare_state_blocks
+        needed = -(-self.parameters.window // self.ring_entries)
+        return needed * self.has_queries + self.spare_state_blocks
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether there is a query ring; where nothing scores with it, there is none."""
+        return self.parameters.scoring == "attention"
 
     @property
     def softmax_scale(self) -> float:
@@ -103,6 +110,21 @@ class Pool:
             self.block_table[row, : len(entries)] = torch.tensor(entries)
             for cache in self.caches:
                 self._fill(cache, row, generator)
+        self.arrival = None
+        if case.parameters.scoring == "age":
+            rows = [self._arrival(sequence, generator) for sequence in case.sequences]
+            self.arrival = pad_sequence(rows, batch_first=True, padding_value=2**31 - 1)
+
+    def _arrival(self, sequence: Sequence, generator: torch.Generator) -> torch.Tensor:
+        """Positions of the candidates: in order at first; later the newest, anywhere."""
+        parameters = self.case.parameters
+        candidates = self.case.num_cached(sequence) - parameters.window
+        arrival = torch.arange(candidates, dtype=torch.int32)
+        if sequence.position > sequence.first:
+            num_others = candidates - parameters.sinks
+            arrival[parameters.sinks :] = torch.randperm(num_others, generator=generator)
+            arrival[parameters.sinks :] += sequence.position - parameters.window - num_others
+        return arrival
 
     def _fill(self, cache: torch.Tensor, row: int, generator: torch.Generator) -> None:
         case, window = self.case, self.case.parameters.window
@@ -114,7 +136,7 @@ class Pool:
                 case.fill(tokens[:, : case.head_size], tokens[:, case.head_size :], queries)
             slots = torch.arange(num_cached)
             cache[self.blocks(row, slots), head, slots % case.block_size] = tokens.to(case.dtype)
-            for entry in range(window):
+            for entry in range(window if case.has_queries else 0):
                 for query_head in range(case.group_size):
                     self.ring_vector(cache, row, head, entry, query_head)[:] = queries[
                         entry, query_head
@@ -135,13 +157,18 @@ class Pool:
         start = vector % 2 * case.head_size
         return cache[block, head, vector // 2, start : start + case.head_size]
 
-    def evict(self, rows: list[int] | None = None) -> None:
+    def evict(self, rows: list[int] | None = None, max_num_cached: int | None = None) -> None:
         """Launch the kernels."""
         case = self.case
         rows = list(range(len(case.sequences))) if rows is None else rows
         scratch = None
         if case.scratch_bytes is not None:
             scratch = torch.full((case.scratch_bytes,), 0x7F, dtype=torch.uint8)
+        if max_num_cached is None:
+            max_num_cached = max(case.num_cached(case.sequences[row]) for row in rows)
+        arrival = self.arrival
+        if arrival is not None:
+            arrival = arrival[rows, : max_num_cached - case.parameters.window].contiguous()
         evict_paged(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
             self.caches[0],
@@ -153,10 +180,11 @@ class Pool:
             group_size=case.group_size,
             softmax_scale=case.softmax_scale,
             num_state_blocks=case.num_state_blocks,
-            max_num_cached=max(case.num_cached(case.sequences[row]) for row in rows),
+            max_num_cached=max_num_cached,
             first_kv_head=case.first_kv_head,
             scratch=scratch,
             num_splits=case.num_splits,
+            arrival=arrival,
         )
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:
@@ -172,16 +200,11 @@ class Pool:
                 candidates = num_cached - parameters.window
                 tokens = cache[self.blocks(row, slots), :, slots % case.block_size].transpose(0, 1)
                 keys, values = tokens[:, :candidates].float().split(case.head_size, dim=-1)
-                scores = attention_scores(
-                    self._queries(cache, row),
-                    keys.transpose(1, 2),
-                    case.softmax_scale / parameters.temperature,
-                    parameters.smoothing,
-                )
+                scores = self._scores(cache, row, keys)
                 noise = None
                 if parameters.sampling == "gumbel":
                     noise = sampling_noise(
-                        parameters,
+                        parameters.seed,
                         candidates,
                         (sequence.position - sequence.first) // parameters.window,
                         layer,
@@ -190,10 +213,22 @@ class Pool:
                     )
                 keep = select_survivors(parameters, scores, value_range(values), noise)
                 separated &= _separated(scores if noise is None else scores.log() + noise, keep)
-                head, source, target = plan_moves(parameters, keep)
+                head, source, target = plan_moves(parameters.budget, parameters.window, keep)
                 source_cells = cache[self.blocks(row, source), head, source % case.block_size]
                 cache[self.blocks(row, target), head, target % case.block_size] = source_cells
         return caches, separated
+
+    def _scores(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
+        """Scores of the candidates, keys [H, n, D]: [H, n] fp32."""
+        parameters = self.case.parameters
+        if parameters.scoring == "uniform":
+            return torch.ones(keys.shape[:2])
+        if self.arrival is not None:
+            # Positions of these tests are exact in fp32.
+            return self.arrival[row, : keys.shape[1]].float().expand(len(keys), -1)
+        scale = self.case.softmax_scale / parameters.temperature
+        queries = self._queries(cache, row)
+        return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
 
     def _queries(self, cache: torch.Tensor, row: int) -> torch.Tensor:
         case = self.case

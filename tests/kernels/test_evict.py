@@ -75,11 +75,24 @@ def test_temperature(temperature):
     check(case(replace(SMALL, temperature=temperature, sampling="greedy")))
 
 
+@pytest.mark.parametrize("sampling", ["greedy", "gumbel"])
 @pytest.mark.parametrize(
     ("protected", "sinks"), [(0, 0), (4, 4), (32, 4), (32, 0), (31, 1)], ids=str
 )
-def test_protected_and_sinks(protected, sinks):
-    check(case(replace(SMALL, protected=protected, sinks=sinks)))
+def test_protected_and_sinks(protected, sinks, sampling):
+    check(case(replace(SMALL, protected=protected, sinks=sinks, sampling=sampling)))
+
+
+@pytest.mark.parametrize("extra", [0, 47], ids="first={}+T+W".format)
+def test_snapkv(extra):
+    """The largest attention and the sinks: value ranges, however large, protect no other."""
+
+    def fill(keys, values, queries):
+        values[::3, 0] = 100.0
+
+    parameters = replace(SMALL, protected=SMALL.sinks, sampling="greedy")
+    first = parameters.budget + parameters.window + extra
+    check(Case(parameters, (Sequence(first, first),), fill=fill))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 16], ids="splits={}".format)

@@ -134,9 +134,21 @@ def test_law_of_the_draws():
         queries[..., 0] = 8.0
         keys[: len(weights), 0] = weights.log()
 
+    counts = sets_drawn(parameters, fill)
+    assert chi_square_of_sets(counts, set_probabilities(weights[2:].tolist(), 2)) > 1e-3
+    assert chi_square_of_sets(counts, set_probabilities([1.0] * 6, 2)) < 1e-6
+
+
+def test_law_of_the_uniform_draws():
+    counts = sets_drawn(EvictionParameters(8, 4, 2, sinks=2, scoring="uniform"))
+    assert chi_square_of_sets(counts, set_probabilities([1.0] * 6, 2)) > 1e-3
+    assert chi_square_of_sets(counts, set_probabilities([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 2)) < 1e-6
+
+
+def sets_drawn(parameters, fill=None) -> Counter[tuple[int, ...]]:
+    """How often each 2 of the 6 candidates after 2 sinks survive, in 256 heads."""
     sequences = tuple(Sequence(12, 12, key) for key in range(32))
-    case = Case(parameters, sequences, num_kv_heads=4, layers=(0, 1), group_size=1, fill=fill)
-    pool = Pool(case)
+    pool = Pool(Case(parameters, sequences, num_kv_heads=4, layers=(0, 1), group_size=1, fill=fill))
     before = [cache.clone() for cache in pool.caches]
     pool.evict()
     counts: Counter[tuple[int, ...]] = Counter()
@@ -148,5 +160,4 @@ def test_law_of_the_draws():
             for head in range(4):
                 counts[tuple(kept[:, head].nonzero().flatten().tolist())] += 1
     assert sum(counts.values()) == 256
-    assert chi_square_of_sets(counts, set_probabilities(weights[2:].tolist(), 2)) > 1e-3
-    assert chi_square_of_sets(counts, set_probabilities([1.0] * 6, 2)) < 1e-6
+    return counts

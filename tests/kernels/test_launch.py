@@ -5,16 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.evict import evict_paged, eviction_launches
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
     DeviceLimits,
     choose_splits,
     device_limits,
     plan_launch,
+    plan_splits,
     scoring_tile,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.selection import select_and_move
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
 RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
@@ -40,6 +42,8 @@ def test_few_heads_are_split_and_many_are_not():
     assert choose_splits(num_tasks=288, num_tiles=64, num_slots=264) == 4
     assert choose_splits(num_tasks=64 * 288, num_tiles=64, num_slots=264) == 1
     assert choose_splits(num_tasks=1, num_tiles=3, num_slots=264) == 3
+    plan = plan_launch(288, 4096, 256, 2**26)
+    assert plan_splits(plan, scoring_tile(256, 128, 2, H200), H200) == 4
 
 
 def test_limits_of_a_gpu(monkeypatch):
@@ -54,7 +58,7 @@ def test_limits_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize("num_due", [1, 64], ids="due={}".format)
 def test_scratch_is_bounded_and_linear(num_due, num_candidates):
     bound = 64 * 2**20
-    plan = plan_launch(num_due * 288, num_candidates, 256, 128, 2, H200, bound)
+    plan = plan_launch(num_due * 288, num_candidates, 256, bound)
     assert plan.scratch_bytes <= bound
     assert plan.capacity >= num_candidates
     assert plan.scratch_bytes // plan.tasks_per_launch == 8 * (plan.capacity + 16 * 256)
@@ -62,10 +66,12 @@ def test_scratch_is_bounded_and_linear(num_due, num_candidates):
 
 def test_scratch_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="scratch of 1000 bytes is too small for 4096"):
-        plan_launch(1, 4096, 256, 128, 2, H200, 1000)
+        plan_launch(1, 4096, 256, 1000)
 
 
 PARAMETERS = EvictionParameters(40, 8, 10)
+UNIFORM = EvictionParameters(40, 8, 4, scoring="uniform")
+AGED = dict(parameters=EvictionParameters(40, 8, 4, sampling="greedy", scoring="age"))
 
 
 def arguments():
@@ -104,6 +110,12 @@ def arguments():
         (dict(max_num_cached=100), "max_num_cached .100. is more than a row"),
         (dict(num_splits=17), "num_splits must be in"),
         (dict(scratch=torch.zeros(10)), "scratch must be torch.uint8"),
+        (dict(arrival=torch.zeros(1, 40).int()), "arrival must be None with scoring 'attention'"),
+        (AGED | dict(arrival=None), "arrival must be given with scoring 'age'"),
+        (AGED | dict(arrival=torch.zeros(40).int()), "arrival must have shape .1, 40 or more"),
+        (AGED | dict(arrival=torch.zeros(1, 39).int()), "arrival must have shape .1, 40 or more"),
+        (AGED | dict(arrival=torch.zeros(2, 40).int()), "arrival must have shape .1, 40."),
+        (AGED | dict(arrival=torch.zeros(1, 40)), "arrival must be torch.int32"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -117,6 +129,22 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: False)
     with pytest.raises(ValueError, match="kv_cache must be on a GPU"):
         evict_paged(**arguments())
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_scoring"),
+    [
+        ({}, 2),
+        (dict(parameters=UNIFORM, num_state_blocks=0), 0),
+        (AGED | dict(arrival=torch.zeros(1, 40).int()), 0),
+    ],
+    ids=["attention", "uniform", "age"],
+)
+def test_attention_alone_is_scored(changes, num_scoring):
+    others = dict(first_kv_head=0, scratch=None, num_splits=None, arrival=None, limits=H200)
+    launches = list(eviction_launches(**(arguments() | others | changes)))
+    assert len(launches) == num_scoring + 1
+    assert launches[-1].kernel is select_and_move
 
 
 def test_nothing_due_is_nothing_launched():
