@@ -6,8 +6,6 @@ lm-evaluation-harness fails where it is missing: pip install "lm-eval[api,math]"
 
 import json
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +22,6 @@ from benchmarks.reasoning.suite import FULL, TASKS, TASKS_DIRECTORY, Policy, pla
 from benchmarks.reasoning.tasks import marking
 from vase_vllm.tiny_model import byte_tokenizer, make_tiny_model
 
-ROOT = Path(__file__).parents[1]
 ADDITIONS = [(1, 2), (10, 5), (7, 0), (123, 456), (8, 8), (40, 2)]
 
 
@@ -260,38 +257,33 @@ def solver() -> Iterator[Solver]:
         server.shutdown()
 
 
-def run_benchmark(model: Path, additions: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.reasoning.run", "--model", str(model)]
-    command += ["--tasks", "additions", "--include-path", str(additions)]
-    command += ["--output", str(additions / "results"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+def run_benchmark(model: Path, additions: Path, *arguments: str) -> int:
+    task = ["--tasks", "additions", "--include-path", str(additions)]
+    output = ["--output", str(additions / "results")]
+    return run.main(["--model", str(model), *task, *output, *arguments])
 
 
+@pytest.mark.slow
 def test_known_answers_give_the_known_accuracy(
-    tmp_path: Path, additions: Path, solver: Solver
+    tmp_path: Path, additions: Path, solver: Solver, capsys: pytest.CaptureFixture
 ) -> None:
     """Interrupted by a broken server at first; what was answered is not asked again."""
     model = tmp_path / "model"
     byte_tokenizer(4096).save_pretrained(model)
     arguments = ["--base-url", f"http://127.0.0.1:{solver.server_port}", "--policies", "full"]
-    arguments += ["--seeds", "2", "--sampling", '{"temperature": 0.6, "top_p": 0.95}']
+    arguments += ["--sampling", '{"temperature": 0.6, "top_p": 0.95}']
     arguments += ["--max-tokens", "1000", "--concurrency", "2"]
 
     solver.broken_above = 500
-    broken = run_benchmark(model, additions, *arguments)
-    assert broken.returncode == 1
-    assert "error: full additions seed 0: lm_eval failed (see " in broken.stdout
-    answered_before = {
-        (body["seed"], body["messages"][0]["content"])
-        for body in solver.asked
-        if "123" not in body["messages"][0]["content"]
-    }
+    assert run_benchmark(model, additions, *arguments, "--seeds", "1") == 1
+    assert "error: full additions seed 0: lm_eval failed (see " in capsys.readouterr().out
+    prompts = {body["messages"][0]["content"] for body in solver.asked}
+    answered_before = {(0, prompt) for prompt in prompts if "123" not in prompt}
     assert answered_before
 
     solver.broken_above = np.inf
     solver.asked.clear()
-    done = run_benchmark(model, additions, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_benchmark(model, additions, *arguments, "--seeds", "2") == 0
     asked = [(body["seed"], body["messages"][0]["content"]) for body in solver.asked]
     assert len(asked) == len(set(asked)) == 2 * len(ADDITIONS) - len(answered_before)
     assert not answered_before & set(asked)
@@ -300,18 +292,16 @@ def test_known_answers_give_the_known_accuracy(
         assert (body["temperature"], body["top_p"]) == (0.6, 0.95)
         assert (body["max_tokens"], body["stop"]) == (1000, [])
 
-    summary = json.loads((additions / "results" / "summary.json").read_text())
-    (row,) = summary["rows"]
+    (row,) = json.loads((additions / "results" / "summary.json").read_text())["rows"]
     assert (row["problems"], row["seeds"]) == (6, 2)
     assert row["accuracy"] == pytest.approx((5 + 3) / 12)
     assert row["no_answer"] == pytest.approx(2 / 12)
 
     solver.asked.clear()
-    assert run_benchmark(model, additions, *arguments).returncode == 0
+    assert run_benchmark(model, additions, *arguments, "--seeds", "2") == 0
     assert not solver.asked
-    other = run_benchmark(model, additions, *arguments, "--limit", "3")
-    assert other.returncode == 2
-    assert "another limit: give --output" in other.stdout.replace("\n", " ")
+    assert run_benchmark(model, additions, *arguments, "--limit", "3") == 2
+    assert "another limit: give --output" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -320,8 +310,7 @@ def test_real_servers_with_and_without_eviction(tmp_path: Path, additions: Path)
     arguments = ["--policies", "full", "vase:window=16", "--budgets", "128", "--seeds", "1"]
     arguments += ["--sampling", '{"temperature": 0.6}', "--max-tokens", "300", "--limit", "2"]
     arguments += ["--serve-arguments=--enforce-eager --kv-cache-memory-bytes 16M"]
-    done = run_benchmark(model, additions, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_benchmark(model, additions, *arguments) == 0
     rows = json.loads((additions / "results" / "summary.json").read_text())["rows"]
     full, vase = rows
     assert (full["policy"], vase["policy"]) == ("full", "vase:window=16")

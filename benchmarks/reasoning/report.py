@@ -21,7 +21,7 @@ NOTES = """\
 ± is one standard error over the problems (of the difference: over the problems' differences), with
 the samples of a problem averaged first. The paper's numbers are for its own models, prompts and
 samples, at 4x compression: they say what size of effect to expect, not what this run must give.
-Evictions are counted over all layers' sequences by the server; 0 means that the answers fitted the
+The server counts an eviction once for all layers of a sequence; 0 means that the answers fitted the
 budget, and that the row is the full cache under another name."""
 
 

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -167,7 +167,7 @@ def installed() -> dict[str, str]:
         raise ValueError(f'{error.name} is missing: pip install "lm-eval[api,math]"') from None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="name on the Hub, or directory")
@@ -197,13 +197,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--serve-arguments", default="", help='further ones of vllm serve: --serve-arguments="..."')
     add("--include-path", type=Path, help="directory of your own lm-evaluation-harness tasks")
     add("--output", type=Path, help=f"default: a directory in {RESULTS}")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.output = args.output or RESULTS / args.model.strip("/").replace("/", "--")
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for; returns the exit status: 1 if a run failed, 2 for a wrong setting."""
+    args = parse_arguments(arguments)
     console = Console()
     try:
         packages = installed()
