@@ -238,6 +238,7 @@ def main() -> int:
             print(f"FAILED: {policy_name(budget)}: {error}")
             return 1
         if results.content["runs"]:
+            results.write()
             print(server_report.markdown(results.content))
             server_report.write(results.path, results.content)
         print(state if options.smoke and not options.out else f"{state}; results are in {path}")
