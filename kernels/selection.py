@@ -130,13 +130,13 @@ def select_and_move(
     seed_low,  # int32 bits
     seed_high,  # int32 bits
     first_kv_head,  # of this rank in the whole model
-    num_arrivals,
     num_layers,
     num_kv_heads,
     table_stride,
     block_stride,
     head_stride,
     slot_stride,
+    num_arrivals,
     TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     SCORING: tl.constexpr,
