@@ -1,7 +1,7 @@
 """Compile the shipped kernel configurations for several GPUs, without one.
 
     python benchmarks/compile_check.py            all configurations and architectures
-    python benchmarks/compile_check.py --quick    the Qwen3-8B shape for sm_90
+    python benchmarks/compile_check.py --quick    the Qwen3-8B shape for sm_90, all kinds of scoring
 
 Prints registers, shared memory and local memory of every kernel. Fails if a kernel spills registers
 to local memory or needs more shared memory than its architecture has. The launches are those of the
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from vase_vllm.kernels.evict import eviction_launches
 from vase_vllm.kernels.launch import DeviceLimits, Launch
 from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
-from vase_vllm.kernels.parameters import EvictionParameters, Sampling
+from vase_vllm.kernels.parameters import EvictionParameters, Sampling, Scoring
 from vase_vllm.kernels.remap import remap_launch
 from vase_vllm.kernels.ring import ring_launch
 
@@ -59,17 +59,23 @@ class Configuration:
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
     sampling: Sampling = "gumbel"
+    scoring: Scoring = "attention"
 
     def __str__(self) -> str:
+        kind = self.sampling if self.scoring == "attention" else self.scoring
         return (
             f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
-            f"block={self.block_size} {self.sampling}"
+            f"block={self.block_size} {kind}"
         )
 
 
-QUICK = Configuration(128, 4)
+QUICK = (
+    Configuration(128, 4),
+    Configuration(128, 4, scoring="uniform"),
+    Configuration(128, 4, sampling="greedy", scoring="age"),
+)
 CONFIGURATIONS = (
-    QUICK,
+    *QUICK,
     Configuration(128, 4, block_size=128, sampling="greedy"),
     Configuration(128, 4, torch.float16, block_size=32),
     Configuration(128, 4, torch.float32, block_size=64),
@@ -82,6 +88,8 @@ CONFIGURATIONS = (
     Configuration(192, 2),
     Configuration(256, 4),
     Configuration(256, 2, torch.float32),
+    Configuration(256, 2, torch.float32, scoring="uniform"),
+    Configuration(256, 2, torch.float32, sampling="greedy", scoring="age"),
 )
 
 
@@ -89,7 +97,15 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
     """The launches of one step of a model with 8 KV heads and 36 layers, budget 4096."""
     head_size, group_size = configuration.head_size, configuration.group_size
     block_size, num_kv_heads, num_layers, window = configuration.block_size, 8, 36, 64
-    parameters = EvictionParameters(4096, window, 1024, sampling=configuration.sampling)
+    attention, sinks = configuration.scoring == "attention", 4
+    parameters = EvictionParameters(
+        4096,
+        window,
+        1024 if attention else sinks,
+        sinks,
+        sampling=configuration.sampling,
+        scoring=configuration.scoring,
+    )
     num_state_blocks = -(-window // ring_entries_per_block(block_size, group_size))
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -113,8 +129,12 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         first_kv_head=0,
         scratch=None,
         num_splits=None,
+        arrival=empty(1, parameters.budget) if configuration.scoring == "age" else None,
         limits=limits,
     )
+    if not attention:
+        # No queries are stored, and the remapping is the same.
+        return
     yield ring_launch(
         empty(128, num_kv_heads * group_size, head_size, dtype=configuration.dtype),
         empty(128, dtype=torch.int64),
@@ -147,7 +167,8 @@ def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     for parameter in launch.kernel.params:
         name, value = parameter.name, arguments.pop(parameter.name)
         specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or (specialised and isinstance(value, int) and value == 1):
+        is_one = specialised and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or is_one:
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -186,7 +207,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="Qwen3-8B's shape on sm_90 only")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="SM")
     options = parser.parse_args()
-    configurations = (QUICK,) if options.quick else CONFIGURATIONS
+    configurations = QUICK if options.quick else CONFIGURATIONS
     architectures = options.arch or ([90] if options.quick else list(ARCHITECTURES))
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")

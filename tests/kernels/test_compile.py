@@ -21,6 +21,8 @@ def test_qwen3_8b_shape_compiles_without_spills():
     lines = result.stdout.splitlines()
     for kernel in ("row_statistics", "candidate_scores", "select_and_move", "store_ring"):
         assert any(line.startswith(kernel) for line in lines), result.stdout
+    for scoring in ("gumbel", "uniform", "age"):
+        assert any(line.startswith("select") and f" {scoring} " in line for line in lines)
     # Two programs of 256 threads share the registers of an SM.
     registers = [int(re.split(r"\s+", line)[-3]) for line in lines if line.startswith("candidate")]
     assert max(registers) <= 128
