@@ -7,6 +7,7 @@ Correctness comes first: unless every head agrees with the reference, nothing is
 shape of Qwen3-8B (36 layers, 8 KV heads, D = 128, G = 4, W = 64, bf16), the fused eviction is timed
 beside the authors' method in PyTorch, the same under torch.compile, R-KV's rule, and the floor: the
 bytes at measured copy bandwidth or the operations at measured matmul rate, whichever takes longer.
+The policies random and streaming, which score no attention, are timed on the same pages.
 Writes JSON and Markdown to benchmarks/results/.
 """
 
@@ -34,7 +35,8 @@ import triton  # noqa: E402
 
 from benchmarks.gpu import baselines  # noqa: E402
 from benchmarks.gpu.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
-from kernels.launch import device_limits, plan_launch  # noqa: E402
+from kernels.evict import SCRATCH_BYTES  # noqa: E402
+from kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
 from kernels.parameters import EvictionParameters  # noqa: E402
 from kernels.ring import store_queries  # noqa: E402
 
@@ -51,12 +53,30 @@ def parameters_of(budget: int) -> EvictionParameters:
     return EvictionParameters(budget, 64, budget // 4)
 
 
+def snapkv(parameters: EvictionParameters) -> EvictionParameters:
+    """The policy ``snapkv``, with the same budget, window and sinks."""
+    return replace(parameters, protected=parameters.sinks, sampling="greedy")
+
+
+def unscored(parameters: EvictionParameters) -> dict[str, EvictionParameters]:
+    """The policies that score no attention, with the same budget, window and sinks."""
+    sinks = parameters.sinks
+    return {
+        "random": replace(parameters, protected=sinks, sampling="gumbel", scoring="uniform"),
+        "streaming": replace(parameters, protected=sinks, sampling="greedy", scoring="age"),
+    }
+
+
 def correctness_shapes() -> dict[str, Shape]:
     """Small shapes that reach every path of the kernels."""
     base = Shape(EvictionParameters(256, 16, 64), 2, 2, 2, 2, 64)
     if SMOKE:
         base = replace(base, parameters=EvictionParameters(40, 8, 10), num_layers=1)
-        return {"smoke": base, "smoke, fp32, long": replace(base, dtype=torch.float32, extra=40)}
+        shapes = {"vase": base, "fp32, long": replace(base, dtype=torch.float32, extra=40)}
+        shapes["snapkv"] = replace(base, parameters=snapkv(base.parameters))
+        for name, parameters in unscored(base.parameters).items():
+            shapes[name] = replace(base, parameters=parameters)
+        return {f"smoke, {name}": shape for name, shape in shapes.items()}
     qwen3 = Shape(parameters_of(1024), num_due=2, num_layers=2)
     greedy = replace(base.parameters, sampling="greedy")
     shapes = {
@@ -70,6 +90,12 @@ def correctness_shapes() -> dict[str, Shape]:
     shapes |= {f"extra={extra}": replace(base, extra=extra) for extra in (16, 240, 4000)}
     shapes["HND"] = replace(base, layout="HND")
     shapes["greedy"] = replace(base, parameters=greedy)
+    shapes["snapkv"] = replace(qwen3, parameters=snapkv(qwen3.parameters))
+    for name, parameters in unscored(parameters_of(4096)).items():
+        shapes[name] = replace(qwen3, parameters=parameters)
+    long = replace(base, dtype=torch.float32, extra=4000)
+    for name, parameters in unscored(base.parameters).items():
+        shapes[f"{name}, fp32, extra=4000"] = replace(long, parameters=parameters)
     shapes["odd budget"] = replace(base, parameters=EvictionParameters(501, 13, 77))
     return shapes
 
@@ -155,6 +181,8 @@ def time_shape(shape: Shape, device: torch.device, rates: tuple[float, float]) -
         "budget": shape.parameters.budget,
         "due": shape.num_due,
         "fused": None,
+        "random": None,
+        "streaming": None,
         "floor": max(floors),
         "floor of memory": floors[0],
         "floor of matmul": floors[1],
@@ -162,6 +190,8 @@ def time_shape(shape: Shape, device: torch.device, rates: tuple[float, float]) -
     if fits(shape.cache_bytes + 2**28, device):
         workload = Workload(shape, device)
         result["fused"] = median_ms(workload.evict)
+        for name, parameters in unscored(shape.parameters).items():
+            result[name] = median_ms(lambda policy=parameters: workload.evict(parameters=policy))
         if shape.num_due <= 2:
             result["splits"] = {
                 splits: median_ms(lambda splits=splits: workload.evict(splits)) for splits in SPLITS
@@ -262,8 +292,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Milliseconds per call, all layers and heads of all due sequences.",
         "",
-        "| budget | due | fused | floor | of floor | authors | ratio | compiled | R-KV's rule |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| budget | due | fused | floor | of floor | authors | ratio | compiled | R-KV's rule "
+        "| random, fused | streaming, fused |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in report["evictions"]:
         percent = ratio(row["floor"], row["fused"])
@@ -277,6 +308,8 @@ def markdown(report: dict[str, Any]) -> str:
             number(ratio(row["authors"], row["fused"]), "x"),
             number(row["authors, compiled"]),
             number(row["R-KV's rule"]),
+            number(row["random"]),
+            number(row["streaming"]),
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
@@ -330,23 +363,18 @@ def main() -> int:
     if failed := check(device):
         print(f"FAILED, nothing is timed: {', '.join(failed)}")
         return 1
-    rates = machine_rates(device)
+    rates, limits = machine_rates(device), device_limits(device)
     evictions, shares = [], {}
     for budget in options.budgets:
         parameters = shape.parameters if SMOKE else parameters_of(budget)
         sized = replace(shape, parameters=parameters)
-        rows = []
+        rows, num_query_rows = [], sized.num_query_rows
+        tile = scoring_tile(num_query_rows, shape.head_size, shape.dtype.itemsize, limits)
         for num_due in options.due:
             row = time_shape(replace(sized, num_due=num_due), device, rates)
-            row["counted"] = plan_launch(
-                row["due"] * shape.num_layers * shape.num_kv_heads,
-                budget,
-                sized.num_query_rows,
-                shape.head_size,
-                shape.dtype.itemsize,
-                device_limits(device),
-                2**26,
-            ).num_splits
+            num_tasks = row["due"] * shape.num_layers * shape.num_kv_heads
+            plan = plan_launch(num_tasks, budget, num_query_rows, SCRATCH_BYTES)
+            row["counted"] = plan_splits(plan, tile, limits)
             print(f"  budget {budget}, {num_due} due: fused {number(row['fused'])} ms", flush=True)
             rows.append(row)
         evictions += rows

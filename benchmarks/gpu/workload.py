@@ -104,8 +104,15 @@ class Workload:
         self.rows = torch.arange(shape.num_due, dtype=torch.int32, device=device)
         self.pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=device)
         self.layer_indices = torch.arange(shape.num_layers, dtype=torch.int32, device=device)
+        # Positions out of order, as they are after an eviction.
+        order = torch.rand(shape.num_due, shape.num_candidates, device=device)
+        self.arrival = order.argsort(dim=-1).int()
 
-    def evict(self, num_splits: int | None = None) -> None:
+    def evict(
+        self, num_splits: int | None = None, parameters: EvictionParameters | None = None
+    ) -> None:
+        """Evict; ``parameters`` other than the shape's have to have its budget and window."""
+        parameters = parameters or self.shape.parameters
         evict_paged(
             self.pointers,
             self.caches[0],
@@ -113,12 +120,13 @@ class Workload:
             self.block_table,
             self.rows,
             self.positions,
-            self.shape.parameters,
+            parameters,
             group_size=self.shape.group_size,
             softmax_scale=self.shape.softmax_scale,
             num_state_blocks=self.shape.num_state_blocks,
             max_num_cached=self.shape.num_cached,
             num_splits=num_splits,
+            arrival=self.arrival if parameters.scoring == "age" else None,
         )
 
     def cells(self, layer: int, row: int) -> torch.Tensor:
@@ -136,6 +144,18 @@ class Workload:
         vectors = vectors.reshape(shape.num_kv_heads, -1, shape.head_size)
         return vectors[:, : shape.num_query_rows]
 
+    def scores(self, layer: int, row: int) -> torch.Tensor:
+        """The reference's scores of the candidates, on the CPU: [H, n] fp32."""
+        shape, parameters = self.shape, self.shape.parameters
+        if parameters.scoring == "uniform":
+            return torch.ones(shape.num_kv_heads, shape.num_candidates)
+        if parameters.scoring == "age":
+            return self.arrival[row].cpu().float().expand(shape.num_kv_heads, -1)
+        keys = self.cells(layer, row)[:, : shape.num_candidates, : shape.head_size].cpu().float()
+        scale = shape.softmax_scale / parameters.temperature
+        queries = self.queries(layer, row).cpu().float()
+        return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
+
 
 def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = None) -> int:
     """Evict, compare with the reference in fp32, and count the heads that are not right.
@@ -146,22 +166,21 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
     workload, parameters = Workload(shape, device), shape.parameters
     places = [(layer, row) for layer in range(shape.num_layers) for row in range(shape.num_due)]
     before = {place: workload.cells(*place).cpu() for place in places}
-    queries = {place: workload.queries(*place).cpu().float() for place in places}
+    scores_before = {place: workload.scores(*place) for place in places}
     workload.evict(num_splits)
     num_wrong = 0
     for layer, row in places:
-        cells = before[layer, row]
-        keys, values = cells[:, : shape.num_candidates].float().split(shape.head_size, dim=-1)
-        scale = shape.softmax_scale / parameters.temperature
-        scores = attention_scores(
-            queries[layer, row], keys.transpose(1, 2), scale, parameters.smoothing
-        )
+        cells, scores = before[layer, row], scores_before[layer, row]
         heads, noise = torch.arange(shape.num_kv_heads), None
         if parameters.sampling == "gumbel":
-            noise = sampling_noise(parameters, shape.num_candidates, 0, layer, heads, 1000 + row)
-        ranges = value_range(values)
+            noise = sampling_noise(
+                parameters.seed, shape.num_candidates, 0, layer, heads, 1000 + row
+            )
+        ranges = value_range(cells[:, : shape.num_candidates, shape.head_size :])
         keep = select_survivors(parameters, scores, ranges, noise)
-        priority = scores.log() if noise is None else scores.log() + noise
+        # Positions are whole numbers: one apart is far.
+        priority = scores.clone() if parameters.scoring == "age" else scores.log()
+        priority += 0.0 if noise is None else noise
         ranges[:, : parameters.sinks] = torch.inf
         by_range = torch.sort(ranges, dim=-1, descending=True, stable=True).indices
         priority.scatter_(-1, by_range[:, : parameters.protected], torch.inf)
