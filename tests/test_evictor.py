@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from vllm import _custom_ops as ops
@@ -60,13 +61,14 @@ class Paged:
         physical = self.blocks[slots // BLOCK_SIZE] * BLOCK_SIZE + slots % BLOCK_SIZE
         ops.cpu_attn_reshape_and_cache(self.key, self.value, key_cache, value_cache, physical, isa)
         self.query = torch.randn(parameters.window, NUM_HEADS * group, head_size).to(dtype)
-        positions = torch.arange(num_cached - parameters.window, num_cached)
+        # The ring goes by positions: these are as many as if this were the first eviction.
+        positions = np.arange(first - parameters.window, first)
         RingWrite.plan(
             self.ring,
-            self.row[None],
-            torch.zeros_like(positions),
+            self.row[None].numpy(),
+            np.zeros_like(positions),
             positions,
-            torch.tensor([num_cached]),
+            np.array([first]),
         ).store(self.cache, self.query)
 
     def evictor(self, scale=0.125):

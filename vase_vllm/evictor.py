@@ -7,6 +7,7 @@ fused kernel does not know.
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
 
@@ -29,7 +30,7 @@ class EvictionCounters:
 
     num_layers: int
     # [sequences] tokens cached by each sequence of the latest step; summed only when asked for.
-    num_cached: torch.Tensor | None = None
+    num_cached: np.ndarray | None = None
     _layer_evictions: int = 0
     _layer_tokens: int = 0
 

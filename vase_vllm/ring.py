@@ -7,6 +7,7 @@ of the head's G query heads lie in it one after another, ``tokens_per_block`` en
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
 
@@ -63,7 +64,7 @@ class RingLayout:
 
 @dataclass(frozen=True)
 class RingWrite:
-    """The queries of one step that enter the ring: each sequence's last ``window`` at most.
+    """The queries of one step that enter the ring: those that an eviction will ask for.
 
     Attributes:
         layout: of the layers that share this step's metadata.
@@ -81,12 +82,15 @@ class RingWrite:
     def plan(
         cls,
         layout: RingLayout,
-        block_table: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        seq_lens: torch.Tensor,
+        block_table: np.ndarray,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        seq_lens: np.ndarray,
     ) -> "RingWrite":
         """Find where this step's queries go.
+
+        Of each sequence at most the last ``window`` do, and none before the last ``window`` in
+        front of its first eviction: a sequence that stays below its budget stores nothing.
 
         Args:
             block_table: [R, columns] int32, whole rows.
@@ -94,20 +98,20 @@ class RingWrite:
             positions: [T] int64 position of each token.
             seq_lens: [R] tokens of each sequence after this step.
         """
-        enters = (positions >= seq_lens[rows] - layout.window) & (
-            block_table[rows, BlockTableRow.FIRST] > 0
-        )
+        first = block_table[rows, BlockTableRow.FIRST]
+        earliest = np.maximum(seq_lens[rows], first) - layout.window
+        enters = (first > 0) & (positions >= earliest)
         tokens = None
-        if not bool(enters.all()):
-            tokens = enters.nonzero().squeeze(-1)
+        if not enters.all():
+            tokens = np.flatnonzero(enters)
             rows, positions = rows[tokens], positions[tokens]
-        ring_index = positions % layout.window
-        column = BlockTableRow.NUM_HEADER + ring_index // layout.tokens_per_block
+        column, entry = np.divmod(positions % layout.window, layout.tokens_per_block)
+        blocks = block_table[rows, BlockTableRow.NUM_HEADER + column]
         return cls(
             layout,
-            tokens,
-            block_table[rows, column].long(),
-            ring_index % layout.tokens_per_block,
+            None if tokens is None else torch.from_numpy(tokens),
+            torch.from_numpy(blocks.astype(np.int64)),
+            torch.from_numpy(entry),
         )
 
     def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
@@ -118,6 +122,8 @@ class RingWrite:
             query: [T or more, H * G, D], post-RoPE.
         """
         num_tokens = self.blocks.shape[0]
+        if num_tokens == 0:
+            return
         query = query[:num_tokens] if self.tokens is None else query[self.tokens]
         num_kv_heads = kv_cache.shape[1]
         self.layout.view(kv_cache)[self.blocks, :, self.entries] = query.reshape(

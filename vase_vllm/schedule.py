@@ -11,9 +11,13 @@ at once. Evictions run just before the step of the position that needs the room.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,17 @@ class EvictionSchedule:
         surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
         return self.budget + self.window * cdiv(surplus, self.window)
 
-    def slots(self, positions: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def slots(self, positions: Array, first: Array) -> Array:
         """Slot of each position: ``p`` before the first eviction, else ``T + (p - first) mod W``.
 
         Args:
-            positions: integer tensor of any shape.
+            positions: int64 of any shape, of numpy or torch.
             first: broadcastable to it; 0 marks a padding row, which never evicts.
         """
         evicted = (first > 0) & (positions >= first)
-        return torch.where(evicted, self.budget + (positions - first) % self.window, positions)
+        return positions + evicted * (self.budget + (positions - first) % self.window - positions)
 
-    def due(self, positions: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def due(self, positions: Array, first: Array) -> Array:
         """Whether a sequence evicts just before the step that starts at each position (bool)."""
         return (first > 0) & (positions >= first) & ((positions - first) % self.window == 0)
 

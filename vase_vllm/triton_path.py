@@ -136,7 +136,7 @@ class TritonPath:
         query_lens = np.diff(common.query_start_loc_cpu[: len(rows) + 1].numpy())
         starts = seq_lens - query_lens
         first = self.context.first_evictions.of_rows(common)
-        due = schedule.due(torch.from_numpy(starts), torch.from_numpy(first)).numpy()
+        due = schedule.due(starts, first)
         due_rows = np.flatnonzero(due & (query_lens > 0))
         if len(due_rows):
             before = np.where(starts == first, first, schedule.bound)[due_rows]
@@ -148,9 +148,8 @@ class TritonPath:
                     self._evictor.evict(kv_caches, rows[row], position)
             for num_tokens in before - schedule.budget:
                 self.context.counters.add(len(self.layers), int(num_tokens))
-        slots = schedule.slots(torch.from_numpy(seq_lens - 1), torch.from_numpy(first))
-        num_cached = slots.numpy() + 1
-        self.context.counters.num_cached = torch.from_numpy(num_cached)
+        num_cached = schedule.slots(seq_lens - 1, first) + 1
+        self.context.counters.num_cached = num_cached
         return num_cached
 
     def _launch(
