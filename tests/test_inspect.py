@@ -272,8 +272,6 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
     [
         (["--max-tokens", "5"], "nothing was evicted: the sequence ended with 10 tokens, and its"),
         (["--layers", "2"], "--layers 2: no layer that evicts; those that do are 0, 1"),
-        (["--kv-heads", "2"], "--kv-heads 2: the model's KV heads are 0 to 1"),
-        (["--kv-eviction-config.budget", "500"], "no sequence would ever evict"),
         (["--model", "/no/such/model"], "/no/such/model"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -70,30 +70,24 @@ def draw_layer(
         sharex=True,
         layout="constrained",
     )
-    figure.suptitle(captions.title, fontsize="large", fontweight="bold")
     axes[0].set_title(captions.settings, loc="right", fontsize="medium", color="0.35")
     for head, above, below in zip(kv_heads, axes[0:-1:2], axes[1:-1:2], strict=True):
         above.set_title(f"KV head {head}", loc="left", fontsize="medium", fontweight="bold")
         _draw_ranges(above, history, head)
         _draw_head(below, history, head)
     _draw_all_heads(axes[-1], history)
-    for axis in axes:
-        if captions.prompt_len < history.positions[-1]:
-            axis.axvline(captions.prompt_len, color="0.2", linestyle=":", linewidth=1)
+    label = "position in the sequence (tokens)"
     if captions.prompt_len < history.positions[-1]:
-        axes[0].annotate(
-            "answer \N{RIGHTWARDS ARROW}",
-            (captions.prompt_len, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 3),
-            textcoords="offset points",
-            fontsize="small",
-        )
-    axes[-1].set_xlabel("position in the sequence (tokens)")
+        label += "; the answer starts at the dotted line"
+        for axis in axes:
+            axis.axvline(captions.prompt_len, color="0.2", linestyle=":", linewidth=1)
+    axes[-1].set_xlabel(label)
     kinds = [kind for kind in COLORS if (history.status == kind).any()]
     figure.legend(
         handles=[Patch(color=COLORS[kind], label=captions.names[kind]) for kind in kinds],
-        loc="outside lower center",
+        title=captions.title,
+        title_fontproperties={"size": "large", "weight": "bold"},
+        loc="outside upper center",
         ncols=len(kinds),
         frameon=False,
     )
@@ -110,12 +104,15 @@ def _draw_ranges(axis: Axes, history: LayerHistory, head: int) -> None:
     protected = (status == Status.PROTECTED).any(axis=0)
     sinks = (status == Status.SINK).any(axis=0)
     positions = np.arange(len(ranges)) + 0.5
+    width = min(1.3, 65 * WIDTH / len(ranges))
     for which, color in (
         (~protected & ~sinks, "0.7"),
         (protected, COLORS[Status.PROTECTED]),
         (sinks, COLORS[Status.SINK]),
     ):
-        axis.vlines(positions[which], 0, ranges[which], color=color, linewidth=1.3, rasterized=True)
+        axis.vlines(
+            positions[which], 0, ranges[which], color=color, linewidth=width, rasterized=True
+        )
     axis.set_ylim(bottom=0)
     axis.set_ylabel("value\nrange")
     axis.spines[["top", "right"]].set_visible(False)
@@ -137,7 +134,7 @@ def _draw_all_heads(axis: Axes, history: LayerHistory) -> None:
     image = palette[(history.status != Status.ABSENT).sum(axis=1)]
     image[_not_yet(history)] = to_rgba(NOT_YET)
     _show(axis, history, image)
-    axis.set_title(f"All {num_heads} KV heads", loc="left", fontsize="medium", fontweight="bold")
+    axis.set_title("All KV heads", loc="left", fontsize="medium", fontweight="bold")
     scale = ScalarMappable(
         BoundaryNorm(np.arange(num_heads + 2) - 0.5, num_heads + 1),
         ListedColormap(palette),
@@ -159,11 +156,13 @@ def _show(axis: Axes, history: LayerHistory, image: np.ndarray) -> None:
     options: dict[str, Any] = {"interpolation": "nearest"}
     if image.shape[1] > NUM_SHARP:
         options = {"interpolation": "antialiased", "interpolation_stage": "rgba"}
+        # As tall as the picture, so that only neighbours in the sequence are averaged.
+        image = np.repeat(image, -(-DPI * 3 // len(image)), axis=0)
     axis.imshow(
         image,
         extent=(0, image.shape[1], positions[-1] + period, positions[0]),
         aspect="auto",
         **options,
     )
-    axis.set_ylabel("tokens so far")
+    axis.set_ylabel("\N{LEFTWARDS ARROW} tokens so far")
     axis.spines[["top", "right"]].set_visible(False)
