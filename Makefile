@@ -36,13 +36,18 @@ $(VENV)/.project: $(VENV)/.locked pyproject.toml setup.py
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
+	@echo "setup: lm-evaluation-harness, for the accuracy tests ($$(grep -c == requirements/accuracy.lock) packages)"
+	@$(PIP) --no-deps -r requirements/accuracy.lock
+	@touch $@
+
 demo: setup ## generate with and without a budget on a tiny model, on the CPU
 	@$(PY) -m vase_vllm.demo
 
-test: setup ## all tests that a CPU can run, engine tests too
+test: $(VENV)/.accuracy ## all tests that a CPU can run, engine tests too
 	$(PY) -m pytest
 
-test-fast: setup ## the tests that start no engine
+test-fast: $(VENV)/.accuracy ## the tests that start no engine
 	$(PY) -m pytest -m "not slow"
 
 # mypy looks for vase_vllm.kernels in vase_vllm/, so it is shown the package as it is installed.
