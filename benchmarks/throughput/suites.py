@@ -89,13 +89,13 @@ CPU_WORKLOADS = (
     Workload(
         "pressure",
         "many long answers in KV memory for about four of full length",
-        kv_tokens=4 * 3104,
-        max_model_len=3136,
+        kv_tokens=4 * 4128,
+        max_model_len=4160,
         num_requests=32,
         concurrency=32,
         input_len=32,
-        output_len=2048,
-        spread=0.5,
+        output_len=2560,
+        spread=0.6,
     ),
     Workload(
         "length",
