@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import magnitudes, report
 from benchmarks.accuracy.evaluation import Configuration, problems_with
-from benchmarks.accuracy.grading import final_answer, grade, in_a_loop, read_prompt
+from benchmarks.accuracy.grading import (
+    final_answer,
+    grade,
+    in_a_loop,
+    questions_within,
+    read_prompt,
+)
 from benchmarks.accuracy.intervals import interval, resample
 from benchmarks.accuracy.methods import COMPRESSIONS, METHODS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.run import configurations
@@ -91,6 +97,14 @@ def test_right_prefix_ends_at_the_first_wrong_word() -> None:
     wrong = [*words[:7], "?", *words[8:]]
     assert grade(PROBLEM, " ".join(wrong))["right_prefix"] == 7 / len(words)
     assert grade(PROBLEM, " ".join(words[:10]))["right_prefix"] == 10 / len(words)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "questions"), [(0, 0), (13, 0), (14, 1), (24, 1), (25, 2), (99, 3)]
+)
+def test_questions_within(tokens: int, questions: int) -> None:
+    # The counts are the words 13, 24 and 35 of the chain, from 0 on.
+    assert questions_within(PROBLEM, tokens) == pytest.approx(questions / 3)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +252,16 @@ def test_a_run_that_does_not_count_has_no_numbers(result: dict[str, Any]) -> Non
     assert not [line for line in page.splitlines() if line.startswith("| streaming |")]
     assert "- streaming, seed 0: **wrong**: 3 evictions, 4 expected" in page
     assert "streaming" not in report.points(result)[report.MAIN]
+
+
+def test_what_is_answered_before_any_eviction(result: dict[str, Any]) -> None:
+    problems = read_jsonl(HELD_OUT_FILE)[: result["problems"]]
+    # 85 prompt tokens with <bos>; the first eviction is at 366 cached tokens.
+    assert {1 + len(problem.prompt.split()) for problem in problems} == {85}
+    answered = [questions_within(problem, 366 - 85 + 1) for problem in problems]
+    assert report.before_eviction(result, 350) == pytest.approx(sum(answered) / 4)
+    assert report.before_eviction(result, 2000) == 1
+    assert f"| *before any eviction* | {25 * sum(answered):.1f} |" in report.markdown(result)
 
 
 def test_report_writes_page_and_plots(result: dict[str, Any], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -30,6 +29,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
+CLIENT_ENVIRONMENT = {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
+"""The progress bar is ours; it has to be set before a client process imports tqdm."""
 SERVE_ARGUMENTS = (
     *("--served-model-name", TASK, "--enforce-eager", "--block-size", "32"),
     *("--kv-cache-memory-bytes", "256M", "--max-num-seqs", str(CONCURRENCY)),
@@ -56,7 +57,6 @@ class Configuration:
 
 def prepare_client() -> None:
     """Run once in each client process: importing lm-eval takes longer than most of its work."""
-    os.environ |= {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
     import lm_eval  # noqa: F401
 
 

@@ -86,6 +86,13 @@ def right_prefix(words: list[str], reference: list[str]) -> float:
     return next((i for i, (a, b) in pairs if a != b), shorter) / len(reference)
 
 
+def questions_within(problem: Problem, tokens: int) -> float:
+    """Share of the questions whose count is among the first ``tokens`` of the completion."""
+    words = problem.chain.split()
+    counts = [i + 3 for i, word in enumerate(words) if word == "so"]
+    return sum(i < tokens for i in counts) / len(counts)
+
+
 def grade(problem: Problem, completion: str) -> dict[str, float]:
     """All marks of a completion, each from 0 to 1.
 

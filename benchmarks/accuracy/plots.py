@@ -41,8 +41,13 @@ def _panel(axis: Any, lines: dict[str, list[tuple[int, float, float, float]]]) -
         )
 
 
-def plot(points: Points, path: Path) -> None:
-    """Write ``path`` with .png and .svg; ``points`` as ``report.points`` gives them."""
+def plot(points: Points, free: dict[int, float], path: Path) -> None:
+    """Write ``path`` with .png and .svg.
+
+    Args:
+        points: as ``report.points`` gives them.
+        free: compression to the share of questions that are answered before any eviction.
+    """
     figure, panels = pyplot.subplots(
         len(TITLES), 2, figsize=(12, 4 * len(TITLES)), sharex=True, sharey=True, squeeze=False
     )
@@ -58,6 +63,9 @@ def plot(points: Points, path: Path) -> None:
         for axis in axes:
             for _, mean, _, _ in own.get("full", []):
                 axis.axhline(100 * mean, color="black", linestyle="--", label="full cache")
+            if mark == "questions_right":
+                shares = [100 * share for share in free.values()]
+                axis.plot(list(free), shares, ":", color="0.6", label="before any eviction")
             axis.set_ylim(0, 103)
             axis.grid(alpha=0.25)
     compressions = sorted(

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.accuracy.grading import questions_within
 from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plots import plot
+from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
+from vase_vllm.schedule import EvictionSchedule
 
 MAIN = "questions_right"
 COLUMNS = {
@@ -43,6 +46,21 @@ def per_problem(runs: Iterable[Run], mark: str) -> NDArray[np.float64]:
     return np.mean([run["marks"][mark] for run in runs], axis=0)
 
 
+def before_eviction(result: dict[str, Any], budget: int) -> float:
+    """Share of the questions that are answered before the first eviction of the full chain.
+
+    Any method answers them as the full cache does: what it has to show lies above.
+    """
+    problems = read_jsonl(HELD_OUT_FILE)[: result["problems"]]
+    schedule = EvictionSchedule(budget, result["window"])
+    shares = []
+    for problem in problems:
+        prompt = 1 + len(problem.prompt.split())
+        # The step of the position before the eviction still predicts one token more.
+        shares.append(questions_within(problem, schedule.first_eviction(prompt) - prompt + 1))
+    return float(np.mean(shares))
+
+
 def percent(value: float, ends: tuple[float, float] | None = None, sign: str = "") -> str:
     """A share as text, with the ends of its interval."""
     text = f"{100 * value:{sign}.1f}"
@@ -69,7 +87,10 @@ def row(
 
 
 def table(
-    result: dict[str, Any], compression: int | None, weights: NDArray[np.float64]
+    result: dict[str, Any],
+    compression: int | None,
+    budget: int | None,
+    weights: NDArray[np.float64],
 ) -> list[str]:
     """All methods at one compression, the ablations of vase after the others; failed ones named."""
     header = [*COLUMNS.values(), "seeds"]
@@ -78,6 +99,9 @@ def table(
     for method in METHODS:
         if good_runs(result, method.name, compression):
             lines.append(row(result, method.name, compression, weights))
+    if budget is not None:
+        free = percent(before_eviction(result, budget))
+        lines.append(f"| *before any eviction* | {free} |" + " - |" * (len(header) - 1))
     failed = [
         f"- {run['method']}, seed {run['seed']}: **{run['status']}**: "
         + " ".join(run["reason"].split())[-300:]
@@ -110,7 +134,8 @@ def markdown(result: dict[str, Any]) -> str:
         "chain of thought. *Look-ups right*: the steps written that are right given the step "
         "before. *Right prefix*: the part of the completion before the first wrong token. *Whole "
         "answers right*: every count of the final answer (`exact_match`). *In a loop*: completions "
-        "that end in the same words at least three times over.",
+        "that end in the same words at least three times over. *Before any eviction*: the "
+        "questions that the chain has answered by then, which any method has for free.",
         "",
         f"In brackets: {LEVEL:.0%} confidence intervals by a percentile bootstrap over the "
         f"problems ({RESAMPLES:,} resamples), of each problem's mean over the seeds. Every problem "
@@ -122,11 +147,12 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "## Full cache",
         "",
-        *table(result, None, weights),
+        *table(result, None, None, weights),
     ]
     for compression in compressions:
-        title = f"## {compression}x: a budget of {budgets[compression]} tokens"
-        lines += [title, "", *table(result, compression, weights)]
+        budget = budgets[compression]
+        lines += [f"## {compression}x: a budget of {budget} tokens", ""]
+        lines += table(result, compression, budget, weights)
     return "\n".join(lines)
 
 
@@ -135,7 +161,9 @@ def write(directory: Path) -> str:
     result = json.loads((directory / "accuracy.json").read_text())
     page = markdown(result)
     (directory / "accuracy.md").write_text(page)
-    plot(points(result), directory / "accuracy")
+    budgets = {r["compression"]: r["budget"] for r in result["runs"] if r["budget"]}
+    free = {c: before_eviction(result, budget) for c, budget in sorted(budgets.items())}
+    plot(points(result), free, directory / "accuracy")
     return page
 
 

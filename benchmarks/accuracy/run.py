@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.accuracy import report
 from benchmarks.accuracy.evaluation import (
+    CLIENT_ENVIRONMENT,
     ENVIRONMENT,
     MODEL,
     TASK,
@@ -153,7 +155,9 @@ def main() -> int:
     path = args.output / "accuracy.json"
     good = True
     if not args.report_only:
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(ENVIRONMENT | CLIENT_ENVIRONMENT)
+        # Terminated, it still stops its servers (after the runs in hand).
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         held_out = read_jsonl(HELD_OUT_FILE)
         result: dict[str, Any] = {
             "task": TASK,
