@@ -79,7 +79,7 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
     for axis in panels[-1]:
         axis.set_xlabel("compression")
     for axis in panels[0]:
-        axis.legend(frameon=False, fontsize="small")
+        axis.legend(frameon=False, fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.97))
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

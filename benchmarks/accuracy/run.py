@@ -184,8 +184,10 @@ def main() -> int:
         print(f"--report-only: there is no {path}: run without it first", file=sys.stderr)
         return 2
     console = Console()
-    console.print(report.write(args.output), markup=False)
-    console.print(f"Raw results, report and plots are in {args.output}", markup=False)
+    console.print(report.write(args.output), markup=False, soft_wrap=True)
+    console.print(
+        f"Raw results, report and plots are in {args.output}", markup=False, soft_wrap=True
+    )
     return int(not good)
 
 
