@@ -1,7 +1,7 @@
 """The numbers that one eviction needs, resolved and checked."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 Sampling = Literal["gumbel", "greedy"]
 Scoring = Literal["attention", "uniform", "age"]
@@ -54,6 +54,20 @@ class EvictionParameters:
     sampling: Sampling = "gumbel"
     seed: int = 0
     scoring: Scoring = "attention"
+
+    @classmethod
+    def of(
+        cls, limits: EvictionLimits, protected: int | None = None, **rule: Any
+    ) -> "EvictionParameters":
+        """The parameters of a policy's rule within limits; nothing but the sinks is protected.
+
+        Args:
+            protected: candidates to protect, where there are more than the sinks.
+            rule: any of the other attributes.
+        """
+        if protected is None:
+            protected = limits.sinks
+        return cls(**asdict(limits), protected=protected, **rule)
 
     def __post_init__(self) -> None:
         if not 0 < self.window < self.budget:

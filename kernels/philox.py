@@ -40,12 +40,18 @@ def philox_word(
     return c0
 
 
+def uniform(
+    seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> torch.Tensor:
+    """Uniform numbers in (0, 1), one fp32 draw per counter.
+
+    ``(word >> 9 + 0.5) * 2**-23`` is exact in fp32 and never 0 or 1.
+    """
+    return ((philox_word(seed, c0, c1, c2, c3) >> 9).float() + 0.5) * 2.0**-23
+
+
 def gumbel(
     seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
 ) -> torch.Tensor:
-    """Standard Gumbel noise, ``-log(-log(u))``, one fp32 draw per counter.
-
-    ``u = (word >> 9 + 0.5) * 2**-23`` is exact in fp32 and never 0 or 1, so the noise is finite.
-    """
-    uniform = ((philox_word(seed, c0, c1, c2, c3) >> 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+    """Standard Gumbel noise, ``-log(-log(u))``, one fp32 draw per counter; always finite."""
+    return -torch.log(-torch.log(uniform(seed, c0, c1, c2, c3)))

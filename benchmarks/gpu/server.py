@@ -49,10 +49,10 @@ from benchmarks.gpu.server_run import (  # noqa: E402
     warm_up,
 )
 from benchmarks.gpu.sweep import Clock, OutOfTimeError, Range, Results  # noqa: E402
+from benchmarks.made_up_weights import write_model_files  # noqa: E402
 from vase_vllm.ring import RingLayout  # noqa: E402
 from vase_vllm.schedule import EvictionSchedule  # noqa: E402
 from vase_vllm.server import Server  # noqa: E402
-from vase_vllm.tiny_model import byte_tokenizer  # noqa: E402
 
 MODELS = ROOT / "benchmarks" / "models"
 ERROR = re.compile(r"^.*(?:\bERROR\b|\bCRITICAL\b|Traceback \(most recent|CUDA error).*$", re.M)
@@ -79,19 +79,10 @@ SMOKE = {
 
 
 def write_model(directory: Path, model: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Write the config, and a tokenizer of bytes whose every further id is a word of its own.
-
-    Weights that are made up sample any id of the vocabulary, and the server has to print it.
-    """
+    """Write a model's directory; returns its config."""
     special = {"eos_token_id": 257, "bos_token_id": None}
     config = json.loads((MODELS / model / "config.json").read_text()) | changes | special
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
-    byte_tokenizer(config["max_position_embeddings"]).save_pretrained(directory)
-    path = directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    known = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    tokenizer["model"]["vocab"] |= {f"w{id};": id for id in range(known, config["vocab_size"])}
-    path.write_text(json.dumps(tokenizer))
+    write_model_files(directory, config)
     return config
 
 

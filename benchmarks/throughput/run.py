@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
+from benchmarks.made_up_weights import write_model_files
 from benchmarks.throughput import report
 from benchmarks.throughput.checks import evictions_so_far, problems
 from benchmarks.throughput.load import (
@@ -39,7 +40,7 @@ from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
 from vase_vllm.cost import ModelShape
 from vase_vllm.model_shape import read_model_shape
 from vase_vllm.server import Server
-from vase_vllm.tiny_model import byte_tokenizer, make_tiny_model
+from vase_vllm.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "throughput"
@@ -52,15 +53,7 @@ def prepare_model(suite: Suite, directory: Path) -> list[str]:
     if isinstance(suite.model, dict):
         make_tiny_model(directory, **suite.model)
         return []
-    config = json.loads((suite.model / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config))
-    byte_tokenizer(config["max_position_embeddings"]).save_pretrained(directory)
-    # Weights that are made up may sample ids that this tokenizer cannot print: give them names.
-    path = directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    known = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    tokenizer["model"]["vocab"] |= {f"w{id};": id for id in range(known, config["vocab_size"])}
-    path.write_text(json.dumps(tokenizer))
+    write_model_files(directory, json.loads((suite.model / "config.json").read_text()))
     return ["--load-format", "dummy"]
 
 

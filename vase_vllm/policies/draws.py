@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vase_vllm.kernels.parameters import EvictionLimits
-from vase_vllm.kernels.philox import philox_word
+from vase_vllm.kernels.philox import uniform
 from vase_vllm.kernels.reference import sampling_noise
 
 _DRAWS_TOGETHER = 1 << 15
@@ -105,7 +105,4 @@ class LayerDraws:
 
     def _uniform(self, stream: int, c0: torch.Tensor, index: int, c2: torch.Tensor) -> torch.Tensor:
         of = self.eviction
-        word = philox_word(
-            of.limits.seed ^ stream, c0, torch.tensor(index), c2, torch.tensor(of.key)
-        )
-        return ((word >> 9).float() + 0.5) * 2.0**-23
+        return uniform(of.limits.seed ^ stream, c0, torch.tensor(index), c2, torch.tensor(of.key))

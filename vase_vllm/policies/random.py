@@ -20,12 +20,4 @@ class RandomPolicy(Policy):
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters:
         """See :meth:`Policy.fused`."""
-        return EvictionParameters(
-            budget=limits.budget,
-            window=limits.window,
-            protected=limits.sinks,
-            sinks=limits.sinks,
-            sampling="gumbel",
-            seed=limits.seed,
-            scoring="uniform",
-        )
+        return EvictionParameters.of(limits, sampling="gumbel", scoring="uniform")

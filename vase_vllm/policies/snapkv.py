@@ -20,13 +20,6 @@ class SnapKVPolicy(AttentionPolicy):
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters:
         """See :meth:`Policy.fused`."""
-        return EvictionParameters(
-            budget=limits.budget,
-            window=limits.window,
-            protected=limits.sinks,
-            sinks=limits.sinks,
-            smoothing=self.smoothing,
-            temperature=self.temperature,
-            sampling="greedy",
-            seed=limits.seed,
+        return EvictionParameters.of(
+            limits, smoothing=self.smoothing, temperature=self.temperature, sampling="greedy"
         )

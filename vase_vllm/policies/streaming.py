@@ -24,15 +24,7 @@ class StreamingPolicy(Policy):
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters:
         """See :meth:`Policy.fused`."""
-        return EvictionParameters(
-            budget=limits.budget,
-            window=limits.window,
-            protected=limits.sinks,
-            sinks=limits.sinks,
-            sampling="greedy",
-            seed=limits.seed,
-            scoring="age",
-        )
+        return EvictionParameters.of(limits, sampling="greedy", scoring="age")
 
 
 _KNOWN: LRUCache[tuple[EvictionLimits, int, int], np.ndarray] = LRUCache(maxsize=2048)

@@ -103,13 +103,10 @@ class VasePolicy(AttentionPolicy):
         by_range = self.protect == "large" and self.magnitude == "range"
         if self.evict_large or not (by_range or num_protected == limits.sinks):
             return None
-        return EvictionParameters(
-            budget=limits.budget,
-            window=limits.window,
+        return EvictionParameters.of(
+            limits,
             protected=num_protected,
-            sinks=limits.sinks,
             smoothing=self.smoothing,
             temperature=self.temperature,
             sampling=self.sampling,
-            seed=limits.seed,
         )
