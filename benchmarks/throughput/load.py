@@ -11,33 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
-from vllm.benchmarks.datasets.datasets import get_sampling_params
 
+from benchmarks.throughput.prompts import Request, write_dataset
 from benchmarks.throughput.suites import Workload
 from vase_vllm.server import Server
 
-SEED = 0
 BINS = 16
 
 
 class RunFailedError(Exception):
     """The load did not come to its end."""
-
-
-def requested_lengths(workload: Workload, model: Path) -> list[int]:
-    """Tokens that each request asks for: ``vllm bench serve`` draws them from the same seed."""
-    lengths = {"input": 0.0, "output": workload.spread}
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    sampled = get_sampling_params(
-        np.random.default_rng(SEED),
-        workload.num_requests,
-        lengths,
-        workload.input_len,
-        workload.output_len,
-        tokenizer,
-    )
-    return [int(length) for length in sampled[1]]
 
 
 def warm_up(workload: Workload, longest: int) -> Workload:
@@ -49,12 +32,13 @@ def warm_up(workload: Workload, longest: int) -> Workload:
 
 def run_load(
     server: Server,
-    workload: Workload,
+    requests: list[Request],
+    concurrency: int,
     model: Path,
     timeout: float,
     watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Send the workload; ``watch`` is called about once a second meanwhile.
+    """Send the requests, so many at a time; ``watch`` is called about once a second meanwhile.
 
     Returns:
         What ``vllm bench serve`` saves with ``--save-detailed``, without the texts.
@@ -65,20 +49,20 @@ def run_load(
     arguments = {
         "--model": model,
         "--base-url": server.url,
-        "--dataset-name": "random",
-        "--seed": SEED,
-        "--random-input-len": workload.input_len,
-        "--random-output-len": workload.output_len,
-        "--random-prefix-len": workload.prefix_len,
-        "--random-range-ratio": json.dumps({"input": 0.0, "output": workload.spread}),
-        "--num-prompts": workload.num_requests,
-        "--max-concurrency": workload.concurrency,
+        "--dataset-name": "custom",
+        # The length that each request has in the file.
+        "--custom-output-len": -1,
+        "--num-prompts": len(requests),
+        "--max-concurrency": concurrency,
         "--ready-check-timeout-sec": 0,
         "--percentile-metrics": "ttft,tpot,itl",
     }
     words = [str(word) for pair in arguments.items() for word in pair]
     with tempfile.TemporaryDirectory() as directory:
+        dataset = Path(directory) / "requests.jsonl"
+        write_dataset(requests, dataset)
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words]
+        command += ["--dataset-path", str(dataset), "--disable-shuffle", "--skip-chat-template"]
         command += ["--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
         command += ["--result-dir", directory, "--result-filename", "load.json"]
         output = Path(directory) / "output.log"

@@ -30,12 +30,12 @@ from benchmarks.throughput import report
 from benchmarks.throughput.checks import evictions_so_far, problems
 from benchmarks.throughput.load import (
     RunFailedError,
-    requested_lengths,
     run_load,
     time_per_token,
     warm_up,
 )
 from benchmarks.throughput.monitor import Monitor, read_metrics, thinned
+from benchmarks.throughput.prompts import SEED, WARM_UP_SEED, draw_requests
 from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
 from vase_vllm.cost import ModelShape
 from vase_vllm.model_shape import read_model_shape
@@ -124,14 +124,17 @@ def run_once(
         *policy.serve_arguments(),
     ]
     result: dict[str, Any] = {"policy": policy.name, "serve_arguments": shlex.join(arguments)}
-    requested = requested_lengths(workload, model)
+    requests = draw_requests(workload, SEED)
+    requested = [request.output_len for request in requests]
     progress.update(task, total=sum(requested), completed=0, state="starting")
     try:
         with Server(model, arguments) as server:
             server.wait_until("Application startup complete", timeout=600)
             progress.update(task, state="warming up")
             longest = (policy.budget or 0) + 2 * policy.window
-            run_load(server, warm_up(workload, longest), model, timeout)
+            short = warm_up(workload, longest)
+            few = draw_requests(short, WARM_UP_SEED)
+            run_load(server, few, short.concurrency, model, timeout)
             before = evictions_so_far(server, policy)
             interval = 0.5
             with Monitor(server, interval) as monitor:
@@ -144,7 +147,7 @@ def run_once(
                     )
                     progress.update(task, completed=monitor.latest("generated"), state=state)
 
-                load = run_load(server, workload, model, timeout, watch)
+                load = run_load(server, requests, workload.concurrency, model, timeout, watch)
             after = evictions_so_far(server, policy)
             evictions = None if after is None or before is None else after - before
             left = read_metrics(server)["blocks"]
