@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine, eviction_stats, generate, greedy
+from vllm import TokensPrompt
+
+from tests.engines import engine, eviction_stats, greedy
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_interpreted(model: Path, *, triton_attention: bool, **case: Any) -> dict[str, Any]:
-    """Generate under runner V2: {"runner", "impl", "tokens", "stats"}.
+    """Generate under runner V2: {"runner", "impl", "tokens", "cached", "stats"}.
 
     Args:
         triton_attention: put vLLM's Triton attention, with its GPU page layout, in the place of the
@@ -57,10 +59,14 @@ def run_case(
         if warm_up:
             _warm_up(worker)
         layers = worker.vllm_config.compilation_config.static_forward_context
+        requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        outputs = llm.generate(requests, greedy(num_tokens), use_tqdm=False)
         return {
             "runner": type(worker.model_runner).__module__,
             "impl": type(next(iter(layers.values())).impl).__name__,
-            "tokens": generate(llm, prompts, greedy(num_tokens)),
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            # Of each prompt, the tokens found in the prefix cache.
+            "cached": [output.num_cached_tokens for output in outputs],
             "stats": eviction_stats(llm) if eviction else None,
         }
 

@@ -32,7 +32,6 @@ def make_config(model, eviction=EVICTION, **options):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "remove --kv-transfer-config",
         ),
-        ({"enable_prefix_caching": True}, "remove --enable-prefix-caching"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "remove --scheduler-cls"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "remove --worker-cls"),
         ({"max_model_len": 144}, "raise --max-model-len"),

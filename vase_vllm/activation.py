@@ -26,14 +26,6 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
     config = EvictionConfig.from_additional(engine_args.additional_config)
     if config is None:
         return None
-    if engine_args.enable_prefix_caching:
-        raise UnsupportedError(
-            f"--kv-eviction {config.policy.name}: prefix caching is not supported; "
-            "remove --enable-prefix-caching"
-        )
-    if engine_args.enable_prefix_caching is None:
-        logger.info("KV eviction: prefix caching is off.")
-    engine_args.enable_prefix_caching = False
     for flag, value, default in (
         ("--worker-cls", engine_args.worker_cls, "auto"),
         ("--scheduler-cls", engine_args.scheduler_cls, None),

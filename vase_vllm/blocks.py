@@ -14,6 +14,7 @@ the same layers: allocated, accounted and freed with the rest.
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
@@ -25,6 +26,7 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
 from vase_vllm.block_table_row import BlockTableRow
+from vase_vllm.prefix_caching import BlockPair, PrefixCache
 from vase_vllm.schedule import EvictionSchedule
 
 
@@ -56,11 +58,6 @@ class EvictionSpec(FullAttentionSpec):
         """Entries of a row in front of the token blocks."""
         return BlockTableRow.NUM_HEADER + self.num_state_blocks
 
-    @property
-    def prefix_cacheable(self) -> bool:
-        """Evictions write into blocks in place, so that none may be shared."""
-        return False
-
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one sequence: vLLM's start-up check and "Maximum concurrency" count this."""
         num_slots = min(self.schedule.bound, vllm_config.model_config.max_model_len)
@@ -89,6 +86,10 @@ class EvictionManager(FullAttentionManager):
     requests: Mapping[str, Request]
     reserves: bool
     max_model_len: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
 
     def first_eviction(self, request_id: str) -> int:
         """Position of the first eviction: what the row says, else what the prompt will make it."""
@@ -119,15 +120,23 @@ class EvictionManager(FullAttentionManager):
         sequence computes its output again, evicting as it goes, and peaks at its first eviction.
         Where room is reserved it is the most that it will ever hold, and what all the others still
         need to get there: then nobody is preempted later.
+
+        Cached blocks that the prompt begins with are needed beside its own, until they are copied.
         """
         first = self.first_eviction(request_id)
+        num_held = self._get_num_evictable_blocks(new_computed_blocks)
         if not apply_admission_cap:
             num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
-            return self._num_missing_blocks(request_id, num_slots)
+            return num_held + self._num_missing_blocks(request_id, num_slots)
         if not self.reserves:
-            return self._num_missing_blocks(request_id, min(num_tokens, first))
-        others = (id for id, row in self.req_to_blocks.items() if row and id != request_id)
-        return self._num_blocks_to_come(request_id) + sum(map(self._num_blocks_to_come, others))
+            return num_held + self._num_missing_blocks(request_id, min(num_tokens, first))
+        num_own = self._num_blocks_to_come(request_id)
+        return num_held + num_own + self._num_blocks_promised(but_to=request_id)
+
+    def _num_blocks_promised(self, but_to: str | None = None) -> int:
+        """Blocks that the running sequences can still come to hold."""
+        promised = (id for id, row in self.req_to_blocks.items() if row and id != but_to)
+        return sum(map(self._num_blocks_to_come, promised))
 
     def _num_blocks_to_come(self, request_id: str) -> int:
         """Blocks between what a sequence holds and the most it can come to hold."""
@@ -141,6 +150,17 @@ class EvictionManager(FullAttentionManager):
         else:
             num_slots = min(num_tokens, first)
         return self._num_missing_blocks(request_id, num_slots)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take note of the cached blocks that a prompt begins with."""
+        self._prefix_cache.hold(request_id, list(new_computed_blocks))
+        self.num_cached_block[request_id] = len(new_computed_blocks)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -157,7 +177,36 @@ class EvictionManager(FullAttentionManager):
             key = content_key(self.requests[request_id])
             entries = [KVCacheBlock(block_id=first), KVCacheBlock(block_id=key), *blocks]
         row.extend(entries)
+        if entries is not blocks:
+            self._prefix_cache.restore(request_id, row[self.kv_cache_spec.num_front :])
         return entries
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Put the blocks of the prompt that earlier steps have computed into the prefix cache.
+
+        Answers are not cached: their end is evicted, and copies of the rest would cost every step.
+        """
+        num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+        start = self.num_cached_block.get(request.request_id, 0)
+        stop = num_computed // self.block_size
+        if start >= stop:
+            return
+        # Where there is no room now there is no second try: it would be asked for in every step.
+        self.num_cached_block[request.request_id] = stop
+        own = self.req_to_blocks[request.request_id][self.kv_cache_spec.num_front :]
+        num_spare = self.block_pool.get_num_free_blocks() - self._num_blocks_promised()
+        self._prefix_cache.publish(request, own, start, stop, num_spare)
+
+    def take_pending_cow_copies(self) -> list[BlockPair]:
+        """Block copies that the workers make before the step."""
+        return self._prefix_cache.copies.take()
 
     def remove_skipped_blocks(
         self,

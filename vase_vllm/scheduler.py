@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
@@ -60,6 +61,38 @@ class _EvictionMixin(Scheduler):
                 f"{num_usable}: lower --max-model-len, or raise --kv-cache-memory-bytes or "
                 "--gpu-memory-utilization"
             )
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """vLLM's look into the prefix cache, for a request that waits.
+
+        The last ``window`` queries in front of the first eviction must be computed: they score it.
+        And a hit is dropped where the pool has no room for it beside the copies that the sequence
+        gets: computing the prompt beats waiting, perhaps for ever.
+        """
+        hit = super()._get_local_prefix_cache_hit(request)
+        cache = self.kv_cache_manager
+        schedule = self._manager.kv_cache_spec.schedule
+        most = self._manager.first_eviction(request.request_id) - schedule.window
+        if hit[1] > most:
+            blocks, num_tokens, _ = cache.coordinator.find_longest_cache_hit(
+                request.block_hashes, most
+            )
+            hit = (cache.create_kv_cache_blocks(blocks), num_tokens, 0, False)
+        if hit[1] == 0:
+            return hit
+        num_required = cache.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=min(request.num_tokens, self.max_model_len),
+            new_computed_blocks=hit[0].blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=hit[1],
+            num_local_computed_tokens=hit[1],
+            num_tokens_main_model=request.num_tokens,
+            apply_admission_cap=True,
+        )
+        if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
+            return cache.empty_kv_cache_blocks, 0, 0, False
+        return hit
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

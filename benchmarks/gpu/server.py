@@ -4,10 +4,10 @@
     python benchmarks/gpu/server.py --smoke     a tiny model on a CPU: every step, no numbers
 
 ``vllm serve`` runs with weights made up when it loads (the shape of a Qwen3), CUDA graphs, async
-scheduling and, for the full cache, prefix caching on, which are vLLM's defaults. ``vllm bench
-serve`` sends random prompts with long answers, at a concurrency that doubles until memory is full
-or throughput no longer grows (``sweep.py``). A round starts every policy's server once, one after
-the other; a short run that evicts comes first and is thrown away.
+scheduling and prefix caching on, which are vLLM's defaults. ``vllm bench serve`` sends random
+prompts with long answers, at a concurrency that doubles until memory is full or throughput no
+longer grows (``sweep.py``). A round starts every policy's server once, one after the other; a short
+run that evicts comes first and is thrown away.
 
 A run counts only if all its answers are complete, evictions happened as often as they must, blocks
 stayed within their bound and were all given back, and the server logged no error. The first that

@@ -174,11 +174,14 @@ def check_run(
         return
     # The last token is sampled and never stored.
     last = int(options.input_len * SMALLEST_INPUT) + options.output_len - 2
-    first = schedule.first_eviction(int(options.input_len * (2 - SMALLEST_INPUT)))
+    longest = int(options.input_len * (2 - SMALLEST_INPUT))
+    first = schedule.first_eviction(longest)
     needed = num_requests * max(0, (last - first) // schedule.window + 1)
     if not 0 < needed <= num_evictions:
         raise CheckFailedError(f"{num_evictions} evictions, at least {max(needed, 1)} are needed")
-    most = concurrency * (state_blocks + cdiv(max(schedule.bound, first), block_size))
+    # For the length of a step a prompt's blocks are held twice: to or from the prefix cache.
+    num_blocks = state_blocks + cdiv(max(schedule.bound, first), block_size)
+    most = concurrency * (num_blocks + longest // block_size)
     if run["peak_blocks"] > most:
         raise CheckFailedError(f"{run['peak_blocks']} blocks in use, {most} are the bound")
 

@@ -34,9 +34,9 @@ WITHOUT_GPU = {"async_scheduling": "off", "cuda_graphs": "none"}
 """What holds on every CPU, for results whose servers did not say it."""
 STATES = {"True": "on", "False": "off", "NONE": "none"}
 LEGEND = """\
-The full cache is vLLM as it comes. The table says what vLLM made of its defaults for each policy;
-eviction switches prefix caching off for itself. vLLM's platform for CPUs has no CUDA graphs and
-always switches async scheduling off, so a CPU cannot say what eviction costs or gains under either.
+The full cache is vLLM as it comes. The table says what vLLM made of its defaults for each policy.
+vLLM's platform for CPUs has no CUDA graphs and always switches async scheduling off, so a CPU
+cannot say what eviction costs or gains under either.
 
 - `output tokens/s`: answers' tokens over the time from the first request to the last token, by
   `vllm bench serve`; prompts and queue are in it, and so is everything else the machine does.

@@ -131,7 +131,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "shared-prefix",
-        "a long prompt that all requests share, short answers: the full cache reuses the prefix",
+        "a long prompt that all requests share, short answers: prefix caching does the work",
         kv_tokens=16384,
         max_model_len=1600,
         num_requests=48,
