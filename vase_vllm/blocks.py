@@ -168,10 +168,14 @@ class EvictionManager(FullAttentionManager):
         """Append blocks to the sequence's row; a new row starts with its header."""
         first = self.first_eviction(request_id)
         num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
-        blocks = self.block_pool.get_new_blocks(self._num_missing_blocks(request_id, num_slots))
+        row = self.req_to_blocks[request_id]
+        num_missing = self._num_missing_blocks(request_id, num_slots)
+        if num_missing == 0:
+            # So it is in nearly every step of nearly every sequence.
+            return []
+        blocks = self.block_pool.get_new_blocks(num_missing)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in blocks)
-        row = self.req_to_blocks[request_id]
         entries = blocks
         if not row:
             key = content_key(self.requests[request_id])

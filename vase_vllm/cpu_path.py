@@ -40,26 +40,35 @@ class CPUPath:
         and there are many steps: numpy, on the tensors' own memory, takes a third of torch's time.
         """
         assert common.positions is not None
-        rows = common.block_table_tensor[: common.num_reqs].numpy()
+        num_rows, block_table = common.num_reqs, common.block_table_tensor
+        rows = block_table[:num_rows].numpy()
         first = rows[:, BlockTableRow.FIRST].astype(np.int64)
-        seq_lens = common.seq_lens[: common.num_reqs].numpy().astype(np.int64)
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
-        query_lens = np.diff(starts)
-        self._evict(common.block_table_tensor, first, seq_lens - query_lens, query_lens)
-
-        token_rows = np.repeat(np.arange(common.num_reqs), query_lens)
+        seq_lens = common.seq_lens[:num_rows].numpy().astype(np.int64)
+        query_lens = np.diff(common.query_start_loc_cpu[: num_rows + 1].numpy())
+        token_rows = np.repeat(np.arange(num_rows), query_lens)
         positions = common.positions[: len(token_rows)].numpy()
-        self._remap_slots(common.slot_mapping.numpy(), rows, first, token_rows, positions)
+        slot_mapping = common.slot_mapping.numpy()
+        if (seq_lens <= first - self.ring.window).all():
+            # No eviction is near: tokens lie in the slots of their positions, no query is stored.
+            self._write_slots(slot_mapping, rows, token_rows, positions)
+            num_cached = seq_lens
+            ring_write = RingWrite.nothing(self.ring)
+        else:
+            self._evict(block_table, first, seq_lens - query_lens, query_lens)
+            token_first = first[token_rows]
+            slots = self.spec.schedule.slots(positions, token_first)
+            self._write_slots(slot_mapping, rows, token_rows, slots, token_first > 0)
+            num_cached = self.spec.schedule.slots(seq_lens - 1, first) + 1
+            ring_write = RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
 
-        num_cached = self.spec.schedule.slots(seq_lens - 1, first) + 1
         self.counters.num_cached = num_cached
-        lengths = torch.from_numpy(num_cached).to(common.seq_lens.dtype)
+        lengths = torch.from_numpy(num_cached.astype(np.int32))
         return PreparedStep(
             seq_lens=lengths,
             seq_lens_cpu=lengths,
             max_seq_len=int(num_cached.max()),
-            block_table=common.block_table_tensor[:, self.spec.num_front :],
-            ring_write=RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens),
+            block_table=block_table[:, self.spec.num_front :],
+            ring_write=ring_write,
         )
 
     def _evict(
@@ -77,18 +86,16 @@ class CPUPath:
             num_tokens = self.evictor.evict(kv_caches, block_table[row], position)
             self.counters.add(len(kv_caches), num_tokens)
 
-    def _remap_slots(
+    def _write_slots(
         self,
         slot_mapping: np.ndarray,
         rows: np.ndarray,
-        first: np.ndarray,
         token_rows: np.ndarray,
-        positions: np.ndarray,
+        slots: np.ndarray,
+        real: np.ndarray | bool = True,
     ) -> None:
+        """Say where in the cache the step's tokens go; padding tokens, not ``real``, go nowhere."""
         block_size = self.spec.block_size
-        token_first = first[token_rows]
-        real = token_first > 0
-        slots = self.spec.schedule.slots(positions, token_first) * real
-        block, cell = np.divmod(slots, block_size)
+        block, cell = np.divmod(slots * real, block_size)
         blocks = rows[token_rows, self.spec.num_front + block].astype(np.int64)
-        np.copyto(slot_mapping[: len(positions)], blocks * block_size + cell, where=real)
+        np.copyto(slot_mapping[: len(slots)], blocks * block_size + cell, where=real)

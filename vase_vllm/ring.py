@@ -114,6 +114,12 @@ class RingWrite:
             torch.from_numpy(entry),
         )
 
+    @classmethod
+    def nothing(cls, layout: RingLayout) -> "RingWrite":
+        """No query is stored."""
+        empty = torch.empty(0, dtype=torch.int64)
+        return cls(layout, None, empty, empty)
+
     def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
         """Write queries into the state blocks of one layer.
 

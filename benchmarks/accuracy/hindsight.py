@@ -16,8 +16,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.methods import COMPRESSIONS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, Problem, read_jsonl
-from benchmarks.throughput.run import machine
+from benchmarks.provenance import provenance
 from vase_vllm.schedule import EvictionSchedule
 
 SINKS = 4
@@ -150,10 +148,7 @@ def main() -> None:
         "problems": args.problems,
         "window": WINDOW,
         "budgets": budgets,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.accuracy.hindsight --problems {args.problems}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "machine": machine(),
+        **provenance(("torch", "transformers")),
         "right": shares,
     }
     args.output.mkdir(parents=True, exist_ok=True)

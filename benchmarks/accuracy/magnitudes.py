@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, read_jsonl
-from benchmarks.throughput.run import machine
+from benchmarks.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -204,10 +202,7 @@ def main() -> None:
         "model": MODEL.name,
         "problems": len(problems),
         "tokens": len(words),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.accuracy.magnitudes --problems {len(problems)}",
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **provenance(("torch", "transformers")),
         "heads": heads,
     }
     args.output.mkdir(parents=True, exist_ok=True)

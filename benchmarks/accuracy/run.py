@@ -12,12 +12,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,7 @@ from benchmarks.accuracy.evaluation import (
 )
 from benchmarks.accuracy.methods import COMPRESSIONS, METHODS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
-from benchmarks.throughput.run import machine
+from benchmarks.provenance import provenance
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 MOST_TOKENS = 1024
@@ -62,17 +59,8 @@ def configurations(args: argparse.Namespace, length: float) -> list[Configuratio
 
 def session(args: argparse.Namespace) -> dict[str, Any]:
     """Where the runs of this command come from."""
-    versions = {}
-    for name in ("vllm", "torch", "transformers", "lm_eval", "vase-vllm"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "unknown"
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.accuracy.run", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": versions,
+        **provenance(("vllm", "torch", "transformers", "lm_eval", "vase-vllm")),
         "environment": ENVIRONMENT,
         "workers": args.workers,
     }

@@ -8,24 +8,21 @@ See README.md in this folder for what is measured and how to read it.
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 
 from benchmarks.made_up_weights import write_model_files
+from benchmarks.provenance import provenance
 from benchmarks.throughput import report
 from benchmarks.throughput.checks import evictions_so_far, problems
 from benchmarks.throughput.load import (
@@ -185,16 +182,6 @@ def run_once(
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
-        name = match[1]
-    device = current_platform.get_device_name() if current_platform.is_cuda() else None
-    return {"processor": name, "cores": os.cpu_count(), "accelerator": device}
-
-
 def run_workload(
     name: str, suite: Suite, workload: Workload, policies: list[Policy], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -214,10 +201,7 @@ def run_workload(
         "workload": {"name": workload.name, **vars(workload), "rounds": done + rounds},
         "model": suite.model if isinstance(suite.model, dict) else suite.model.name,
         "block_size": suite.block_size,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.throughput.run", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("vllm", "torch", "vase-vllm")},
+        **provenance(),
         "environment": suite.environment,
         "notes": notes,
         "runs": runs,

@@ -1,0 +1,226 @@
+"""vLLM's offline benchmarks, full cache against eviction, without a server.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.throughput.offline [--rounds N]
+
+``vllm bench throughput`` gets all requests at once, in KV memory for about four of full length;
+``vllm bench latency`` runs one batch from its first token to its last, memory in plenty. It
+switches prefix caching off for everybody. The policies take turns; every other round goes in
+reverse order.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from vllm.utils.math_utils import cdiv
+
+from benchmarks.made_up_weights import write_model_files
+from benchmarks.provenance import provenance
+from benchmarks.throughput.run import RESULTS, environment
+from benchmarks.throughput.suites import CPU_MODEL, MODELS, SUITES, Policy
+
+SUITE = SUITES["cpu"]
+POLICIES = tuple(policy for policy in SUITE.policies if policy.budget in (None, 256, 512))
+INPUT_LEN, OUTPUT_LEN = 32, 1536
+ITERATIONS = 3
+# ``vllm bench latency`` draws token ids below 10000.
+VOCAB_SIZE = 10240
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One of vLLM's commands.
+
+    Attributes:
+        name: ``vllm bench NAME``.
+        num_requests: that it runs in one go.
+        kv_requests: requests of full length whose KV cache fits into memory.
+        arguments: further ones.
+        seconds: of its result, the time of each go.
+        problem: of its result, what is wrong with it, or nothing.
+    """
+
+    name: str
+    num_requests: int
+    kv_requests: int
+    arguments: tuple[str, ...]
+    seconds: Callable[[dict[str, Any]], list[float]]
+    problem: Callable[[dict[str, Any]], str]
+
+
+def tokens_missing(result: dict[str, Any]) -> str:
+    """Whether ``vllm bench throughput`` counted all tokens in what the engine returned."""
+    expected = TOOLS[0].num_requests * (INPUT_LEN + OUTPUT_LEN)
+    found = result["total_num_tokens"]
+    return "" if found == expected else f"{found} tokens, {expected} asked for"
+
+
+def iterations_missing(result: dict[str, Any]) -> str:
+    """Whether ``vllm bench latency`` ran as often as it was told."""
+    found = len(result["latencies"])
+    return "" if found == ITERATIONS else f"{found} iterations, {ITERATIONS} asked for"
+
+
+TOOLS = (
+    Tool(
+        "throughput",
+        num_requests=16,
+        kv_requests=4,
+        arguments=(
+            *("--dataset-name", "random", "--random-range-ratio", "0.0"),
+            *("--num-prompts", "16", "--random-input-len", str(INPUT_LEN)),
+            *("--random-output-len", str(OUTPUT_LEN), "--num-warmups", "1"),
+        ),
+        seconds=lambda result: [result["elapsed_time"]],
+        problem=tokens_missing,
+    ),
+    Tool(
+        "latency",
+        num_requests=4,
+        kv_requests=8,
+        arguments=(
+            *("--batch-size", "4", "--input-len", str(INPUT_LEN), "--output-len", str(OUTPUT_LEN)),
+            *("--num-iters-warmup", "1", "--num-iters", str(ITERATIONS)),
+        ),
+        seconds=lambda result: result["latencies"],
+        problem=iterations_missing,
+    ),
+)
+
+
+def write_model(directory: Path) -> None:
+    """The suite's model with a larger vocabulary, to be loaded with weights that are made up."""
+    config = json.loads((MODELS / "qwen3-8b" / "config.json").read_text())
+    write_model_files(
+        directory,
+        config
+        | {
+            "num_hidden_layers": CPU_MODEL["layers"],
+            "hidden_size": CPU_MODEL["hidden_size"],
+            "intermediate_size": CPU_MODEL["intermediate_size"],
+            "vocab_size": VOCAB_SIZE,
+            "tie_word_embeddings": True,
+        },
+    )
+
+
+def run_tool(tool: Tool, policy: Policy, model: Path) -> dict[str, Any]:
+    """Run one command; ``status`` is "ok", "failed" or "wrong", the latter two without a speed."""
+    num_blocks = tool.kv_requests * cdiv(INPUT_LEN + OUTPUT_LEN, SUITE.block_size) + 1
+    pair_bytes = 2 * 2 * CPU_MODEL["kv_heads"] * CPU_MODEL["head_dim"] * CPU_MODEL["layers"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", tool.name]
+    command += ["--model", str(model), "--load-format", "dummy", "--disable-detokenize"]
+    command += ["--max-model-len", str(INPUT_LEN + OUTPUT_LEN + 32)]
+    command += ["--block-size", str(SUITE.block_size)]
+    command += ["--kv-cache-memory-bytes", str(num_blocks * SUITE.block_size * pair_bytes)]
+    command += [*tool.arguments, *policy.serve_arguments()]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "result.json"
+        process = subprocess.run(
+            [*command, "--output-json", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            return {"status": "failed", "reason": process.stdout[-1500:]}
+        result = json.loads(path.read_text())
+    evicts = re.search(r"KV eviction: \w+, at most", process.stdout) is not None
+    if evicts != (policy.budget is not None):
+        return {"status": "wrong", "reason": "eviction is " + ("on" if evicts else "off")}
+    if reason := tool.problem(result):
+        return {"status": "wrong", "reason": reason}
+    seconds = statistics.median(tool.seconds(result))
+    speed = tool.num_requests * OUTPUT_LEN / seconds
+    return {"status": "ok", "output_tokens_per_second": round(speed, 2), "result": result}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of both tools."""
+    lines = [
+        "# vLLM's offline benchmarks: full cache against eviction",
+        "",
+        f"{result['date'][:10]}, {result['machine']['processor']}, "
+        f"vLLM {result['versions']['vllm']}, `{result['command']}`. Model: {result['model']}. "
+        f"Prompts of {INPUT_LEN} tokens, answers of {OUTPUT_LEN}, every one complete. Medians over "
+        "the rounds, their range in brackets; the ratio is that of the medians.",
+        *(f"\n{note}" for note in result["notes"]),
+    ]
+    for tool in TOOLS:
+        lines += [
+            "",
+            f"## vllm bench {tool.name}",
+            "",
+            f"{tool.num_requests} requests, KV memory for {tool.kv_requests} of full length.",
+            "",
+            "| policy | output tokens/s | of the full cache | rounds |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        full = None
+        for policy in POLICIES:
+            runs = [
+                run
+                for run in result["runs"]
+                if (run["tool"], run["policy"]) == (tool.name, policy.name)
+            ]
+            if any(run["status"] != "ok" for run in runs) or not runs:
+                reasons = {run["reason"][-200:] for run in runs if run["status"] != "ok"}
+                lines.append(f"| {policy.name} | {'; '.join(reasons) or 'not run'} | | |")
+                continue
+            speeds = [run["output_tokens_per_second"] for run in runs]
+            median = statistics.median(speeds)
+            full = median if policy.budget is None else full
+            of_full = f"{median / full:.2f}" if full else ""
+            lines.append(
+                f"| {policy.name} | {median:.0f} ({min(speeds):.0f} to {max(speeds):.0f}) | "
+                f"{of_full} | {len(runs)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", action="append", default=[], help="to be shown with the results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    result = {
+        **provenance(),
+        "model": "two layers of Qwen3-8B's attention, next to no weights around them, made up",
+        "environment": SUITE.environment,
+        "notes": args.note,
+        "runs": [],
+    }
+    plan = [
+        (index, tool, policy)
+        for index in range(args.rounds)
+        for tool in TOOLS
+        for policy in (POLICIES if index % 2 == 0 else POLICIES[::-1])
+    ]
+    path = args.output / "offline-cpu.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory, environment(SUITE.environment):
+        write_model(Path(directory))
+        for index, tool, policy in track(plan, "vllm bench", transient=True):
+            run = run_tool(tool, policy, Path(directory))
+            result["runs"].append(
+                {"round": index + 1, "tool": tool.name, "policy": policy.name, **run}
+            )
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
+    Console().print(markdown(result), markup=False)
+    return int(any(run["status"] != "ok" for run in result["runs"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
