@@ -89,6 +89,7 @@ class EvictionManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._num_front = self.kv_cache_spec.num_front
         self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
 
     def first_eviction(self, request_id: str) -> int:
@@ -123,15 +124,26 @@ class EvictionManager(FullAttentionManager):
 
         Cached blocks that the prompt begins with are needed beside its own, until they are copied.
         """
-        first = self.first_eviction(request_id)
-        num_held = self._get_num_evictable_blocks(new_computed_blocks)
+        num_held = 0
+        if new_computed_blocks:
+            num_held = self._get_num_evictable_blocks(new_computed_blocks)
         if not apply_admission_cap:
-            num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
-            return num_held + self._num_missing_blocks(request_id, num_slots)
+            return num_held + self._num_blocks_of_step(request_id, num_tokens)
         if not self.reserves:
-            return num_held + self._num_missing_blocks(request_id, min(num_tokens, first))
+            num_slots = min(num_tokens, self.first_eviction(request_id))
+            return num_held + self._num_missing_blocks(request_id, num_slots)
         num_own = self._num_blocks_to_come(request_id)
         return num_held + num_own + self._num_blocks_promised(but_to=request_id)
+
+    def _num_blocks_of_step(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that a sequence needs for a step that ends at ``num_tokens`` tokens."""
+        row = self.req_to_blocks.get(request_id)
+        if row and (len(row) - self._num_front) * self.block_size >= num_tokens:
+            # The usual case, twice for every sequence and step, settled without the schedule.
+            return 0
+        first = self.first_eviction(request_id)
+        num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+        return self._num_missing_blocks(request_id, num_slots)
 
     def _num_blocks_promised(self, but_to: str | None = None) -> int:
         """Blocks that the running sequences can still come to hold."""
@@ -166,23 +178,21 @@ class EvictionManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Append blocks to the sequence's row; a new row starts with its header."""
-        first = self.first_eviction(request_id)
-        num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
-        row = self.req_to_blocks[request_id]
-        num_missing = self._num_missing_blocks(request_id, num_slots)
+        num_missing = self._num_blocks_of_step(request_id, num_tokens)
         if num_missing == 0:
-            # So it is in nearly every step of nearly every sequence.
             return []
+        row = self.req_to_blocks[request_id]
         blocks = self.block_pool.get_new_blocks(num_missing)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in blocks)
         entries = blocks
         if not row:
+            first = self.first_eviction(request_id)
             key = content_key(self.requests[request_id])
             entries = [KVCacheBlock(block_id=first), KVCacheBlock(block_id=key), *blocks]
         row.extend(entries)
         if entries is not blocks:
-            self._prefix_cache.restore(request_id, row[self.kv_cache_spec.num_front :])
+            self._prefix_cache.restore(request_id, row[self._num_front :])
         return entries
 
     def cache_blocks(
@@ -204,7 +214,7 @@ class EvictionManager(FullAttentionManager):
             return
         # Where there is no room now there is no second try: it would be asked for in every step.
         self.num_cached_block[request.request_id] = stop
-        own = self.req_to_blocks[request.request_id][self.kv_cache_spec.num_front :]
+        own = self.req_to_blocks[request.request_id][self._num_front :]
         num_spare = self.block_pool.get_num_free_blocks() - self._num_blocks_promised()
         self._prefix_cache.publish(request, own, start, stop, num_spare)
 
