@@ -1,8 +1,8 @@
 """Store the window's queries in the query ring, for every token of a batch.
 
 The query of position p goes to ring entry ``p % window`` of its sequence (see ``paged.py``). Only
-the last ``window`` tokens of a sequence enter, so that no
-two tokens of a batch write the same entry.
+the last ``window`` tokens of a sequence enter, so that no two tokens of a batch write the same
+entry, and none before the last ``window`` in front of its first eviction: no eviction asks for it.
 
 This is a launch of its own beside the backend's cache write, which stays unchanged: it moves
 Hq * D elements a token in each direction (16 KiB for Qwen3-8B in bf16: 2 MiB at batch 128, 0.5 us
@@ -60,8 +60,9 @@ def store_ring(
     if row < num_rows:
         table_row = block_table + row.to(tl.int64) * table_stride
         position = tl.load(positions + token).to(tl.int32)
-        enters = position >= tl.load(seq_lens + row) - WINDOW
-        if (tl.load(table_row) > 0) & enters:
+        first = tl.load(table_row)
+        earliest = tl.maximum(tl.load(seq_lens + row), first) - WINDOW
+        if (first > 0) & (position >= earliest):
             heads = tl.arange(0, HEADS_PADDED)
             dims = tl.arange(0, HEAD_PADDED)
             live = heads < NUM_QUERY_HEADS

@@ -109,16 +109,27 @@ def test_a_pool_for_two_sequences_serves_many_and_never_hangs(models, admission)
         assert [results[str(index)] for index in range(12)] == alone
 
 
+@pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(86, 0), (87, 1)])
+def test_only_a_sequence_whose_queries_are_kept_has_a_ring(llm, num_tokens, num_state_blocks):
+    """The first eviction, at 112, asks for the queries from 96 on."""
+    used = used_per_step(llm, random_prompt(10, 0), num_tokens)
+    assert used[0] == (10, num_state_blocks + 1)
+    assert max(blocks for _, blocks in used) == num_state_blocks + 3
+
+
 def test_reservation_knows_how_long_a_request_can_become(models):
     """Answers that cannot reach the bound reserve no more than they can fill."""
     pool = {"kv_cache_memory_bytes": 13 * BLOCK_BYTES}
     with engine(models.qwen3(), EVICTION, **pool) as llm:
-        # 12 usable blocks: one of state and one of tokens for each.
+        # 12 usable blocks, two for each: queries are kept from position 112 - 16 on, and none of
+        # these comes that far, so that they need no block of state.
         for index in range(8):
-            add_request(llm, str(index), random_prompt(10, index), greedy(20))
+            add_request(llm, str(index), random_prompt(10, index), greedy(50))
         llm.llm_engine.step()
         assert len(scheduler(llm).running) == 6
+        assert num_used_blocks(llm) == 6
         results, preemptions = drain_counting_preemptions(llm)
+        assert num_used_blocks(llm) == 0
     assert len(results) == 8
     assert not any(preemptions.values())
 

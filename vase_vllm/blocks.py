@@ -100,9 +100,22 @@ class EvictionManager(FullAttentionManager):
         return self.kv_cache_spec.schedule.first_eviction(request.num_prompt_tokens)
 
     def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
-        num_held = max(len(self.req_to_blocks.get(request_id, ())) - BlockTableRow.NUM_HEADER, 0)
-        num_required = self.kv_cache_spec.num_state_blocks + cdiv(num_slots, self.block_size)
-        return max(num_required - num_held, 0)
+        num_required = cdiv(num_slots, self.block_size)
+        if row := self.req_to_blocks.get(request_id):
+            return max(num_required - (len(row) - self._num_front), 0)
+        return num_required + self._num_state_blocks(request_id)
+
+    def _num_state_blocks(self, request_id: str) -> int:
+        """Blocks for the query ring; a sequence that ends before any query is kept has none."""
+        request = self.requests[request_id]
+        spec = self.kv_cache_spec
+        first = spec.schedule.first_eviction(request.num_prompt_tokens)
+        is_short = self._longest(request) <= first - spec.schedule.window
+        return 0 if is_short else spec.num_state_blocks
+
+    def _longest(self, request: Request) -> int:
+        """Tokens that a sequence can come to have."""
+        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
     def get_num_blocks_to_allocate(
         self,
@@ -156,11 +169,10 @@ class EvictionManager(FullAttentionManager):
         if request is None:
             return 0
         first = self.first_eviction(request_id)
-        num_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         if request.num_computed_tokens >= first:
             num_slots = self.kv_cache_spec.schedule.bound
         else:
-            num_slots = min(num_tokens, first)
+            num_slots = min(self._longest(request), first)
         return self._num_missing_blocks(request_id, num_slots)
 
     def add_local_computed_blocks(
@@ -189,7 +201,12 @@ class EvictionManager(FullAttentionManager):
         if not row:
             first = self.first_eviction(request_id)
             key = content_key(self.requests[request_id])
-            entries = [KVCacheBlock(block_id=first), KVCacheBlock(block_id=key), *blocks]
+            num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
+            entries = [
+                *(KVCacheBlock(block_id=number) for number in (first, key)),
+                *[self._null_block] * num_absent,
+                *blocks,
+            ]
         row.extend(entries)
         if entries is not blocks:
             self._prefix_cache.restore(request_id, row[self._num_front :])

@@ -68,7 +68,8 @@ class Batch:
     def expected(self):
         cache, head_size = self.cache.clone(), self.query.shape[-1]
         for row, (first, before, count) in enumerate(self.sequences):
-            for i in range(max(0, count - self.window) if first else count, count):
+            earliest = max(before + count, first) - self.window
+            for i in range(max(0, earliest - before) if first else count, count):
                 token, entry = self.query_start_loc[row] + i, (before + i) % self.window
                 block = self.block_table[row, NUM_HEADER + entry // self.entries]
                 for head in range(self.query.shape[1]):
@@ -89,17 +90,25 @@ def check(batch):
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode(dtype, layout):
-    sequences = [(100, 50, 1), (100, 99, 1), (100, 163, 1)]
+    sequences = [(8, 50, 1), (8, 99, 1), (8, 163, 1)]
     check(Batch(sequences, dtype=DTYPES[dtype], layout=layout))
 
 
 def test_prefill_stores_the_last_window_only():
-    check(Batch([(100, 0, 30), (100, 17, 3), (100, 5, 8), (100, 40, 1)]))
+    check(Batch([(8, 0, 30), (8, 17, 3), (8, 5, 8), (8, 40, 1)]))
+
+
+def test_queries_that_no_eviction_asks_for_are_not_stored():
+    sequences = [(100, 50, 1), (100, 91, 1), (100, 92, 1), (100, 80, 15), (100, 90, 20)]
+    batch = Batch(sequences)
+    check(batch)
+    stored = (~batch.cache.isnan()).flatten(1).any(1)
+    assert stored[batch.block_table[:, NUM_HEADER].long()].tolist() == [False, False, *[True] * 3]
 
 
 def test_order_of_programs_does_not_matter():
     """No two tokens write one entry: with the newest token first, the ring is the same."""
-    batch = Batch([(100, 0, 30)])
+    batch = Batch([(8, 0, 30)])
     expected = batch.expected()
     batch.positions, batch.query = batch.positions.flip(0), batch.query.flip(0)
     batch.store()
@@ -108,17 +117,17 @@ def test_order_of_programs_does_not_matter():
 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 192, 256], ids="D={}".format)
 def test_head_size(head_size):
-    check(Batch([(100, 0, 10)], head_size=head_size, dtype=torch.bfloat16))
+    check(Batch([(8, 0, 10)], head_size=head_size, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128], ids="block={}".format)
 @pytest.mark.parametrize("group_size", [1, 3, 4, 5, 8, 16], ids="G={}".format)
 def test_group_and_block_size(group_size, block_size):
-    check(Batch([(100, 3, 9)], window=16, group_size=group_size, block_size=block_size))
+    check(Batch([(8, 3, 9)], window=16, group_size=group_size, block_size=block_size))
 
 
 def test_padding_of_a_graph_batch_writes_nothing():
-    batch = Batch([(100, 50, 1), (0, 7, 1), (0, 0, 0), (0, 0, 0)], num_padding=4)
+    batch = Batch([(8, 50, 1), (0, 7, 1), (0, 0, 0), (0, 0, 0)], num_padding=4)
     expected = batch.expected()
     batch.store()
     torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
@@ -126,11 +135,11 @@ def test_padding_of_a_graph_batch_writes_nothing():
 
 
 def test_more_sequences_than_a_tile_of_rows():
-    check(Batch([(100, 50 + row % 9, 1) for row in range(1030)], window=2, num_kv_heads=1))
+    check(Batch([(8, 50 + row % 9, 1) for row in range(1030)], window=2, num_kv_heads=1))
 
 
 def test_ring_slot_offset_beyond_int32_in_a_large_pool():
-    batch = Batch([(100, 20, 1)], dtype=torch.bfloat16)
+    batch = Batch([(8, 20, 1)], dtype=torch.bfloat16)
     expected = batch.expected()
     offset = 2**31 // batch.cache[0].numel() + 1
     large = torch.empty(offset + len(batch.cache), *batch.cache.shape[1:], dtype=torch.bfloat16)
@@ -160,7 +169,7 @@ def test_ring_slot_offset_beyond_int32_in_a_large_pool():
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_refuses_by_name(name, value, message):
-    batch = Batch([(100, 50, 1)])
+    batch = Batch([(8, 50, 1)])
     setattr(batch, name, value)
     with pytest.raises(ValueError, match=message):
         batch.store()

@@ -144,6 +144,8 @@ class Worker:
         """The queries of a decode step in the rings, one vector after the other."""
         for cache in caches:
             for row, sequence in enumerate(self.case.sequences):
+                if sequence.position < sequence.first - CONFIG.window:
+                    continue  # no eviction will ask for it
                 for head, vector in enumerate(queries[row]):
                     kv_head, query_head = divmod(head, self.case.group_size)
                     entry = sequence.position % CONFIG.window
