@@ -8,7 +8,8 @@ A row of the block table holds, in this order::
 (see :class:`BlockTableRow`). That way they live exactly as long as the request's blocks, under
 both model runners, through preemption and reordering, and nobody has to keep them in step.
 The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
-the same layers: allocated, accounted and freed with the rest.
+the same layers: allocated, accounted and freed with the rest. A sequence that can never become long
+enough for a query to be kept has null blocks in their place.
 """
 
 import zlib

@@ -121,7 +121,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "short-and-tight",
-        "answers far below the budget in tight memory: the query ring takes room for nothing",
+        "answers far below the budget in tight memory: reserving room costs more than preempting",
         kv_tokens=2048,
         max_model_len=1600,
         num_requests=64,
