@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import published
-from benchmarks.throughput import report
+from benchmarks.throughput import offline, report
 from benchmarks.throughput.run import facts
 from benchmarks.throughput.suites import SUITES
 from vase_vllm.model_shape import read_model_shape
@@ -159,3 +159,13 @@ def test_gpu_suites_fill_the_memory_of_one_gpu(name, num_params):
     most = max(workload.concurrency for workload in suite.workloads)
     assert most * fewest > suite.workloads[0].kv_tokens
     assert {workload.output_len for workload in suite.workloads} == {16384, 32768}
+
+
+def test_offline_tools_whose_work_is_not_complete_have_no_speed():
+    result = {"num_requests": 2}
+    printed = "Total num output tokens:  {}\n"
+    assert offline.tokens_missing(result, printed.format(2 * offline.OUTPUT_LEN)) == ""
+    assert "7 output tokens" in offline.tokens_missing(result, printed.format(7))
+    assert "no output tokens" in offline.tokens_missing(result, "")
+    assert offline.iterations_missing({"latencies": [1.0] * offline.ITERATIONS}, "") == ""
+    assert "1 iterations" in offline.iterations_missing({"latencies": [1.0]}, "")

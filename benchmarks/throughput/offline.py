@@ -47,7 +47,7 @@ class Tool:
         kv_requests: requests of full length whose KV cache fits into memory.
         arguments: further ones.
         seconds: of its result, the time of each go.
-        problem: of its result, what is wrong with it, or nothing.
+        problem: of its result and its output, what is wrong with it, or nothing.
     """
 
     name: str
@@ -55,17 +55,23 @@ class Tool:
     kv_requests: int
     arguments: tuple[str, ...]
     seconds: Callable[[dict[str, Any]], list[float]]
-    problem: Callable[[dict[str, Any]], str]
+    problem: Callable[[dict[str, Any], str], str]
 
 
-def tokens_missing(result: dict[str, Any]) -> str:
-    """Whether ``vllm bench throughput`` counted all tokens in what the engine returned."""
-    expected = TOOLS[0].num_requests * (INPUT_LEN + OUTPUT_LEN)
-    found = result["total_num_tokens"]
-    return "" if found == expected else f"{found} tokens, {expected} asked for"
+def tokens_missing(result: dict[str, Any], output: str) -> str:
+    """Whether ``vllm bench throughput`` counted all tokens in what the engine returned.
+
+    Its result has only their sum with the prompts', which may differ by a token from what was asked
+    for: they are decoded and encoded again.
+    """
+    expected = result["num_requests"] * OUTPUT_LEN
+    found = re.search(r"Total num output tokens:\s+(\d+)", output)
+    if found and int(found[1]) == expected:
+        return ""
+    return f"{found[1] if found else 'no'} output tokens, {expected} asked for"
 
 
-def iterations_missing(result: dict[str, Any]) -> str:
+def iterations_missing(result: dict[str, Any], output: str) -> str:
     """Whether ``vllm bench latency`` ran as often as it was told."""
     found = len(result["latencies"])
     return "" if found == ITERATIONS else f"{found} iterations, {ITERATIONS} asked for"
@@ -138,7 +144,7 @@ def run_tool(tool: Tool, policy: Policy, model: Path) -> dict[str, Any]:
     evicts = re.search(r"KV eviction: \w+, at most", process.stdout) is not None
     if evicts != (policy.budget is not None):
         return {"status": "wrong", "reason": "eviction is " + ("on" if evicts else "off")}
-    if reason := tool.problem(result):
+    if reason := tool.problem(result, process.stdout):
         return {"status": "wrong", "reason": reason}
     seconds = statistics.median(tool.seconds(result))
     speed = tool.num_requests * OUTPUT_LEN / seconds
