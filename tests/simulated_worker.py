@@ -131,7 +131,7 @@ class Simulation:
         first = row[BlockTableRow.FIRST]
         token_blocks = row[self.spec.num_front :]
         schedule = self.spec.schedule
-        if start >= first and (start - first) % schedule.window == 0:
+        if schedule.due(start, first):
             self.num_evictions += 1
             for slot in range(
                 min(schedule.num_cached(start, first), len(token_blocks) * self.spec.block_size)
@@ -139,9 +139,7 @@ class Simulation:
                 self._cell(token_blocks, slot, EVICTED)
         tokens = request.all_token_ids
         for position in range(start, stop):
-            slot = schedule.num_slots(position + 1, first) - 1 if position < first else None
-            if slot is None:
-                slot = schedule.budget + (position - first) % schedule.window
+            slot = schedule.slots(position, first)
             self._cell(token_blocks, slot, tuple(tokens[: position + 1]))
         if stop <= first:
             for position in range(stop):

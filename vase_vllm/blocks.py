@@ -108,10 +108,9 @@ class EvictionManager(FullAttentionManager):
 
     def _num_state_blocks(self, request_id: str) -> int:
         """Blocks for the query ring; a sequence that ends before any query is kept has none."""
-        request = self.requests[request_id]
         spec = self.kv_cache_spec
-        first = spec.schedule.first_eviction(request.num_prompt_tokens)
-        is_short = self._longest(request) <= first - spec.schedule.window
+        first_query = spec.schedule.first_query(self.first_eviction(request_id))
+        is_short = self._longest(self.requests[request_id]) <= first_query
         return 0 if is_short else spec.num_state_blocks
 
     def _longest(self, request: Request) -> int:
@@ -198,19 +197,19 @@ class EvictionManager(FullAttentionManager):
         blocks = self.block_pool.get_new_blocks(num_missing)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in blocks)
-        entries = blocks
-        if not row:
-            first = self.first_eviction(request_id)
-            key = content_key(self.requests[request_id])
-            num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
-            entries = [
-                *(KVCacheBlock(block_id=number) for number in (first, key)),
-                *[self._null_block] * num_absent,
-                *blocks,
-            ]
+        if row:
+            row.extend(blocks)
+            return blocks
+        first = self.first_eviction(request_id)
+        key = content_key(self.requests[request_id])
+        num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
+        entries = [
+            *(KVCacheBlock(block_id=number) for number in (first, key)),
+            *[self._null_block] * num_absent,
+            *blocks,
+        ]
         row.extend(entries)
-        if entries is not blocks:
-            self._prefix_cache.restore(request_id, row[self._num_front :])
+        self._prefix_cache.restore(request_id, row[self._num_front :])
         return entries
 
     def cache_blocks(

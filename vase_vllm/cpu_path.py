@@ -48,7 +48,7 @@ class CPUPath:
         token_rows = np.repeat(np.arange(num_rows), query_lens)
         positions = common.positions[: len(token_rows)].numpy()
         slot_mapping = common.slot_mapping.numpy()
-        if (seq_lens <= first - self.ring.window).all():
+        if (seq_lens <= self.spec.schedule.first_query(first)).all():
             # No eviction is near: tokens lie in the slots of their positions, no query is stored.
             self._write_slots(slot_mapping, rows, token_rows, positions)
             num_cached = seq_lens

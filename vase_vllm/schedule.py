@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from vllm.utils.math_utils import cdiv
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+Array = TypeVar("Array", int, np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class EvictionSchedule:
         """
         surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
         return self.budget + self.window * cdiv(surplus, self.window)
+
+    def first_query(self, first: Array) -> Array:
+        """Position of the earliest query that an eviction asks for: the first uses the last W."""
+        return first - self.window
 
     def slots(self, positions: Array, first: Array) -> Array:
         """Slot of each position: ``p`` before the first eviction, else ``T + (p - first) mod W``.

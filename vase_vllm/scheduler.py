@@ -69,30 +69,28 @@ class _EvictionMixin(Scheduler):
         And a hit is dropped where the pool has no room for it beside the copies that the sequence
         gets: computing the prompt beats waiting, perhaps for ever.
         """
-        hit = super()._get_local_prefix_cache_hit(request)
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
         schedule = self._manager.kv_cache_spec.schedule
-        most = self._manager.first_eviction(request.request_id) - schedule.window
-        if hit[1] > most:
-            blocks, num_tokens, _ = cache.coordinator.find_longest_cache_hit(
-                request.block_hashes, most
-            )
-            hit = (cache.create_kv_cache_blocks(blocks), num_tokens, 0, False)
-        if hit[1] == 0:
-            return hit
+        most = schedule.first_query(self._manager.first_eviction(request.request_id))
+        if num_hit > most:
+            found, num_hit, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
+            blocks, boundary = cache.create_kv_cache_blocks(found), 0
+        if num_hit == 0:
+            return blocks, 0, boundary, diverged
         num_required = cache.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=min(request.num_tokens, self.max_model_len),
-            new_computed_blocks=hit[0].blocks,
+            new_computed_blocks=blocks.blocks,
             num_encoder_tokens=0,
-            total_computed_tokens=hit[1],
-            num_local_computed_tokens=hit[1],
+            total_computed_tokens=num_hit,
+            num_local_computed_tokens=num_hit,
             num_tokens_main_model=request.num_tokens,
             apply_admission_cap=True,
         )
         if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
             return cache.empty_kv_cache_blocks, 0, 0, False
-        return hit
+        return blocks, num_hit, boundary, diverged
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

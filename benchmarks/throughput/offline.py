@@ -22,12 +22,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from vllm.utils.math_utils import cdiv
 
 from benchmarks.made_up_weights import write_model_files
 from benchmarks.provenance import provenance
-from benchmarks.throughput.run import RESULTS, environment
+from benchmarks.throughput.run import RESULTS, environment, kv_memory_bytes
 from benchmarks.throughput.suites import CPU_MODEL, MODELS, SUITES, Policy
+from vase_vllm.model_shape import read_model_shape
 
 SUITE = SUITES["cpu"]
 POLICIES = tuple(policy for policy in SUITE.policies if policy.budget in (None, 256, 512))
@@ -122,13 +122,14 @@ def write_model(directory: Path) -> None:
 
 def run_tool(tool: Tool, policy: Policy, model: Path) -> dict[str, Any]:
     """Run one command; ``status`` is "ok", "failed" or "wrong", the latter two without a speed."""
-    num_blocks = tool.kv_requests * cdiv(INPUT_LEN + OUTPUT_LEN, SUITE.block_size) + 1
-    pair_bytes = 2 * 2 * CPU_MODEL["kv_heads"] * CPU_MODEL["head_dim"] * CPU_MODEL["layers"]
+    shape = read_model_shape(str(model))[0]
+    kv_tokens = tool.kv_requests * (INPUT_LEN + OUTPUT_LEN)
+    kv_bytes = kv_memory_bytes(kv_tokens, shape, SUITE.block_size)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", tool.name]
     command += ["--model", str(model), "--load-format", "dummy", "--disable-detokenize"]
     command += ["--max-model-len", str(INPUT_LEN + OUTPUT_LEN + 32)]
     command += ["--block-size", str(SUITE.block_size)]
-    command += ["--kv-cache-memory-bytes", str(num_blocks * SUITE.block_size * pair_bytes)]
+    command += ["--kv-cache-memory-bytes", str(kv_bytes)]
     command += [*tool.arguments, *policy.serve_arguments()]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "result.json"

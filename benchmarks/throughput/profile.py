@@ -37,7 +37,7 @@ BUDGET, WINDOW, BATCH, LAYERS, BLOCK_SIZE, PERIODS = 256, 32, 16, 4, 32, 6
 COSTS: tuple[tuple[Any, str], ...] = (
     (cpu_path.CPUPath, "prepare"),
     (cpu_path.CPUPath, "_evict"),
-    (cpu_path.CPUPath, "_remap_slots"),
+    (cpu_path.CPUPath, "_write_slots"),
     (ring.RingWrite, "plan"),
     (ring.RingWrite, "store"),
     (ring.RingLayout, "load"),

@@ -54,9 +54,9 @@ def prepare_model(suite: Suite, directory: Path) -> list[str]:
     return ["--load-format", "dummy"]
 
 
-def kv_memory_bytes(workload: Workload, shape: ModelShape, block_size: int) -> int:
-    """KV cache memory that holds the workload's tokens, and vLLM's null block."""
-    num_slots = (cdiv(workload.kv_tokens, block_size) + 1) * block_size
+def kv_memory_bytes(kv_tokens: int, shape: ModelShape, block_size: int) -> int:
+    """KV cache memory that holds so many tokens, and vLLM's null block."""
+    num_slots = (cdiv(kv_tokens, block_size) + 1) * block_size
     token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * shape.element_size
     return num_slots * token_bytes
 
@@ -117,7 +117,7 @@ def run_once(
         *load_arguments,
         *["--max-model-len", str(workload.max_model_len), "--block-size", str(suite.block_size)],
         "--kv-cache-memory-bytes",
-        str(kv_memory_bytes(workload, shape, suite.block_size)),
+        str(kv_memory_bytes(workload.kv_tokens, shape, suite.block_size)),
         *policy.serve_arguments(),
     ]
     result: dict[str, Any] = {"policy": policy.name, "serve_arguments": shlex.join(arguments)}
