@@ -161,6 +161,14 @@ def test_gpu_suites_fill_the_memory_of_one_gpu(name, num_params):
     assert {workload.output_len for workload in suite.workloads} == {16384, 32768}
 
 
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_workloads_name_policies_of_their_suite(suite):
+    known = {policy.name for policy in suite.policies}
+    for workload in suite.workloads:
+        assert set(workload.policies) <= known
+        assert "full" in (workload.policies or known)
+
+
 def test_offline_tools_whose_work_is_not_complete_have_no_speed():
     result = {"num_requests": 2}
     printed = "Total num output tokens:  {}\n"

@@ -183,9 +183,11 @@ def run_once(
 
 
 def run_workload(
-    name: str, suite: Suite, workload: Workload, policies: list[Policy], args: argparse.Namespace
+    name: str, suite: Suite, workload: Workload, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All rounds of a workload, the policies in turn; every other round in reverse order."""
+    chosen = args.policies or workload.policies
+    policies = [policy for policy in suite.policies if not chosen or policy.name in chosen]
     rounds = args.rounds or workload.rounds
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     path = args.output / f"{name}-{workload.name}.json"
@@ -239,7 +241,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, default="cpu")
     parser.add_argument("--workloads", nargs="+", help="some of the suite's only")
-    parser.add_argument("--policies", nargs="+", help="some of the suite's only")
+    parser.add_argument(
+        "--policies", nargs="+", help="of the suite, instead of each workload's own"
+    )
     parser.add_argument("--rounds", type=int, help="instead of each workload's own number")
     parser.add_argument(
         "--append", action="store_true", help="add rounds to results that are there"
@@ -252,10 +256,8 @@ def parse_arguments() -> argparse.Namespace:
     suite = SUITES[args.suite]
     for kind in ("workloads", "policies"):
         known = [item.name for item in getattr(suite, kind)]
-        chosen = getattr(args, kind) or known
-        if unknown := set(chosen) - set(known):
+        if unknown := set(getattr(args, kind) or ()) - set(known):
             parser.error(f"--{kind}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
-        setattr(args, kind, chosen)
     return args
 
 
@@ -264,10 +266,9 @@ def main() -> int:
     suite = SUITES[args.suite]
     failed = False
     if not args.report_only:
-        policies = [policy for policy in suite.policies if policy.name in args.policies]
         for workload in suite.workloads:
-            if workload.name in args.workloads:
-                result = run_workload(args.suite, suite, workload, policies, args)
+            if not args.workloads or workload.name in args.workloads:
+                result = run_workload(args.suite, suite, workload, args)
                 failed |= any(run["status"] != "ok" for run in result["runs"])
     console = Console()
     console.print(report.write(args.output, args.suite), markup=False)

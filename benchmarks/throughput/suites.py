@@ -42,6 +42,7 @@ class Workload:
         spread: answers are drawn uniformly from output_len * (1 - spread) to * (1 + spread).
         prefix_len: length of a prefix that all prompts share, beside their input_len.
         rounds: times that every policy runs, in turn.
+        policies: names of those of the suite that it runs unless told otherwise; none is all.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Workload:
     spread: float = 0.0
     prefix_len: int = 0
     rounds: int = 3
+    policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,20 @@ CPU_WORKLOADS = (
         input_len=32,
         output_len=2560,
         spread=0.6,
+        policies=("full", "vase-256", "vase-512"),
+    ),
+    Workload(
+        "pressure-16k",
+        "four times as long, the budget a quarter of the shortest answer; hours",
+        kv_tokens=4 * 16416,
+        max_model_len=16448,
+        num_requests=32,
+        concurrency=32,
+        input_len=32,
+        output_len=10240,
+        spread=0.6,
+        rounds=1,
+        policies=("full", "vase-1024"),
     ),
     Workload(
         "length",
@@ -107,6 +123,7 @@ CPU_WORKLOADS = (
         input_len=32,
         output_len=16384,
         rounds=2,
+        policies=("full", "vase-512"),
     ),
     Workload(
         "relaxed",
@@ -118,6 +135,7 @@ CPU_WORKLOADS = (
         input_len=64,
         output_len=256,
         rounds=5,
+        policies=("full", "vase-512"),
     ),
     Workload(
         "short-and-tight",
@@ -128,6 +146,7 @@ CPU_WORKLOADS = (
         concurrency=32,
         input_len=64,
         output_len=192,
+        policies=("full", "vase-512", "vase-512-optimistic"),
     ),
     Workload(
         "shared-prefix",
@@ -139,6 +158,7 @@ CPU_WORKLOADS = (
         input_len=64,
         output_len=64,
         prefix_len=1024,
+        policies=("full", "vase-512"),
     ),
 )
 
@@ -170,7 +190,15 @@ GPU_POLICIES = (Policy("full"), *(Policy(f"vase-{b}", b) for b in (2048, 4096, 6
 SUITES = {
     "cpu": Suite(
         model=CPU_MODEL,
-        policies=(Policy("full"), *(Policy(f"vase-{b}", b) for b in (256, 512, 1024))),
+        policies=(
+            Policy("full"),
+            *(Policy(f"vase-{b}", b) for b in (256, 512, 1024)),
+            Policy(
+                "vase-512-optimistic",
+                512,
+                arguments=("--kv-eviction-config.admission", "optimistic"),
+            ),
+        ),
         workloads=CPU_WORKLOADS,
         block_size=32,
         # One thread that no core is bound to: several engines on one machine then stay apart.
