@@ -63,7 +63,7 @@ format: setup ## ruff's fixes and formatting
 	$(PY) -m ruff format .
 
 bench-overhead: setup ## what the plugin costs a decode step
-	@$(PY) benchmarks/overhead.py
+	@$(PY) -m benchmarks.overhead
 
 compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
 	@$(PY) benchmarks/compile_check.py

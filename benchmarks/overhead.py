@@ -1,6 +1,6 @@
 """What eviction costs a decode step on the CPU: its own share, and that of the wrapper around.
 
-    python benchmarks/overhead.py [--output FILE.json]
+    python -m benchmarks.overhead [--output FILE.json]
 
 The model has the layers of Qwen3-8B (32 query heads, 8 KV heads, head size 128), four of them,
 random weights in bf16 and a small vocabulary, so that the output layer does not hide anything.
@@ -17,12 +17,9 @@ Times are processor time of the process, which other jobs on the machine disturb
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from rich.table import Table
 from transformers import Qwen3Config
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from benchmarks.provenance import provenance
 from vase_vllm.evictor import TorchEvictor
 
 BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4
@@ -193,10 +191,7 @@ def main() -> None:
     Console().print(table)
     if args.output:
         result = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": "python benchmarks/overhead.py",
-            "machine": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("vllm", "torch", "vase-vllm")},
+            **provenance(),
             "threads": os.environ["OMP_NUM_THREADS"],
             "settings": {"budget": BUDGET, "window": WINDOW, "batch": BATCH, "layers": NUM_LAYERS},
             "evictions": evictions,

@@ -1,57 +1,47 @@
 """The simulation of a fleet: its rules, and what must hold whatever the numbers are."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.fleet import fleet
+from benchmarks.fleet.load import Lengths, Load
+from benchmarks.fleet.replica import Replica, Request, Settings
 from vase_vllm.cost import Machine, ModelShape, Shard, num_blocks_held
 from vase_vllm.schedule import EvictionSchedule
 
-FLEET = Path(__file__).parents[1] / "benchmarks" / "fleet"
+FLEETS = Path(__file__).parents[1] / "benchmarks" / "results" / "fleet"
 SHARD = Shard(ModelShape(2, 4, 2, 32, 128, 2, 1_000_000, 2_000_000))
 MACHINE = Machine(bandwidth=1e10, peak=1e13, overhead=1e-3)
 SCHEDULE = EvictionSchedule(budget=128, window=32)
 
 
-@pytest.fixture(scope="module")
-def modules() -> SimpleNamespace:
-    sys.path.insert(0, str(FLEET))
-    try:
-        names = ("replica", "load", "fleet", "report")
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(FLEET))
-
-
-def settings(modules: SimpleNamespace, evicts: bool, num_blocks: int = 400, **changes: object):
+def settings(evicts: bool, num_blocks: int = 400, **changes: object):
     policy = {"schedule": SCHEDULE, "state_blocks": 4} if evicts else {}
-    return modules.replica.Settings(SHARD, MACHINE, num_blocks, **policy, **changes)
+    return Settings(SHARD, MACHINE, num_blocks, **policy, **changes)
 
 
-def load(modules: SimpleNamespace, rate: float):
-    lengths = modules.load.Lengths
-    return modules.load.Load(rate, lengths(20, 0.5, 60), lengths(600, 0.8, 2000))
+def load(rate: float):
+    return Load(rate, Lengths(20, 0.5, 60), Lengths(600, 0.8, 2000))
 
 
-def run(modules: SimpleNamespace, evicts: bool, num_replicas: int = 2, rate: float = 15, **changes):
-    clock = modules.fleet.Clock(warmup=5, measured=20, drain=15)
-    arguments = settings(modules, evicts, **changes), load(modules, rate), num_replicas, clock
-    return modules.fleet.simulate(*arguments, seed=3)
-
-
-@pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
-def test_same_seed_same_numbers(modules: SimpleNamespace, evicts: bool):
-    assert run(modules, evicts) == run(modules, evicts)
+def run(evicts: bool, num_replicas: int = 2, rate: float = 15, **changes):
+    clock = fleet.Clock(warmup=5, measured=20, drain=15)
+    arguments = settings(evicts, **changes), load(rate), num_replicas, clock
+    return fleet.simulate(*arguments, seed=3)
 
 
 @pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
-def test_blocks_are_counted_as_the_planner_does(modules: SimpleNamespace, evicts: bool):
-    replica = settings(modules, evicts)
+def test_same_seed_same_numbers(evicts: bool):
+    assert run(evicts) == run(evicts)
+
+
+@pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
+def test_blocks_are_counted_as_the_planner_does(evicts: bool):
+    replica = settings(evicts)
     prompts = np.array([1, 100, 128, 129, 700])
     first = np.array([replica.first_eviction(int(prompt)) for prompt in prompts])
     for ahead in (1, 63, 160, 161, 1000):
@@ -64,13 +54,13 @@ def test_blocks_are_counted_as_the_planner_does(modules: SimpleNamespace, evicts
 
 
 @pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
-def test_a_lonely_request_takes_the_time_of_its_steps(modules: SimpleNamespace, evicts: bool):
+def test_a_lonely_request_takes_the_time_of_its_steps(evicts: bool):
     import simpy
 
-    one = settings(modules, evicts, quantum=1)
+    one = settings(evicts, quantum=1)
     environment = simpy.Environment()
-    replica = modules.replica.Replica(environment, one)
-    request = modules.replica.Request(arrival=0, prompt=10, output=300)
+    replica = Replica(environment, one)
+    request = Request(arrival=0, prompt=10, output=300)
     replica.submit(request)
     environment.run()
     first = one.first_eviction(10)
@@ -82,53 +72,51 @@ def test_a_lonely_request_takes_the_time_of_its_steps(modules: SimpleNamespace, 
     assert request.finish == pytest.approx(seconds)
 
 
-def test_eviction_needs_no_preemption_where_the_full_cache_does(modules: SimpleNamespace):
-    full, vase = run(modules, evicts=False), run(modules, evicts=True)
+def test_eviction_needs_no_preemption_where_the_full_cache_does():
+    full, vase = run(evicts=False), run(evicts=True)
     assert full.num_requests == vase.num_requests
     assert full.preemptions_per_request > 0
     assert vase.preemptions_per_request == 0
     assert vase.p95 < full.p95
 
 
-def test_short_answers_run_alike(modules: SimpleNamespace):
-    lengths = modules.load.Lengths
-    short = modules.load.Load(5, lengths(20, 0.5, 60), lengths(50, 0.1, 60))
-    clock = modules.fleet.Clock(warmup=5, measured=20, drain=15)
+def test_short_answers_run_alike():
+    short = Load(5, Lengths(20, 0.5, 60), Lengths(50, 0.1, 60))
+    clock = fleet.Clock(warmup=5, measured=20, drain=15)
     full, vase = (
-        modules.fleet.simulate(settings(modules, evicts), short, 1, clock, seed=0)
-        for evicts in (False, True)
+        fleet.simulate(settings(evicts), short, 1, clock, seed=0) for evicts in (False, True)
     )
     assert vase.p95 == pytest.approx(full.p95, rel=0.03)
 
 
-def test_a_request_that_cannot_fit_is_refused(modules: SimpleNamespace):
+def test_a_request_that_cannot_fit_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
-        run(modules, evicts=False, num_blocks=2)
+        run(evicts=False, num_blocks=2)
 
 
 @pytest.mark.parametrize("start", [1, 5, 40])
 @pytest.mark.parametrize("needed", [1, 2, 7, 33])
-def test_the_smallest_fleet_is_found(modules: SimpleNamespace, needed: int, start: int):
+def test_the_smallest_fleet_is_found(needed: int, start: int):
     def outcome(number: int) -> SimpleNamespace:
         return SimpleNamespace(num_replicas=number, p95=0.01 if number >= needed else 1.0)
 
-    assert modules.fleet.smallest_fleet(outcome, 0.05, start)[-1].num_replicas == needed
+    assert fleet.smallest_fleet(outcome, 0.05, start)[-1].num_replicas == needed
 
 
-def test_a_target_below_a_step_is_refused(modules: SimpleNamespace):
+def test_a_target_below_a_step_is_refused():
     with pytest.raises(ValueError, match="target"):
-        modules.fleet.smallest_fleet(lambda number: SimpleNamespace(p95=1.0), 0.05, largest=8)
+        fleet.smallest_fleet(lambda number: SimpleNamespace(p95=1.0), 0.05, largest=8)
 
 
-def test_lengths_have_a_long_tail(modules: SimpleNamespace):
-    drawn = modules.load.Lengths(1000, 0.8, 30000).draw(np.random.default_rng(0), 20000)
+def test_lengths_have_a_long_tail():
+    drawn = Lengths(1000, 0.8, 30000).draw(np.random.default_rng(0), 20000)
     assert np.median(drawn) == pytest.approx(1000, rel=0.03)
     assert drawn.mean() == pytest.approx(1000 * np.exp(0.32), rel=0.03)
     assert np.quantile(drawn, 0.99) > 6000
 
 
 def test_committed_results_say_that_they_are_predictions():
-    files = list((FLEET.parent / "results" / "fleet").glob("*.json"))
+    files = list(FLEETS.glob("*.json"))
     assert files
     for file in files:
         assert json.loads(file.read_text())["kind"] == "prediction"

@@ -1,38 +1,24 @@
 """docs/scaling.md says what the code computes, and the fit of the experiment is right."""
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
+from benchmarks.scaling import predict, run
 from vase_vllm.cost import Machine, ModelShape, Shard
 from vase_vllm.schedule import EvictionSchedule
 
-SCALING = Path(__file__).parents[1] / "benchmarks" / "scaling"
 SHARD = Shard(ModelShape(4, 8, 4, 64, 256, 4, 3_300_000, 13_200_000))
 
 
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(SCALING))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCALING))
-
-
 def test_the_document_has_the_tables_that_the_formulas_give():
-    predict = load("predict")
     text = predict.DOCUMENT.read_text()
-    assert text == predict.fill(text), "run benchmarks/scaling/predict.py --write"
+    assert text == predict.fill(text), "run python -m benchmarks.scaling.predict --write"
 
 
 @pytest.mark.parametrize("peak", [5e10, 1e12], ids=["some parts compute", "all parts stream"])
 def test_the_fit_recovers_the_machine(peak: float):
     machine = Machine(bandwidth=1.5e10, peak=peak, overhead=8e-4)
     steps = [SHARD.step(b, n) for b in (1, 2, 4, 8) for n in (256, 1024, 4096)]
-    fitted = load("run").fit(steps, [step.seconds(machine) for step in steps], peak)
+    fitted = run.fit(steps, [step.seconds(machine) for step in steps], peak)
     assert fitted.bandwidth == pytest.approx(machine.bandwidth)
     assert fitted.overhead == pytest.approx(machine.overhead)
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import simpy
-from load import Load
-from replica import Replica, Request, Settings
+
+from benchmarks.fleet.load import Load
+from benchmarks.fleet.replica import Replica, Request, Settings
 
 
 @dataclass(frozen=True)

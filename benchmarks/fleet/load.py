@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from replica import Request
+
+from benchmarks.fleet.replica import Request
 
 
 @dataclass(frozen=True)

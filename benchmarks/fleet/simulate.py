@@ -1,6 +1,6 @@
 """How many GPUs a load of reasoning requests needs, with the full cache and with eviction.
 
-    python benchmarks/fleet/simulate.py
+    python -m benchmarks.fleet.simulate
 
 A discrete-event simulation (simpy) on the closed form of vase_vllm/cost.py: predictions, nothing
 here is measured on a GPU. The same seed gives the same numbers.
@@ -15,12 +15,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import report
-from fleet import Clock, Outcome, simulate, smallest_fleet
-from load import Lengths, Load
-from replica import Settings
-
+from benchmarks.fleet import report
+from benchmarks.fleet.fleet import Clock, Outcome, simulate, smallest_fleet
+from benchmarks.fleet.load import Lengths, Load
+from benchmarks.fleet.replica import Settings
 from vase_vllm.cost import Shard, mean_cached
 from vase_vllm.gpus import GPUS
 from vase_vllm.model_shape import read_model_shape

@@ -39,7 +39,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.legend(frameon=False)
     summary = report["summary"]
     figure.suptitle(
-        f"{report['machine']}; fitted: {summary['fitted_bandwidth_gb_per_s']:.1f} GB/s and "
+        f"{report['machine']['processor']}, one thread; fitted: "
+        f"{summary['fitted_bandwidth_gb_per_s']:.1f} GB/s and "
         f"{summary['fitted_overhead_ms']:.1f} ms",
         fontsize=9,
     )

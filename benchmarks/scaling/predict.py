@@ -1,7 +1,7 @@
 """The worked numbers of docs/scaling.md: predictions for Qwen3-8B, nothing measured.
 
-python benchmarks/scaling/predict.py            # print the tables
-python benchmarks/scaling/predict.py --write    # put them into docs/scaling.md
+python -m benchmarks.scaling.predict            # print the tables
+python -m benchmarks.scaling.predict --write    # put them into docs/scaling.md
 """
 
 import argparse

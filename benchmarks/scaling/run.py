@@ -1,6 +1,6 @@
 """Step times predicted by vase_vllm/cost.py against step times measured in vLLM on this CPU.
 
-    python benchmarks/scaling/run.py
+    python -m benchmarks.scaling.run
 
 Two engines, full cache and eviction, stay up and take turns. Two numbers are fitted, to the full
 cache's cells: the bandwidth and the fixed overhead of a step. The peak is that of a matrix product
@@ -11,26 +11,23 @@ clock would time the other users of a shared machine (it is in the JSON too).
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
+from benchmarks.provenance import provenance
+from benchmarks.scaling.engine import Cell, Engine, engine
+from benchmarks.scaling.plot import plot
 from vase_vllm.cost import Machine, Shard, Step
 from vase_vllm.model_shape import read_model_shape
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.tiny_model import make_tiny_model
-
-sys.path.insert(0, str(Path(__file__).parent))
-from engine import Cell, Engine, engine
-from plot import plot
 
 RESULTS = Path(__file__).parents[1] / "results" / "scaling"
 SHAPE = {"layers": 4, "hidden_size": 256, "query_heads": 8, "kv_heads": 4, "head_dim": 64}
@@ -128,8 +125,8 @@ def evaluate(shard: Shard, runs: Runs, peak: float) -> dict[str, Any]:
         for policy in ("full", "vase")
     }
     return {
-        "machine": f"{processor()}, one thread",
-        "versions": {name: version(name) for name in ("vllm", "torch", "vase-vllm")},
+        **provenance(),
+        "threads": 1,
         "shape": asdict(shard.model),
         "budget": SCHEDULE.budget,
         "window": SCHEDULE.window,
@@ -196,14 +193,6 @@ def fit(steps: list[Step], measured: list[float], peak: float) -> Machine:
         overhead, per_byte = np.linalg.lstsq(columns, 1 - computing / seconds, rcond=None)[0]
         machine = Machine(bandwidth=float(1 / per_byte), peak=peak, overhead=float(overhead))
     return machine
-
-
-def processor() -> str:
-    """Name of the processor, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def cell_report(policy: str, cell: Cell, predicted: float, times: Times) -> dict[str, Any]:

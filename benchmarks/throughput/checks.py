@@ -28,7 +28,7 @@ def evictions_of(schedule: EvictionSchedule, input_len: int, output_len: int) ->
 
 
 def blocks_of(policy: Policy, input_len: int, block_size: int, group_size: int) -> int:
-    """Most blocks that one request may hold under vase."""
+    """Most blocks that one request may hold under eviction, whatever the policy."""
     assert policy.budget is not None
     schedule = EvictionSchedule(policy.budget, policy.window)
     ring = RingLayout(policy.window, group_size, block_size)

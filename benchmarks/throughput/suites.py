@@ -13,20 +13,22 @@ class Policy:
 
     Attributes:
         name: as the tables and plots call it.
-        budget, window: of vase; no budget is the full cache.
+        budget, window: of the eviction; no budget is the full cache.
+        eviction: name of the eviction policy.
         arguments: further ones of ``vllm serve``.
     """
 
     name: str
     budget: int | None = None
     window: int = 64
+    eviction: str = "vase"
     arguments: tuple[str, ...] = ()
 
     def serve_arguments(self) -> list[str]:
         """What distinguishes this policy's server; everything else is vLLM's default."""
         if self.budget is None:
             return list(self.arguments)
-        eviction = ["--kv-eviction", "vase", "--kv-eviction-config.budget", str(self.budget)]
+        eviction = ["--kv-eviction", self.eviction, "--kv-eviction-config.budget", str(self.budget)]
         return [*eviction, "--kv-eviction-config.window", str(self.window), *self.arguments]
 
 
@@ -193,6 +195,7 @@ SUITES = {
         policies=(
             Policy("full"),
             *(Policy(f"vase-{b}", b) for b in (256, 512, 1024)),
+            *(Policy(f"{name}-512", 512, eviction=name) for name in ("snapkv", "rkv", "cur")),
             Policy(
                 "vase-512-optimistic",
                 512,
