@@ -44,6 +44,19 @@ def test_closed_form_equals_the_counters(shape):
             assert schedule.num_cached(position, first) == evicted_at
 
 
+@given(shapes, st.integers(1, 400))
+def test_evictions_are_counted_as_played(shape, num_output):
+    budget, window, num_prompt = shape
+    # The last token of an answer is never read: it has no position in the cache.
+    played = play(budget, window, num_prompt, num_prompt + num_output - 1)
+    sizes = [evicted_at for _, _, evicted_at in played if evicted_at is not None]
+    schedule = EvictionSchedule(budget, window)
+    assert schedule.evictions(num_prompt, num_output) == (
+        len(sizes),
+        sum(size - budget for size in sizes),
+    )
+
+
 @given(shapes)
 def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
     budget, window, num_prompt = shape

@@ -71,6 +71,20 @@ def test_more_requests_than_the_pool_holds_all_finish_alike(server):
     assert server.num_used_blocks() == 0
 
 
+def test_metrics_count_what_the_workers_evict(server):
+    def evictions():
+        samples = server.metrics()["vllm:kv_eviction_evictions"].samples
+        assert samples[0].name == "vllm:kv_eviction_evictions_total"
+        assert samples[0].labels == {"model_name": "tiny", "engine": "0"}
+        return samples[0].value
+
+    before = evictions(), server.eviction_stats()["evictions"]
+    complete(server, "m" * 200, max_tokens=250)
+    assert evictions() - before[0] == server.eviction_stats()["evictions"] - before[1] > 10
+    settings = server.metrics()["vllm:kv_eviction_config_info"].samples[0].labels
+    assert (settings["policy"], settings["budget"]) == ("vase", "128")
+
+
 def test_a_client_that_hangs_up_frees_its_blocks(server):
     body = {"model": "tiny", "prompt": "c" * 40, "max_tokens": 3000, "stream": True}
     response = requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=60)

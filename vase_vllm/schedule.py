@@ -72,6 +72,20 @@ class EvictionSchedule:
         """Slots that a sequence needs for its next step to end at ``num_tokens`` tokens."""
         return num_tokens if num_tokens <= first else self.bound
 
+    def evictions(self, num_prompt_tokens: int, num_output_tokens: int) -> tuple[int, int]:
+        """What a finished sequence has evicted, if it was never preempted.
+
+        Returns:
+            Evictions, and tokens evicted per layer and KV head.
+        """
+        first = self.first_eviction(num_prompt_tokens)
+        # The last token of an answer is never read.
+        last_read = num_prompt_tokens + num_output_tokens - 2
+        if last_read < first:
+            return 0, 0
+        num_evictions = (last_read - first) // self.window + 1
+        return num_evictions, first - self.budget + (num_evictions - 1) * self.window
+
     def tokens_until_eviction(self, position: int, first: int) -> int:
         """How many tokens from ``position`` on one step may compute.
 

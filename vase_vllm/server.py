@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
 
@@ -85,10 +86,14 @@ class Server:
         response.raise_for_status()
         return response.json()["results"][0]
 
+    def metrics(self) -> dict[str, Metric]:
+        """What ``/metrics`` says, by name."""
+        text = requests.get(self.url + "/metrics", timeout=30).text
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
     def num_used_blocks(self) -> int:
         """KV cache blocks in use, from vLLM's own metrics."""
-        text = requests.get(self.url + "/metrics", timeout=30).text
-        families = {family.name: family for family in text_string_to_metric_families(text)}
+        families = self.metrics()
         usage = families["vllm:kv_cache_usage_perc"].samples[0].value
         config = families["vllm:cache_config_info"].samples[0].labels
         # vLLM counts usage without the null block.

@@ -12,6 +12,8 @@ EngineArgs.create_engine_config     choose our worker and         a hook for plu
                                     scheduler, refuse the rest    engine's config
 InputProcessor._validate_prompt_len HTTP 400 for a prompt that    a KV manager's say in request
                                     the pool can never hold       validation
+async_llm.load_stat_logger_         our metrics at /metrics, but  stat logger plugins that do not
+    plugin_factories                only where eviction is on     overrule --disable-log-stats
 =================================== ============================= ===============================
 
 Each calls the original and does nothing more unless eviction is on.
@@ -57,6 +59,15 @@ def _apply_to_requests() -> None:
     original = InputProcessor._validate_prompt_len
     if not hasattr(original, "__wrapped__"):
         InputProcessor._validate_prompt_len = _validate_prompt_len(original)
+
+
+def _apply_to_metrics() -> None:
+    """Add our metrics to vLLM's, in a process that makes an engine's config with eviction."""
+    from vllm.v1.engine import async_llm
+
+    original = async_llm.load_stat_logger_plugin_factories
+    if not hasattr(original, "__wrapped__"):
+        async_llm.load_stat_logger_plugin_factories = _load_stat_logger_plugin_factories(original)
 
 
 def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[..., Any]:
@@ -155,6 +166,8 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
             if config is not None:
                 activate(vllm_config, config)
                 _apply_to_requests()
+                if not self.disable_log_stats:
+                    _apply_to_metrics()
         except ValueError as error:
             if _at_a_shell and str(error).startswith("--kv-eviction"):
                 raise SystemExit(f"vllm: error: {error}") from None
@@ -176,3 +189,15 @@ def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
             raise VLLMValidationError(reason)
 
     return validate_prompt_len
+
+
+def _load_stat_logger_plugin_factories(
+    original: Callable[[], list[Any]],
+) -> Callable[[], list[Any]]:
+    @functools.wraps(original)
+    def load_stat_logger_plugin_factories() -> list[Any]:
+        from vase_vllm.metrics import EvictionStatLogger
+
+        return [*original(), EvictionStatLogger]
+
+    return load_stat_logger_plugin_factories

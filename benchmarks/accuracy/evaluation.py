@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks.accuracy.methods import WINDOW, Method
-from benchmarks.throughput.checks import evictions_of
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.server import Server
 
@@ -98,9 +94,7 @@ def ask(url: str, limit: int | None) -> list[dict[str, Any]]:
 
 def finished_requests(server: Server) -> int:
     """Requests that the server has answered so far."""
-    text = requests.get(server.url + "/metrics", timeout=60).text
-    families = text_string_to_metric_families(text)
-    samples = (sample for family in families for sample in family.samples)
+    samples = server.metrics()["vllm:request_success"].samples
     return int(sum(s.value for s in samples if s.name == "vllm:request_success_total"))
 
 
@@ -108,7 +102,7 @@ def expected_evictions(budget: int, prompts: list[int], completions: list[int]) 
     """Evictions of sequences of these lengths, in tokens, that were never preempted."""
     schedule = EvictionSchedule(budget, WINDOW)
     lengths = zip(prompts, completions, strict=True)
-    return sum(evictions_of(schedule, *pair) for pair in lengths)
+    return sum(schedule.evictions(*pair)[0] for pair in lengths)
 
 
 def problems_with(

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from prometheus_client.parser import text_string_to_metric_families
 from vllm.config import CUDAGraphMode
-from vllm.utils.math_utils import cdiv
 
 from benchmarks.gpu import server_report
 from benchmarks.gpu.sweep import OutOfTimeError
+from benchmarks.throughput.checks import most_blocks
 from benchmarks.throughput.monitor import Monitor, read_metrics
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.server import Server
@@ -142,9 +141,7 @@ def measure(
 
 def cache_block_size(server: Server) -> int:
     """Tokens of a KV cache block, from vLLM's metrics."""
-    text = requests.get(server.url + "/metrics", timeout=30).text
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    return int(families["vllm:cache_config_info"].samples[0].labels["block_size"])
+    return int(server.metrics()["vllm:cache_config_info"].samples[0].labels["block_size"])
 
 
 def check_run(
@@ -179,9 +176,7 @@ def check_run(
     needed = num_requests * max(0, (last - first) // schedule.window + 1)
     if not 0 < needed <= num_evictions:
         raise CheckFailedError(f"{num_evictions} evictions, at least {max(needed, 1)} are needed")
-    # For the length of a step a prompt's blocks are held twice: to or from the prefix cache.
-    num_blocks = state_blocks + cdiv(max(schedule.bound, first), block_size)
-    most = concurrency * (num_blocks + longest // block_size)
+    most = concurrency * most_blocks(schedule, state_blocks, longest, block_size)
     if run["peak_blocks"] > most:
         raise CheckFailedError(f"{run['peak_blocks']} blocks in use, {most} are the bound")
 

@@ -19,24 +19,16 @@ def evictions_so_far(server: Server, policy: Policy) -> int | None:
         return None
 
 
-def evictions_of(schedule: EvictionSchedule, input_len: int, output_len: int) -> int:
-    """Evictions that one request causes if it is never preempted."""
-    # The last token of an answer is never read.
-    last = input_len + output_len - 2
-    first = schedule.first_eviction(input_len)
-    return 0 if last < first else (last - first) // schedule.window + 1
+def most_blocks(
+    schedule: EvictionSchedule, num_state_blocks: int, input_len: int, block_size: int
+) -> int:
+    """Most blocks that one request may hold under eviction, whatever the policy.
 
-
-def blocks_of(policy: Policy, input_len: int, block_size: int, group_size: int) -> int:
-    """Most blocks that one request may hold under eviction, whatever the policy."""
-    assert policy.budget is not None
-    schedule = EvictionSchedule(policy.budget, policy.window)
-    ring = RingLayout(policy.window, group_size, block_size)
-    # A long prompt is held whole until its first eviction.
-    num_slots = schedule.bound
-    if input_len > policy.budget:
-        num_slots = schedule.first_eviction(input_len)
-    return ring.num_blocks + cdiv(num_slots, block_size)
+    A prompt is held whole until its first eviction, and for the length of a step its blocks are
+    held twice: to or from the prefix cache.
+    """
+    num_token_blocks = cdiv(schedule.first_eviction(input_len), block_size)
+    return num_state_blocks + num_token_blocks + input_len // block_size
 
 
 def problems(
@@ -64,14 +56,14 @@ def problems(
         return found
     schedule = EvictionSchedule(policy.budget, policy.window)
     lengths = list(zip(load["input_lens"], load["output_lens"], strict=True))
-    expected = sum(evictions_of(schedule, *pair) for pair in lengths)
+    expected = sum(schedule.evictions(*pair)[0] for pair in lengths)
     preempted = series["preemptions"][-1] > 0
     # A preempted sequence computes its answer again, and evicts again on the way.
     if evictions is None or evictions < expected or (evictions > expected and not preempted):
         found.append(f"{evictions} evictions, {expected} expected")
     longest = max(load["input_lens"])
-    # For the length of a step a prompt's blocks are held twice: to or from the prefix cache.
-    bound = blocks_of(policy, longest, block_size, group_size) + longest // block_size
+    num_state_blocks = RingLayout(policy.window, group_size, block_size).num_blocks
+    bound = most_blocks(schedule, num_state_blocks, longest, block_size)
     over = [b for b, n in zip(series["blocks"], series["running"], strict=True) if b > n * bound]
     if over:
         found.append(f"{max(over):.0f} blocks held, more than {bound} for each running request")

@@ -3,19 +3,17 @@
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
 import psutil
 import requests
-from prometheus_client.parser import text_string_to_metric_families
 
 from vase_vllm.server import Server
 
 METRICS = {
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
-    "preemptions": "vllm:num_preemptions_total",
-    "generated": "vllm:generation_tokens_total",
+    "preemptions": "vllm:num_preemptions",
+    "generated": "vllm:generation_tokens",
 }
 
 
@@ -40,15 +38,11 @@ def resources(processes: list[psutil.Process]) -> dict[str, float]:
 
 def read_metrics(server: Server) -> dict[str, float]:
     """The numbers of :data:`METRICS`, and the KV cache blocks in use, of one moment."""
-    text = requests.get(server.url + "/metrics", timeout=60).text
-    samples: dict[str, Any] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples.setdefault(sample.name, sample)
-    result = {name: samples[metric].value for name, metric in METRICS.items()}
+    families = server.metrics()
+    result = {name: families[metric].samples[0].value for name, metric in METRICS.items()}
     # vLLM counts usage without the null block.
-    num_blocks = int(samples["vllm:cache_config_info"].labels["num_gpu_blocks"]) - 1
-    result["blocks"] = round(samples["vllm:kv_cache_usage_perc"].value * num_blocks)
+    num_blocks = int(families["vllm:cache_config_info"].samples[0].labels["num_gpu_blocks"]) - 1
+    result["blocks"] = round(families["vllm:kv_cache_usage_perc"].samples[0].value * num_blocks)
     result["pool"] = num_blocks
     return result
 
