@@ -25,6 +25,7 @@ from vase_vllm.blocks import EvictionManager, EvictionSpec
 from vase_vllm.schedule import EvictionSchedule
 
 EVICTED = "evicted"
+STOP_TOKEN = 3
 
 
 def make_scheduler(
@@ -78,14 +79,20 @@ class Simulation:
         self.memory: dict[int, list[Any]] = {}
         self.rows: dict[str, list[int]] = {}
         self.num_cached_tokens: dict[str, int] = {}
+        self.stops_at: dict[str, int | None] = {}
         self.num_evictions = 0
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(manager.block_size, hash_function)
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
-        """Queue a request."""
-        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    def add(
+        self, request_id: str, prompt: list[int], max_tokens: int, stops_at: int | None = None
+    ) -> None:
+        """Queue a request, which stops by itself after ``stops_at`` tokens."""
+        parameters = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN]
+        )
+        self.stops_at[request_id] = stops_at
         parameters.update_from_generation_config({}, None)
         request = Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
         self.scheduler.add_request(request)
@@ -120,7 +127,9 @@ class Simulation:
             request = self.scheduler.requests[request_id]
             stop = computed[request_id] + num_tokens
             self._compute(request, computed[request_id], stop)
-            sampled.append([stop % 3] if stop >= request.num_tokens else [])
+            is_last = request.num_output_tokens + 1 == self.stops_at[request_id]
+            token = STOP_TOKEN if is_last else stop % STOP_TOKEN
+            sampled.append([token] if stop >= request.num_tokens else [])
         self._check_blocks()
         request_ids = list(output.num_scheduled_tokens)
         index = {request_id: number for number, request_id in enumerate(request_ids)}

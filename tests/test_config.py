@@ -42,7 +42,11 @@ def test_protected_is_a_fraction_or_a_count(protected, count):
         ({"seed": 2**64}, "--kv-eviction-config.seed", "less than"),
         ({"budgets": 9}, "--kv-eviction-config.budgets", "unknown key; the keys are budget,"),
         ({"sinks": 4090, "protected": 4090}, "sinks (4090)", "lower sinks"),
-        ({"admission": "never"}, "--kv-eviction-config.admission", "'reserve' or 'optimistic'"),
+        (
+            {"admission": "never"},
+            "--kv-eviction-config.admission",
+            "'expected', 'reserve' or 'optimistic'",
+        ),
         ({"policy": "lru"}, "--kv-eviction lru", "the policies are vase, cur, random, rkv"),
         ({"policy": "snapkv", "protected": 9}, "protected", "the keys are budget,"),
         ({"policy": "snapkv", "smoothing": 2}, "smoothing (2)", "odd"),

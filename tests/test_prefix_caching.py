@@ -34,7 +34,7 @@ request = st.tuples(
     block_size=st.sampled_from([4, 8]),
     num_spare=st.integers(0, 40),
     chunk=st.sampled_from([8, 24, 100]),
-    admission=st.sampled_from(["reserve", "optimistic"]),
+    admission=st.sampled_from(["expected", "reserve", "optimistic"]),
 )
 def test_every_block_holds_what_it_should(
     models, requests, block_size, num_spare, chunk, admission

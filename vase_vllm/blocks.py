@@ -26,7 +26,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
+from vase_vllm.admission import MARGIN, AnswerLengths
 from vase_vllm.block_table_row import BlockTableRow
+from vase_vllm.config import Admission
 from vase_vllm.prefix_caching import BlockPair, PrefixCache
 from vase_vllm.schedule import EvictionSchedule
 
@@ -82,10 +84,11 @@ class EvictionManager(FullAttentionManager):
 
     kv_cache_spec: EvictionSpec
 
-    # Bound by EvictionScheduler: its live table of requests (request id -> request), whether a
-    # request is admitted only if all can grow to their bound, and the longest sequence.
+    # Bound by EvictionScheduler: its live table of requests (request id -> request), the rule of
+    # admission, the lengths of the last answers, and the longest sequence.
     requests: Mapping[str, Request]
-    reserves: bool
+    admission: Admission
+    answer_lengths: AnswerLengths
     max_model_len: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +136,8 @@ class EvictionManager(FullAttentionManager):
         For admission (``apply_admission_cap``) that is the most it holds on the way: a preempted
         sequence computes its output again, evicting as it goes, and peaks at its first eviction.
         Where room is reserved it is the most that it will ever hold, and what all the others still
-        need to get there: then nobody is preempted later.
+        need to get there: then nobody is preempted later. Where it is expected, the same for what
+        they will probably hold.
 
         Cached blocks that the prompt begins with are needed beside its own, until they are copied.
         """
@@ -142,11 +146,10 @@ class EvictionManager(FullAttentionManager):
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
         if not apply_admission_cap:
             return num_held + self._num_blocks_of_step(request_id, num_tokens)
-        if not self.reserves:
+        if self.admission == "optimistic":
             num_slots = min(num_tokens, self.first_eviction(request_id))
             return num_held + self._num_missing_blocks(request_id, num_slots)
-        num_own = self._num_blocks_to_come(request_id)
-        return num_held + num_own + self._num_blocks_promised(but_to=request_id)
+        return num_held + self._num_blocks_promised(and_to=request_id)
 
     def _num_blocks_of_step(self, request_id: str, num_tokens: int) -> int:
         """Blocks that a sequence needs for a step that ends at ``num_tokens`` tokens."""
@@ -158,22 +161,44 @@ class EvictionManager(FullAttentionManager):
         num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
         return self._num_missing_blocks(request_id, num_slots)
 
-    def _num_blocks_promised(self, but_to: str | None = None) -> int:
-        """Blocks that the running sequences can still come to hold."""
-        promised = (id for id, row in self.req_to_blocks.items() if row and id != but_to)
-        return sum(map(self._num_blocks_to_come, promised))
+    def _num_blocks_promised(self, and_to: str | None = None) -> int:
+        """Blocks that the running sequences, and one more, can or probably will come to hold."""
+        running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
+        requests = [self.requests[id] for id in running if id in self.requests]
+        if and_to is not None:
+            requests.append(self.requests[and_to])
+        most_slots = [self._most_slots(request) for request in requests]
+        most_blocks = [
+            self._num_missing_blocks(request.request_id, num_slots)
+            for request, num_slots in zip(requests, most_slots, strict=True)
+        ]
+        if self.admission == "expected":
+            return self._num_blocks_expected(requests, np.array(most_slots), np.array(most_blocks))
+        return sum(most_blocks)
 
-    def _num_blocks_to_come(self, request_id: str) -> int:
-        """Blocks between what a sequence holds and the most it can come to hold."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return 0
-        first = self.first_eviction(request_id)
+    def _most_slots(self, request: Request) -> int:
+        """Slots that a sequence can still come to need."""
+        first = self.first_eviction(request.request_id)
         if request.num_computed_tokens >= first:
-            num_slots = self.kv_cache_spec.schedule.bound
-        else:
-            num_slots = min(self._longest(request), first)
-        return self._num_missing_blocks(request_id, num_slots)
+            return self.kv_cache_spec.schedule.bound
+        return min(self._longest(request), first)
+
+    def _num_blocks_expected(
+        self, requests: list[Request], most_slots: np.ndarray, most_blocks: np.ndarray
+    ) -> int:
+        """Blocks beyond those they hold that sequences will probably come to hold.
+
+        Args:
+            most_slots, most_blocks: [R] int64, what each can come to hold, and what it lacks of it.
+        """
+        so_far = np.array([request.num_output_tokens for request in requests])
+        most = most_slots - np.array([request.num_prompt_tokens for request in requests])
+        mean, variance = self.answer_lengths.expect(so_far, most)
+        # Half a block stays empty on average.
+        num_spared = ((most - mean) / self.block_size - 0.5).clip(0, most_blocks)
+        margin = MARGIN * np.sqrt(variance.sum()) / self.block_size
+        num_expected = np.ceil((most_blocks - num_spared).sum() + margin)
+        return int(min(num_expected, most_blocks.sum()))
 
     def add_local_computed_blocks(
         self,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+Admission = Literal["expected", "reserve", "optimistic"]
+
+
 class EvictionConfig(BaseModel):
     """Settings of ``--kv-eviction-config`` that every policy has, and the policy with its own.
 
@@ -41,9 +44,10 @@ class EvictionConfig(BaseModel):
     """First tokens of the sequence, never evicted."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the draws."""
-    admission: Literal["reserve", "optimistic"] = "reserve"
+    admission: Admission = "reserve"
     """``reserve`` admits a request when all running ones can grow to their bound beside it, so that
-    none is preempted; ``optimistic`` as soon as its prompt fits, which is vLLM's own rule."""
+    none is preempted; ``expected`` when they probably can, to the lengths that the last answers
+    had; ``optimistic`` as soon as its prompt fits, which is vLLM's own rule."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvictionConfig":

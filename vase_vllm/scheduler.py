@@ -1,13 +1,15 @@
 """vLLM's schedulers, with evictions falling between two steps."""
 
+import math
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
+from vase_vllm.admission import AnswerLengths
 from vase_vllm.blocks import EvictionManager, EvictionSpec
 from vase_vllm.config import EvictionConfig
 from vase_vllm.support import UnsupportedError
@@ -30,9 +32,11 @@ class _EvictionMixin(Scheduler):
         ]
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None
+        self._answer_lengths = AnswerLengths()
         for manager in managers:
             manager.requests = self.requests
-            manager.reserves = config.admission == "reserve"
+            manager.admission = config.admission
+            manager.answer_lengths = self._answer_lengths
             manager.max_model_len = self.max_model_len
         # All groups share one schedule: any manager can answer for a request.
         self._manager = managers[0]
@@ -91,6 +95,14 @@ class _EvictionMixin(Scheduler):
         if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
             return cache.empty_kv_cache_blocks, 0, 0, False
         return blocks, num_hit, boundary, diverged
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """A request has finished: what its answer says of those to come."""
+        if request.status == RequestStatus.FINISHED_STOPPED:
+            self._answer_lengths.add(request.num_output_tokens)
+        elif request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
+            self._answer_lengths.add(math.inf)
+        return super()._free_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -34,6 +34,7 @@ def most_blocks(
 def problems(
     load: dict[str, Any],
     requested: list[int],
+    stops: tuple[int, ...],
     policy: Policy,
     evictions: int | None,
     series: dict[str, list[float]],
@@ -45,7 +46,10 @@ def problems(
     found = []
     if load["completed"] != len(requested):
         found.append(f"{load['completed']} of {len(requested)} requests completed")
-    if load["output_lens"] != requested:
+    if stops:
+        if max(load["output_lens"]) > max(requested) or min(load["output_lens"]) < 1:
+            found.append("an answer is empty or longer than asked for")
+    elif load["output_lens"] != requested:
         wrong = sum(a != b for a, b in zip(load["output_lens"], requested, strict=False))
         found.append(f"{wrong} answers are not as long as asked for")
     if blocks_left:

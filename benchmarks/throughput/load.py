@@ -36,9 +36,13 @@ def run_load(
     concurrency: int,
     model: Path,
     timeout: float,
+    stops: tuple[int, ...] = (),
     watch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Send the requests, so many at a time; ``watch`` is called about once a second meanwhile.
+
+    Args:
+        stops: see :class:`Workload`.
 
     Returns:
         What ``vllm bench serve`` saves with ``--save-detailed``, without the texts.
@@ -63,7 +67,12 @@ def run_load(
         write_dataset(requests, dataset)
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words]
         command += ["--dataset-path", str(dataset), "--disable-shuffle", "--skip-chat-template"]
-        command += ["--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed"]
+        command += ["--disable-tqdm", "--save-result", "--save-detailed"]
+        if stops:
+            body = {"stop_token_ids": stops, "temperature": 1.0}
+            command += ["--extra-body", json.dumps(body)]
+        else:
+            command += ["--ignore-eos"]
         command += ["--result-dir", directory, "--result-filename", "load.json"]
         output = Path(directory) / "output.log"
         with output.open("w") as log:

@@ -155,6 +155,8 @@ def section(result: dict[str, Any]) -> list[str]:
     workload = result["workload"]
     low, high = (workload["output_len"] * (1 + sign * workload["spread"]) for sign in (-1, 1))
     answers = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    if workload.get("stops"):
+        answers = f"at most {answers}, which end where the model draws one of {workload['stops']}"
     prefix = f" after a shared prefix of {workload['prefix_len']}" if workload["prefix_len"] else ""
     rounds = len({run["round"] for run in result["runs"]})
     lines = [

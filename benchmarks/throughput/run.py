@@ -144,7 +144,15 @@ def run_once(
                     )
                     progress.update(task, completed=monitor.latest("generated"), state=state)
 
-                load = run_load(server, requests, workload.concurrency, model, timeout, watch)
+                load = run_load(
+                    server,
+                    requests,
+                    workload.concurrency,
+                    model,
+                    timeout,
+                    workload.stops,
+                    watch,
+                )
             after = evictions_so_far(server, policy)
             evictions = None if after is None or before is None else after - before
             left = read_metrics(server)["blocks"]
@@ -154,6 +162,7 @@ def run_once(
     wrong = problems(
         load,
         requested,
+        workload.stops,
         policy,
         evictions,
         monitor.series,
@@ -176,7 +185,7 @@ def run_once(
     return result | {
         "status": "ok",
         "engine_cpu_seconds": round(seconds, 2),
-        "tokens_per_engine_cpu_second": round(sum(requested) / seconds, 2),
+        "tokens_per_engine_cpu_second": round(load["total_output_tokens"] / seconds, 2),
         "time_per_token": time_per_token(load),
         "load": {name: value for name, value in load.items() if name not in DETAILS},
     }

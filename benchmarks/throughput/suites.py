@@ -40,8 +40,10 @@ class Workload:
         question: what it is there to show.
         kv_tokens: tokens that the KV cache memory of every policy holds.
         max_model_len: longest sequence that the servers accept.
-        output_len: mean length of the answers, which never end by themselves.
+        output_len: mean length of the answers, which never end by themselves but for ``stops``.
         spread: answers are drawn uniformly from output_len * (1 - spread) to * (1 + spread).
+        stops: token ids that end an answer. Tokens are then sampled, and nobody knows beforehand
+            how long an answer will be; ``output_len`` is the longest.
         prefix_len: length of a prefix that all prompts share, beside their input_len.
         rounds: times that every policy runs, in turn.
         policies: names of those of the suite that it runs unless told otherwise; none is all.
@@ -56,6 +58,7 @@ class Workload:
     input_len: int
     output_len: int
     spread: float = 0.0
+    stops: tuple[int, ...] = ()
     prefix_len: int = 0
     rounds: int = 3
     policies: tuple[str, ...] = ()
@@ -151,6 +154,19 @@ CPU_WORKLOADS = (
         policies=("full", "vase-512", "vase-512-optimistic"),
     ),
     Workload(
+        "chat",
+        "short answers, and the server is not told that they are short",
+        kv_tokens=8192,
+        max_model_len=1600,
+        num_requests=512,
+        concurrency=32,
+        input_len=64,
+        output_len=1500,
+        # Three letters of a vocabulary of bytes.
+        stops=(65, 66, 67),
+        policies=("full", "vase-512", "vase-512-expected", "vase-512-optimistic"),
+    ),
+    Workload(
         "shared-prefix",
         "a long prompt that all requests share, short answers: prefix caching does the work",
         kv_tokens=16384,
@@ -196,10 +212,9 @@ SUITES = {
             Policy("full"),
             *(Policy(f"vase-{b}", b) for b in (256, 512, 1024)),
             *(Policy(f"{name}-512", 512, eviction=name) for name in ("snapkv", "rkv", "cur")),
-            Policy(
-                "vase-512-optimistic",
-                512,
-                arguments=("--kv-eviction-config.admission", "optimistic"),
+            *(
+                Policy(f"vase-512-{rule}", 512, arguments=("--kv-eviction-config.admission", rule))
+                for rule in ("expected", "optimistic")
             ),
         ),
         workloads=CPU_WORKLOADS,
