@@ -62,7 +62,7 @@ def test_settings_are_labels():
     (family,) = [f for f in REGISTRY.collect() if f.name == "vllm:kv_eviction_config_info"]
     labels = family.samples[1].labels
     assert (labels["policy"], labels["budget"], labels["protected"]) == ("vase", "96", "7")
-    assert (labels["engine"], labels["admission"]) == ("1", "reserve")
+    assert (labels["engine"], labels["admission"]) == ("1", "expected")
 
 
 def test_an_engine_without_eviction_has_no_such_metrics():
