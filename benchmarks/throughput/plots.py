@@ -7,6 +7,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+# The same data make the same file.
+matplotlib.rcParams["svg.hashsalt"] = "throughput"
 from matplotlib import pyplot
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -67,15 +69,15 @@ def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
                 pace.plot(curve["position"], curve["mean_ms"], marker=".", label=label, **style)
     pace.set(title="ms per token over the position in the answer", xlabel="token", ylim=(0, None))
     queue.set(title="requests: running (solid), waiting (dotted)", xlabel="s", xlim=(0, None))
-    preempted.set(title="preemptions so far", xlabel="s", xlim=(0, None))
+    preempted.set(title="preemptions so far", xlabel="s", xlim=(0, None), ylim=(0, None))
     blocks.set(title="KV cache blocks held", xlabel="s", xlim=(0, None), ylim=(0, None))
     for axis in (pace, queue, preempted, blocks):
         axis.legend(frameon=False)
     workload, versions = result["workload"], result["versions"]
     figure.suptitle(
         f"{workload['name']}: {workload['question']}\n{result['machine']['processor']}, "
-        f"vLLM {versions['vllm']}, {workload['rounds']} rounds"
+        f"vLLM {versions['vllm']}, rounds: {workload['rounds']}"
     )
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     pyplot.close(figure)
