@@ -7,9 +7,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib import pyplot
+
 # The same data make the same file.
 matplotlib.rcParams["svg.hashsalt"] = "throughput"
-from matplotlib import pyplot
 
 Runs = dict[str, list[dict[str, Any]]]
 COLORS = ("#4d4d4d", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
