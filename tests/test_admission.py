@@ -1,43 +1,76 @@
 """What is expected of running requests, against the plain statistics of the same lengths."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.simulated_worker import Simulation, make_scheduler
-from vase_vllm.admission import NUM_NEEDED, NUM_REMEMBERED, AnswerLengths
+from vase_vllm.admission import (
+    MARGIN,
+    NUM_NEEDED,
+    NUM_REMEMBERED,
+    AnswerLengths,
+    expected_peak,
+)
 
-lengths = st.lists(st.integers(1, 50) | st.just(math.inf), max_size=80)
-requests = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=8)
+CUT_OFF = 10**9
+lengths = st.lists(st.integers(1, 50) | st.just(CUT_OFF), max_size=80)
 
 
 def remember(lengths):
     answers = AnswerLengths()
     for length in lengths:
-        answers.add(length)
+        # Whatever length it was cut off at, it counts as longer than any.
+        answers.add(7 if length == CUT_OFF else length, cut_off=length == CUT_OFF)
     return answers
 
 
-@given(lengths, requests)
-def test_expectations_are_those_of_the_longer_answers(lengths, requests):
-    so_far, most = (np.array(column) for column in zip(*requests, strict=True))
-    mean, variance = remember(lengths).expect(so_far, most)
-    for index, (n, cap) in enumerate(requests):
-        longer = [min(length, cap) for length in lengths if length > n]
-        if len(longer) < NUM_NEEDED:
-            longer = [cap]
-        assert math.isclose(mean[index], np.mean(longer), abs_tol=1e-9)
-        assert math.isclose(variance[index], np.var(longer), abs_tol=1e-9)
+def survival(lengths, so_far, ahead):
+    longer = [length for length in lengths if length > so_far]
+    if len(longer) < NUM_NEEDED:
+        return 1.0
+    return np.mean([length > so_far + ahead for length in longer])
+
+
+@given(lengths, st.integers(0, 60), st.integers(0, 60))
+def test_survival_is_that_of_the_longer_answers(lengths, so_far, ahead):
+    found = remember(lengths).survival(np.array([so_far]), np.array([ahead]))
+    assert found == pytest.approx(survival(lengths, so_far, ahead))
 
 
 def test_old_answers_are_forgotten():
-    answers = remember([1000] * NUM_REMEMBERED + [10] * NUM_REMEMBERED)
-    assert answers.expect(np.array([0]), np.array([5000]))[0] == [10]
-    answers = remember([10] * NUM_REMEMBERED + [1000] * (NUM_REMEMBERED // 2))
-    assert answers.expect(np.array([0]), np.array([5000]))[0] == [505]
+    answers = remember([1000] * NUM_REMEMBERED + [10] * (NUM_REMEMBERED // 2))
+    assert answers.survival(np.array([0]), np.array([500])) == 0.5
+    for _ in range(NUM_REMEMBERED // 2):
+        answers.add(10, cut_off=False)
+    assert answers.survival(np.array([0]), np.array([9, 500])).tolist() == [[1, 0]]
+
+
+@given(
+    lengths,
+    st.lists(
+        st.tuples(st.integers(1, 30), st.integers(0, 40), st.integers(1, 60), st.integers(0, 2)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([1, 4, 16]),
+)
+def test_the_peak_is_no_more_than_the_worst_and_no_less_than_now(lengths, requests, block_size):
+    num_prompt, so_far, ahead, state = (np.array(column) for column in zip(*requests, strict=True))
+    most = num_prompt + so_far + ahead
+    peak = expected_peak(remember(lengths), num_prompt, so_far, most, state, block_size)
+    now = (state + -(-(num_prompt + so_far) // block_size)).sum()
+    worst = (state + -(-most // block_size)).sum()
+    assert peak >= now
+    if len(lengths) < NUM_NEEDED:
+        assert peak == worst
+    # At every moment that is looked at, the whole list of remembered lengths says the same.
+    for t in {0, int(ahead.max())}:
+        runs = np.array([survival(lengths, n, t) for n in so_far])
+        blocks = state + -(-np.minimum(num_prompt + so_far + t, most) // block_size)
+        margin = MARGIN * np.sqrt((runs * (1 - runs) * blocks**2).sum())
+        assert peak >= (runs * blocks).sum() + margin - 1e-6
 
 
 def serve(models, admission, answers):

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
-from vase_vllm.admission import MARGIN, AnswerLengths
+from vase_vllm.admission import AnswerLengths, expected_peak
 from vase_vllm.block_table_row import BlockTableRow
 from vase_vllm.config import Admission
 from vase_vllm.prefix_caching import BlockPair, PrefixCache
@@ -146,10 +146,11 @@ class EvictionManager(FullAttentionManager):
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
         if not apply_admission_cap:
             return num_held + self._num_blocks_of_step(request_id, num_tokens)
-        if self.admission == "optimistic":
-            num_slots = min(num_tokens, self.first_eviction(request_id))
-            return num_held + self._num_missing_blocks(request_id, num_slots)
-        return num_held + self._num_blocks_promised(and_to=request_id)
+        num_slots = min(num_tokens, self.first_eviction(request_id))
+        num_own = self._num_missing_blocks(request_id, num_slots)
+        if self.admission != "optimistic":
+            num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
+        return num_held + num_own
 
     def _num_blocks_of_step(self, request_id: str, num_tokens: int) -> int:
         """Blocks that a sequence needs for a step that ends at ``num_tokens`` tokens."""
@@ -162,19 +163,19 @@ class EvictionManager(FullAttentionManager):
         return self._num_missing_blocks(request_id, num_slots)
 
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
-        """Blocks that the running sequences, and one more, can or probably will come to hold."""
+        """Blocks that the running sequences, and one more, can or probably will come to need."""
         running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
         requests = [self.requests[id] for id in running if id in self.requests]
         if and_to is not None:
             requests.append(self.requests[and_to])
         most_slots = [self._most_slots(request) for request in requests]
-        most_blocks = [
+        num_most = sum(
             self._num_missing_blocks(request.request_id, num_slots)
             for request, num_slots in zip(requests, most_slots, strict=True)
-        ]
-        if self.admission == "expected":
-            return self._num_blocks_expected(requests, np.array(most_slots), np.array(most_blocks))
-        return sum(most_blocks)
+        )
+        if self.admission == "expected" and requests:
+            return min(self._num_blocks_expected(requests, np.array(most_slots)), num_most)
+        return num_most
 
     def _most_slots(self, request: Request) -> int:
         """Slots that a sequence can still come to need."""
@@ -183,22 +184,27 @@ class EvictionManager(FullAttentionManager):
             return self.kv_cache_spec.schedule.bound
         return min(self._longest(request), first)
 
-    def _num_blocks_expected(
-        self, requests: list[Request], most_slots: np.ndarray, most_blocks: np.ndarray
-    ) -> int:
-        """Blocks beyond those they hold that sequences will probably come to hold.
+    def _num_blocks_expected(self, requests: list[Request], most_slots: np.ndarray) -> int:
+        """Blocks beyond those they hold that sequences will probably need.
 
         Args:
-            most_slots, most_blocks: [R] int64, what each can come to hold, and what it lacks of it.
+            most_slots: [R] int64, what each can come to need.
         """
-        so_far = np.array([request.num_output_tokens for request in requests])
-        most = most_slots - np.array([request.num_prompt_tokens for request in requests])
-        mean, variance = self.answer_lengths.expect(so_far, most)
-        # Half a block stays empty on average.
-        num_spared = ((most - mean) / self.block_size - 0.5).clip(0, most_blocks)
-        margin = MARGIN * np.sqrt(variance.sum()) / self.block_size
-        num_expected = np.ceil((most_blocks - num_spared).sum() + margin)
-        return int(min(num_expected, most_blocks.sum()))
+        num_state_blocks = [self._num_state_blocks(request.request_id) for request in requests]
+        peak = expected_peak(
+            self.answer_lengths,
+            np.array([request.num_prompt_tokens for request in requests]),
+            np.array([request.num_output_tokens for request in requests]),
+            most_slots,
+            np.array(num_state_blocks),
+            self.block_size,
+        )
+        rows = (self.req_to_blocks.get(request.request_id) for request in requests)
+        num_held = [
+            len(row) - self._num_front + num_state if row else 0
+            for row, num_state in zip(rows, num_state_blocks, strict=True)
+        ]
+        return max(peak - sum(num_held), 0)
 
     def add_local_computed_blocks(
         self,

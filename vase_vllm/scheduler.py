@@ -1,6 +1,5 @@
 """vLLM's schedulers, with evictions falling between two steps."""
 
-import math
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -98,10 +97,9 @@ class _EvictionMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """A request has finished: what its answer says of those to come."""
-        if request.status == RequestStatus.FINISHED_STOPPED:
-            self._answer_lengths.add(request.num_output_tokens)
-        elif request.status == RequestStatus.FINISHED_LENGTH_CAPPED:
-            self._answer_lengths.add(math.inf)
+        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            cut_off = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+            self._answer_lengths.add(request.num_output_tokens, cut_off)
         return super()._free_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(
