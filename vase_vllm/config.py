@@ -74,14 +74,8 @@ class EvictionConfig(BaseModel):
         """The policy as the fused GPU kernel takes it, or None where it does not know it."""
         return self.policy.fused(self.limits)
 
-    def settings(self) -> dict[str, Any]:
-        """Every setting by its key: ``policy`` is its name, the policy's own keys come last."""
-        common = self.model_dump(exclude={"policy"})
-        return {"policy": self.policy.name} | common | self.policy.model_dump(by_alias=True)
-
     def __str__(self) -> str:
-        settings = self.settings()
-        del settings["policy"]
+        settings = self.model_dump(exclude={"policy"}) | self.policy.model_dump(by_alias=True)
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     @classmethod

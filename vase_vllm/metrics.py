@@ -53,15 +53,16 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         self._evictions = create_metric_per_engine(evictions, self._labels)
         self._evicted_tokens = create_metric_per_engine(evicted_tokens, self._labels)
         # Prometheus' Info does not work with several processes; vLLM uses a gauge for the same.
-        settings = config.settings()
+        # A policy's own keys may be no names of labels: they stand in one label, as in the log.
         info = Gauge(
             "vllm:kv_eviction_config_info",
             "Settings of --kv-eviction.",
-            ("engine", *settings),
+            ("engine", "policy", "budget", "window", "settings"),
             multiprocess_mode="mostrecent",
         )
         for index in self._labels:
-            info.labels(engine=str(index), **settings).set(1)
+            values = (index, config.policy.name, config.budget, config.window, config)
+            info.labels(*values).set(1)
 
     def record(
         self,
