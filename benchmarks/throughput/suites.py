@@ -107,7 +107,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "pressure-16k",
-        "answers of 4k to 16k in memory for four of the longest; the budget is a quarter of the shortest",
+        "answers of 4k to 16k in memory for four of the longest, a quarter of the shortest kept",
         kv_tokens=4 * 16416,
         max_model_len=16448,
         num_requests=32,
