@@ -44,7 +44,7 @@ class EvictionConfig(BaseModel):
     """First tokens of the sequence, never evicted."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the draws."""
-    admission: Admission = "expected"
+    admission: Admission = "reserve"
     """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
     it, so that none is preempted; ``expected``, when they probably can, to lengths like those of
     the last answers; ``optimistic``, as soon as its prompt fits, which is vLLM's own rule."""

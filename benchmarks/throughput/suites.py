@@ -164,7 +164,7 @@ CPU_WORKLOADS = (
         output_len=1500,
         # Three letters of a vocabulary of bytes.
         stops=(65, 66, 67),
-        policies=("full", "vase-512", "vase-512-reserve", "vase-512-optimistic"),
+        policies=("full", "vase-512", "vase-512-expected", "vase-512-optimistic"),
     ),
     Workload(
         "shared-prefix",
@@ -214,7 +214,7 @@ SUITES = {
             *(Policy(f"{name}-512", 512, eviction=name) for name in ("snapkv", "rkv", "cur")),
             *(
                 Policy(f"vase-512-{rule}", 512, arguments=("--kv-eviction-config.admission", rule))
-                for rule in ("reserve", "optimistic")
+                for rule in ("expected", "optimistic")
             ),
         ),
         workloads=CPU_WORKLOADS,
