@@ -65,7 +65,7 @@ def test_the_peak_is_no_more_than_the_worst_and_no_less_than_now(lengths, reques
     assert peak >= now
     if len(lengths) < NUM_NEEDED:
         assert peak == worst
-    # At every moment that is looked at, the whole list of remembered lengths says the same.
+    # At the first and the last moment, the whole list of remembered lengths says the same.
     for t in {0, int(ahead.max())}:
         runs = np.array([survival(lengths, n, t) for n in so_far])
         blocks = state + -(-np.minimum(num_prompt + so_far + t, most) // block_size)

@@ -8,7 +8,6 @@ from vllm.utils.math_utils import cdiv
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.ring import RingLayout
-from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.support import UnsupportedError, check_engine
 
 logger = init_logger("vllm.vase_vllm")
@@ -80,8 +79,7 @@ def check_prompt(vllm_config: VllmConfig, prompt_len: int) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    schedule = EvictionSchedule(config.budget, config.window)
-    num_slots = min(schedule.first_eviction(prompt_len), model.max_model_len)
+    num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
     num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
     num_required = num_state_blocks + cdiv(num_slots, block_size)
     # Block 0 of each engine's pool is the null block.

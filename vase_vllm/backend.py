@@ -22,7 +22,6 @@ from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 
 from vase_vllm.blocks import EvictionSpec
 from vase_vllm.ring import RingLayout
-from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.step import PathFactory, StepContext
 from vase_vllm.support import UnsupportedError, check_layers
 
@@ -183,7 +182,7 @@ def _eviction_backend(
             return replace_as(
                 super().customize_spec(spec),
                 EvictionSpec,
-                schedule=EvictionSchedule(config.budget, config.window),
+                schedule=config.schedule,
                 num_state_blocks=ring.num_blocks,
             )
 

@@ -17,6 +17,7 @@ from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
+from vase_vllm.schedule import EvictionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -68,6 +69,11 @@ class EvictionConfig(BaseModel):
     def limits(self) -> EvictionLimits:
         """What an eviction of any policy is told."""
         return EvictionLimits(self.budget, self.window, self.sinks, self.seed)
+
+    @cached_property
+    def schedule(self) -> EvictionSchedule:
+        """When a sequence evicts and where its tokens lie."""
+        return EvictionSchedule(self.budget, self.window)
 
     @cached_property
     def fused(self) -> EvictionParameters | None:

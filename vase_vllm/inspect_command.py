@@ -203,9 +203,8 @@ def _check_kv_heads(llm: "LLM", wanted: Sequence[int] | None) -> None:
 
 
 def _nothing_evicted(config: "EvictionConfig", prompt_len: int, length: int) -> str:
-    from vase_vllm.schedule import EvictionSchedule
 
-    first = EvictionSchedule(config.budget, config.window).first_eviction(prompt_len)
+    first = config.schedule.first_eviction(prompt_len)
     return (
         f"nothing was evicted: the sequence ended with {length} tokens, and its first eviction is "
         f"after {first}; raise --max-tokens, set --ignore-eos or lower --kv-eviction-config.budget"

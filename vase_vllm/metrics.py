@@ -9,7 +9,6 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.schedule import EvictionSchedule
 
 LABELS = ("model_name", "engine")
 
@@ -39,7 +38,6 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         config = self._config
         if config is None:
             return
-        self._schedule = EvictionSchedule(config.budget, config.window)
         evictions = Counter(
             "vllm:kv_eviction_evictions",
             "Evictions from the KV cache of requests that have finished.",
@@ -75,7 +73,7 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         if self._config is None or iteration_stats is None:
             return
         for request in iteration_stats.finished_requests:
-            num_evictions, num_evicted = self._schedule.evictions(
+            num_evictions, num_evicted = self._config.schedule.evictions(
                 request.num_prompt_tokens, request.num_generation_tokens
             )
             self._evictions[engine_idx].inc(num_evictions)

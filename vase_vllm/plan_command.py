@@ -128,7 +128,6 @@ def _size(text: str | int, flag: str) -> int:
 
 def _schedule(budget: int, window: int, max_model_len: int) -> "EvictionSchedule":
     from vase_vllm.config import EvictionConfig
-    from vase_vllm.schedule import EvictionSchedule
 
     config = EvictionConfig.parse({"budget": budget, "window": window})
     if max_model_len <= budget + window:
@@ -136,7 +135,7 @@ def _schedule(budget: int, window: int, max_model_len: int) -> "EvictionSchedule
             f"no sequence would ever evict: --max-model-len ({max_model_len}) is not above budget "
             f"+ window ({budget} + {window}); lower --budget or raise --max-model-len"
         )
-    return EvictionSchedule(config.budget, config.window)
+    return config.schedule
 
 
 def _print(plan: Plan, workload: Workload, args: argparse.Namespace) -> None:

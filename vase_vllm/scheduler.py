@@ -31,11 +31,11 @@ class _EvictionMixin(Scheduler):
         ]
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None
-        self._answer_lengths = AnswerLengths()
+        answer_lengths = AnswerLengths()
         for manager in managers:
             manager.requests = self.requests
             manager.admission = config.admission
-            manager.answer_lengths = self._answer_lengths
+            manager.answer_lengths = answer_lengths
             manager.max_model_len = self.max_model_len
         # All groups share one schedule: any manager can answer for a request.
         self._manager = managers[0]
@@ -99,7 +99,7 @@ class _EvictionMixin(Scheduler):
         """A request has finished: what its answer says of those to come."""
         if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             cut_off = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
-            self._answer_lengths.add(request.num_output_tokens, cut_off)
+            self._manager.answer_lengths.add(request.num_output_tokens, cut_off)
         return super()._free_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,15 @@ class Server:
 
     def num_used_blocks(self) -> int:
         """KV cache blocks in use, from vLLM's own metrics."""
-        families = self.metrics()
-        usage = families["vllm:kv_cache_usage_perc"].samples[0].value
-        config = families["vllm:cache_config_info"].samples[0].labels
-        # vLLM counts usage without the null block.
-        return round(usage * (int(config["num_gpu_blocks"]) - 1))
+        return count_blocks(self.metrics())[0]
+
+
+def count_blocks(metrics: Mapping[str, Metric]) -> tuple[int, int]:
+    """KV cache blocks in use and of the pool; vLLM counts neither with the null block.
+
+    Args:
+        metrics: see :meth:`Server.metrics`.
+    """
+    usage = metrics["vllm:kv_cache_usage_perc"].samples[0].value
+    num_blocks = int(metrics["vllm:cache_config_info"].samples[0].labels["num_gpu_blocks"]) - 1
+    return round(usage * num_blocks), num_blocks

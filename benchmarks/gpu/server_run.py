@@ -15,7 +15,7 @@ from vllm.config import CUDAGraphMode
 from benchmarks.gpu import server_report
 from benchmarks.gpu.sweep import OutOfTimeError
 from benchmarks.throughput.checks import most_blocks
-from benchmarks.throughput.monitor import Monitor, read_metrics
+from benchmarks.throughput.monitor import Monitor
 from vase_vllm.schedule import EvictionSchedule
 from vase_vllm.server import Server
 
@@ -124,7 +124,7 @@ def measure(
         )
     seconds = time.monotonic() - begin
     deadline = time.monotonic() + 10
-    while (left := read_metrics(server)["blocks"]) and time.monotonic() < deadline:
+    while (left := server.num_used_blocks()) and time.monotonic() < deadline:
         time.sleep(0.2)
     series = monitor.series
     return {
@@ -169,11 +169,10 @@ def check_run(
         raise CheckFailedError(f"{run['blocks_left']} blocks are in use after all requests")
     if schedule is None:
         return
-    # The last token is sampled and never stored.
-    last = int(options.input_len * SMALLEST_INPUT) + options.output_len - 2
+    # At least as many as if the shortest sequence began to evict as late as the longest prompt's.
+    shortest = int(options.input_len * SMALLEST_INPUT) + options.output_len
     longest = int(options.input_len * (2 - SMALLEST_INPUT))
-    first = schedule.first_eviction(longest)
-    needed = num_requests * max(0, (last - first) // schedule.window + 1)
+    needed = num_requests * schedule.evictions(longest, shortest - longest)[0]
     if not 0 < needed <= num_evictions:
         raise CheckFailedError(f"{num_evictions} evictions, at least {max(needed, 1)} are needed")
     most = concurrency * most_blocks(schedule, state_blocks, longest, block_size)

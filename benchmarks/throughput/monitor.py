@@ -7,7 +7,7 @@ from types import TracebackType
 import psutil
 import requests
 
-from vase_vllm.server import Server
+from vase_vllm.server import Server, count_blocks
 
 METRICS = {
     "running": "vllm:num_requests_running",
@@ -40,10 +40,7 @@ def read_metrics(server: Server) -> dict[str, float]:
     """The numbers of :data:`METRICS`, and the KV cache blocks in use, of one moment."""
     families = server.metrics()
     result = {name: families[metric].samples[0].value for name, metric in METRICS.items()}
-    # vLLM counts usage without the null block.
-    num_blocks = int(families["vllm:cache_config_info"].samples[0].labels["num_gpu_blocks"]) - 1
-    result["blocks"] = round(families["vllm:kv_cache_usage_perc"].samples[0].value * num_blocks)
-    result["pool"] = num_blocks
+    result["blocks"], result["pool"] = count_blocks(families)
     return result
 
 

@@ -31,7 +31,7 @@ from benchmarks.throughput.load import (
     time_per_token,
     warm_up,
 )
-from benchmarks.throughput.monitor import Monitor, read_metrics, thinned
+from benchmarks.throughput.monitor import Monitor, thinned
 from benchmarks.throughput.prompts import SEED, WARM_UP_SEED, draw_requests
 from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
 from vase_vllm.cost import ModelShape
@@ -155,7 +155,7 @@ def run_once(
                 )
             after = evictions_so_far(server, policy)
             evictions = None if after is None or before is None else after - before
-            left = read_metrics(server)["blocks"]
+            left = server.num_used_blocks()
             result["server"] = facts(server.log())
     except (RuntimeError, RunFailedError) as error:
         return result | {"status": "failed", "reason": str(error)[-1500:]}
