@@ -32,7 +32,7 @@ $(VENV)/.locked: $(LOCK) $(SHIM)/pyproject.toml
 	  $(PIP) --no-deps --no-build-isolation ./$(SHIM)
 	@touch $@
 
-$(VENV)/.project: $(VENV)/.locked pyproject.toml setup.py
+$(VENV)/.project: $(VENV)/.locked pyproject.toml
 	@echo "setup: vase-vllm, editable"
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -43,7 +43,7 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 	@touch $@
 
 demo: setup ## generate with and without a budget on a tiny model, on the CPU
-	@$(PY) -m vase_vllm.demo
+	@$(PY) -m vase_vllm.tools.demo
 
 test: $(VENV)/.accuracy ## all tests that a CPU can run, engine tests too (JOBS=2 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
@@ -51,12 +51,10 @@ test: $(VENV)/.accuracy ## all tests that a CPU can run, engine tests too (JOBS=
 test-fast: $(VENV)/.accuracy ## the tests that start no engine
 	$(PY) -m pytest -m "not slow"
 
-# mypy looks for vase_vllm.kernels in vase_vllm/, so it is shown the package as it is installed.
 lint: setup ## ruff check, ruff format --check, mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@rm -rf build/mypy && mkdir -p build/mypy/vase_vllm && ln -s $(CURDIR)/vase_vllm/* $(CURDIR)/kernels build/mypy/vase_vllm
-	cd build/mypy && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p vase_vllm
+	$(PY) -m mypy -p vase_vllm
 
 format: setup ## ruff's fixes and formatting
 	$(PY) -m ruff check --fix .

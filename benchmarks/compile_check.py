@@ -27,10 +27,11 @@ from triton.compiler import ASTSource
 
 from vase_vllm.kernels.evict import eviction_launches
 from vase_vllm.kernels.launch import DeviceLimits, Launch
-from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
 from vase_vllm.kernels.parameters import EvictionParameters, Sampling, Scoring
 from vase_vllm.kernels.remap import remap_launch
 from vase_vllm.kernels.ring import ring_launch
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
 
 ARCHITECTURES = {
     80: DeviceLimits(108, 163 * 1024, 8),
@@ -106,12 +107,12 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         sampling=configuration.sampling,
         scoring=configuration.scoring,
     )
-    num_state_blocks = -(-window // ring_entries_per_block(block_size, group_size))
+    num_state_blocks = RingLayout(window, group_size, block_size).num_blocks
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    columns = NUM_HEADER + num_state_blocks + 40960 // block_size
+    columns = BlockTableRow.NUM_HEADER + num_state_blocks + 40960 // block_size
     kv_cache = empty(1000, num_kv_heads, block_size, 2 * head_size, dtype=configuration.dtype)
     block_table = empty(128, columns)
     yield from eviction_launches(

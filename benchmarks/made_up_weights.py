@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vase_vllm.tiny_model import byte_tokenizer
+from vase_vllm.tools.tiny_model import byte_tokenizer
 
 
 def write_model_files(directory: Path, config: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from transformers import Qwen3Config
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from benchmarks.provenance import provenance
-from vase_vllm.evictor import TorchEvictor
+from vase_vllm.worker.evictor import TorchEvictor
 
 BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4
 WRAPPER_STEPS, PERIODS = 150, 2

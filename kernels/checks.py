@@ -2,8 +2,10 @@
 
 import torch
 
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
+
 from .launch import HEAD_SIZES
-from .paged import NUM_HEADER, ring_entries_per_block
 from .parameters import Scoring
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,13 +72,13 @@ def check_ring(
     """Refuse a query group or a number of state blocks that the ring cannot have."""
     if not 1 <= group_size <= MAX_GROUP_SIZE:
         raise ValueError(f"group_size must be in [1, {MAX_GROUP_SIZE}], got {group_size}")
-    needed = -(-window // ring_entries_per_block(block_size, group_size))
+    needed = RingLayout(window, group_size, block_size).num_blocks
     if num_state_blocks < needed:
         raise ValueError(
             f"num_state_blocks must be at least {needed} for window {window}, group size "
             f"{group_size} and block size {block_size}, got {num_state_blocks}"
         )
-    if num_columns < NUM_HEADER + num_state_blocks:
+    if num_columns < BlockTableRow.NUM_HEADER + num_state_blocks:
         raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
 
 

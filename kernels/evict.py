@@ -47,6 +47,8 @@ from contextlib import nullcontext
 import torch
 import triton.language as tl
 
+from vase_vllm.layout.block_table_row import BlockTableRow
+
 from .checks import check_arrival, check_block_table, check_cache, check_ring, check_tensor
 from .launch import (
     DeviceLimits,
@@ -57,7 +59,6 @@ from .launch import (
     power_of_two,
     scoring_tile,
 )
-from .paged import NUM_HEADER
 from .parameters import EvictionParameters
 from .scoring import MAX_SPLITS, candidate_scores, row_statistics
 from .selection import select_and_move
@@ -141,7 +142,7 @@ def evict_paged(
         check_ring(parameters.window, group_size, block_size, num_columns, num_state_blocks)
     num_candidates = max_num_cached - parameters.window
     check_arrival(arrival, parameters.scoring, num_due, num_candidates, device)
-    if max_num_cached > (num_columns - NUM_HEADER - num_state_blocks) * block_size:
+    if max_num_cached > (num_columns - BlockTableRow.NUM_HEADER - num_state_blocks) * block_size:
         raise ValueError(
             f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
         )
@@ -221,7 +222,7 @@ def eviction_launches(
         block_stride=kv_cache.stride(0),
         head_stride=kv_cache.stride(1),
         slot_stride=kv_cache.stride(2),
-        TOKEN_COLUMN=NUM_HEADER + num_state_blocks,
+        TOKEN_COLUMN=BlockTableRow.NUM_HEADER + num_state_blocks,
         KV_TYPE=TRITON_TYPES[kv_cache.dtype],
         WINDOW=parameters.window,
         GROUP=group_size,
@@ -236,7 +237,7 @@ def eviction_launches(
         sums=sums.view(torch.float32),
         num_splits=num_splits,
         scale=softmax_scale / parameters.temperature * math.log2(math.e),
-        STATE_COLUMN=NUM_HEADER,
+        STATE_COLUMN=BlockTableRow.NUM_HEADER,
         # The interpreter multiplies bf16 wrongly.
         EXACT=kv_cache.dtype == torch.float32 or kv_cache.device.type == "cpu",
         HEAD_PADDED=power_of_two(head_size),

@@ -12,14 +12,6 @@ memory carry no alignment, and without the hints below the loads would be one el
 import triton
 import triton.language as tl
 
-NUM_HEADER = 2
-"""Entries of a row in front of the state blocks: position of the first eviction, content key."""
-
-
-def ring_entries_per_block(block_size: int, group_size: int) -> int:
-    """Ring entries (all G query heads of one position) that a state block of a KV head holds."""
-    return 2 * block_size // group_size
-
 
 @triton.jit
 def load_task(

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vase_vllm.layout.block_table_row import BlockTableRow
+
 from .checks import check_block_table, check_tensor
 from .launch import Launch
-from .paged import NUM_HEADER
 
 TOKEN_TILE = 128
 
@@ -135,7 +136,7 @@ def remap_launch(
         num_cached=num_cached,
         budget=budget,
         table_stride=block_table.stride(0),
-        TOKEN_COLUMN=NUM_HEADER + num_state_blocks,
+        TOKEN_COLUMN=BlockTableRow.NUM_HEADER + num_state_blocks,
         WINDOW=window,
         BLOCK_SIZE=block_size,
         TILE=TOKEN_TILE,

@@ -19,9 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vase_vllm.layout.block_table_row import BlockTableRow
+
 from .checks import check_block_table, check_cache, check_ring, check_tensor
 from .launch import Launch, power_of_two
-from .paged import NUM_HEADER, ring_pointers
+from .paged import ring_pointers
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -172,7 +174,7 @@ def ring_launch(
         block_stride=kv_cache.stride(0),
         head_stride=kv_cache.stride(1),
         slot_stride=kv_cache.stride(2),
-        STATE_COLUMN=NUM_HEADER,
+        STATE_COLUMN=BlockTableRow.NUM_HEADER,
         WINDOW=window,
         GROUP=num_query_heads // kv_cache.shape[1],
         NUM_QUERY_HEADS=num_query_heads,

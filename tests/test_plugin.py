@@ -6,7 +6,8 @@ import pytest
 import vllm
 from vllm.engine.arg_utils import EngineArgs
 
-from vase_vllm import plugin, vllm_patches
+from vase_vllm import plugin
+from vase_vllm.integration import patches
 
 
 def test_vllm_finds_the_plugin():
@@ -29,7 +30,7 @@ def test_applying_twice_changes_nothing():
 def test_another_vllm_is_left_alone_with_a_warning(monkeypatch, other):
     warnings = []
     monkeypatch.setattr(vllm, "__version__", other)
-    monkeypatch.setattr(vllm_patches, "apply", lambda: pytest.fail("patched"))
+    monkeypatch.setattr(patches, "apply", lambda: pytest.fail("patched"))
     logger = type("Logger", (), {"warning": lambda self, *args: warnings.append(args)})()
     monkeypatch.setattr("vllm.logger.init_logger", lambda name: logger)
     plugin.register()

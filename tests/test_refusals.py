@@ -152,7 +152,7 @@ def test_bad_settings_stop_the_engine(models, eviction, setting):
     ids=["soft-cap", "alibi"],
 )
 def test_unsupported_layers(models, family, changes, reason):
-    from tests.engines import engine
+    from tests.support.engines import engine
 
     with (
         pytest.raises(UnsupportedError, match=reason),

@@ -15,9 +15,9 @@ from pydantic import (
 
 from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
-from vase_vllm.schedule import EvictionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

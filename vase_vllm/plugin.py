@@ -28,9 +28,9 @@ def register() -> None:
             vllm.__version__,
         )
         return
-    from vase_vllm import vllm_patches
+    from vase_vllm.integration import patches
 
-    vllm_patches.apply()
+    patches.apply()
 
 
 def supported_vllm() -> SpecifierSet:

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.ring import RingLayout
+from vase_vllm.layout.query_ring import RingLayout
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
@@ -72,12 +72,8 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator
             f"a KV cache of {cache.cache_dtype} beside a model of {model.dtype} is not supported; "
             "set --kv-cache-dtype auto"
         )
-    if model.max_model_len <= config.budget + config.window:
-        yield (
-            f"no sequence would ever evict: --max-model-len ({model.max_model_len}) is not above "
-            f"budget + window ({config.budget} + {config.window}); lower "
-            "--kv-eviction-config.budget or raise --max-model-len"
-        )
+    if reason := config.schedule.never_evicts(model.max_model_len, "--kv-eviction-config.budget"):
+        yield reason
 
 
 def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> None:
@@ -142,8 +138,5 @@ def _layer_reasons(
                 f"{', '.join(backends)}"
             )
         group_size = layer.num_heads // layer.num_kv_heads
-        if RingLayout(config.window, group_size, block_size).tokens_per_block == 0:
-            yield (
-                f"--block-size {block_size} does not fit {group_size} query heads per KV head; "
-                f"set --block-size to at least {(group_size + 1) // 2}"
-            )
+        if reason := RingLayout(config.window, group_size, block_size).misfit():
+            yield reason

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.methods import WINDOW, Method
-from vase_vllm.schedule import EvictionSchedule
-from vase_vllm.server import Server
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.server import Server
 
 HERE = Path(__file__).parent
 MODEL = HERE / "testbed_model"

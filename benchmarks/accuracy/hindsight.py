@@ -30,7 +30,7 @@ from benchmarks.accuracy.methods import COMPRESSIONS, WINDOW, budget_for, mean_l
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, Problem, read_jsonl
 from benchmarks.provenance import provenance
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.schedule import EvictionSchedule
 
 SINKS = 4
 KINDS = ("next question", "node", "mark", "next node", "count", "answer", "format")

@@ -15,7 +15,7 @@ from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plots import plot
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.schedule import EvictionSchedule
 
 MAIN = "questions_right"
 COLUMNS = {

@@ -5,7 +5,7 @@ free; when blocks run out, the youngest request loses its cache and waits to be 
 Prefix caching finds what is left of its blocks, as far as nobody has overwritten them since; the
 full cache has it on, eviction has it off.
 Between two changes of the batch it advances several steps at once, at the step time of
-:mod:`vase_vllm.cost`.
+:mod:`vase_vllm.tools.plan.cost`.
 """
 
 from collections import deque
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import simpy
 
-from vase_vllm.cost import Machine, Shard
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.cost import Machine, Shard
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fleet.simulate
 
-A discrete-event simulation (simpy) on the closed form of vase_vllm/cost.py: predictions, nothing
-here is measured on a GPU. The same seed gives the same numbers.
+A discrete-event simulation (simpy) on the closed form of vase_vllm/tools/plan/cost.py: predictions,
+nothing here is measured on a GPU. The same seed gives the same numbers.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from benchmarks.fleet import report
 from benchmarks.fleet.fleet import Clock, Outcome, simulate, smallest_fleet
 from benchmarks.fleet.load import Lengths, Load
 from benchmarks.fleet.replica import Settings
-from vase_vllm.cost import Shard, mean_cached
-from vase_vllm.gpus import GPUS
-from vase_vllm.model_shape import read_model_shape
-from vase_vllm.plan_command import kv_cache_memory
-from vase_vllm.ring import RingLayout
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.command import kv_cache_memory
+from vase_vllm.tools.plan.cost import Shard, mean_cached
+from vase_vllm.tools.plan.gpus import GPUS
+from vase_vllm.tools.plan.model_shape import read_model_shape
 
 BENCHMARKS = Path(__file__).parents[1]
 OTHER_MEMORY = 2 << 30

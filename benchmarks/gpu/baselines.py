@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import avg_pool1d, normalize, scaled_dot_product_attention
 
-from kernels.parameters import EvictionParameters
+from vase_vllm.kernels.parameters import EvictionParameters
 
 Eviction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

@@ -35,10 +35,10 @@ import triton  # noqa: E402
 
 from benchmarks.gpu import baselines  # noqa: E402
 from benchmarks.gpu.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
-from kernels.evict import SCRATCH_BYTES  # noqa: E402
-from kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
-from kernels.parameters import EvictionParameters  # noqa: E402
-from kernels.ring import store_queries  # noqa: E402
+from vase_vllm.kernels.evict import SCRATCH_BYTES  # noqa: E402
+from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
+from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
+from vase_vllm.kernels.ring import store_queries  # noqa: E402
 
 BUDGETS = (1024, 2048, 4096, 8192)
 DUE = (1, 2, 4, 8, 16, 32, 64)

@@ -50,9 +50,9 @@ from benchmarks.gpu.server_run import (  # noqa: E402
 )
 from benchmarks.gpu.sweep import Clock, OutOfTimeError, Range, Results  # noqa: E402
 from benchmarks.made_up_weights import write_model_files  # noqa: E402
-from vase_vllm.ring import RingLayout  # noqa: E402
-from vase_vllm.schedule import EvictionSchedule  # noqa: E402
-from vase_vllm.server import Server  # noqa: E402
+from vase_vllm.layout.query_ring import RingLayout  # noqa: E402
+from vase_vllm.layout.schedule import EvictionSchedule  # noqa: E402
+from vase_vllm.tools.server import Server  # noqa: E402
 
 MODELS = ROOT / "benchmarks" / "models"
 ERROR = re.compile(r"^.*(?:\bERROR\b|\bCRITICAL\b|Traceback \(most recent|CUDA error).*$", re.M)

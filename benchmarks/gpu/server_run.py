@@ -16,8 +16,8 @@ from benchmarks.gpu import server_report
 from benchmarks.gpu.sweep import OutOfTimeError
 from benchmarks.throughput.checks import most_blocks
 from benchmarks.throughput.monitor import Monitor
-from vase_vllm.schedule import EvictionSchedule
-from vase_vllm.server import Server
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.server import Server
 
 SMALLEST_INPUT = 0.5
 """Prompts are this share to 1.5 times as long as asked for, so that evictions spread over steps."""

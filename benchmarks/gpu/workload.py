@@ -4,16 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.evict import evict_paged
-from kernels.paged import NUM_HEADER, ring_entries_per_block
-from kernels.parameters import EvictionParameters
-from kernels.reference import (
+from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.ring import store_queries
+from vase_vllm.kernels.torch_eviction import (
     attention_scores,
     sampling_noise,
     select_survivors,
     value_range,
 )
-from kernels.ring import store_queries
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
 
 TOLERANCE = 1e-4
 """How far from the threshold a priority may be for its token to be on the wrong side of it."""
@@ -53,10 +54,12 @@ class Shape:
         return self.num_due * self.num_layers * self.num_kv_heads
 
     @property
+    def ring(self) -> RingLayout:
+        return RingLayout(self.parameters.window, self.group_size, self.block_size)
+
+    @property
     def num_state_blocks(self) -> int:
-        return -(
-            -self.parameters.window // ring_entries_per_block(self.block_size, self.group_size)
-        )
+        return self.ring.num_blocks
 
     @property
     def softmax_scale(self) -> float:
@@ -131,16 +134,17 @@ class Workload:
 
     def cells(self, layer: int, row: int) -> torch.Tensor:
         """The cells of a row's slots, dense: [H, n, 2 * D]."""
-        blocks = self.block_table[row, NUM_HEADER + self.shape.num_state_blocks :].long()
+        front = BlockTableRow.NUM_HEADER + self.shape.num_state_blocks
+        blocks = self.block_table[row, front:].long()
         return self.caches[layer][blocks].transpose(0, 1).flatten(1, 2)[:, : self.shape.num_cached]
 
     def queries(self, layer: int, row: int) -> torch.Tensor:
         """The ring: [H, W * G, D]."""
         shape = self.shape
-        blocks = self.block_table[row, NUM_HEADER : NUM_HEADER + shape.num_state_blocks].long()
-        entries = ring_entries_per_block(shape.block_size, shape.group_size)
+        header = BlockTableRow.NUM_HEADER
+        blocks = self.block_table[row, header : header + shape.num_state_blocks].long()
         vectors = self.caches[layer][blocks].transpose(0, 1).flatten(2)
-        vectors = vectors[..., : entries * shape.group_size * shape.head_size]
+        vectors = vectors[..., : shape.ring.entries_per_block * shape.group_size * shape.head_size]
         vectors = vectors.reshape(shape.num_kv_heads, -1, shape.head_size)
         return vectors[:, : shape.num_query_rows]
 

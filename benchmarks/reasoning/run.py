@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.reasoning import report
 from benchmarks.reasoning.harness import Request, RunFailedError, cache, command, evaluate
 from benchmarks.reasoning.suite import FULL, TASKS, Policy, plan
-from vase_vllm.server import Server
+from vase_vllm.tools.server import Server
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("lm-eval", "math-verify")

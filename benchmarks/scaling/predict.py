@@ -9,11 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-from vase_vllm.cost import Part, Shard, Step, num_blocks_held
-from vase_vllm.gpus import GPUS
-from vase_vllm.model_shape import read_model_shape
-from vase_vllm.plan_command import kv_cache_memory
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.command import kv_cache_memory
+from vase_vllm.tools.plan.cost import Part, Shard, Step, num_blocks_held
+from vase_vllm.tools.plan.gpus import GPUS
+from vase_vllm.tools.plan.model_shape import read_model_shape
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "scaling.md"

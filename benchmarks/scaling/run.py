@@ -1,4 +1,4 @@
-"""Step times predicted by vase_vllm/cost.py against step times measured in vLLM on this CPU.
+"""Step times that vase_vllm/tools/plan/cost.py predicts, against those measured on this CPU.
 
     python -m benchmarks.scaling.run
 
@@ -24,10 +24,10 @@ from rich.progress import Progress
 from benchmarks.provenance import provenance
 from benchmarks.scaling.engine import Cell, Engine, engine
 from benchmarks.scaling.plot import plot
-from vase_vllm.cost import Machine, Shard, Step
-from vase_vllm.model_shape import read_model_shape
-from vase_vllm.schedule import EvictionSchedule
-from vase_vllm.tiny_model import make_tiny_model
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.cost import Machine, Shard, Step
+from vase_vllm.tools.plan.model_shape import read_model_shape
+from vase_vllm.tools.tiny_model import make_tiny_model
 
 RESULTS = Path(__file__).parents[1] / "results" / "scaling"
 SHAPE = {"layers": 4, "hidden_size": 256, "query_heads": 8, "kv_heads": 4, "head_dim": 64}

@@ -6,9 +6,9 @@ import requests
 from vllm.utils.math_utils import cdiv
 
 from benchmarks.throughput.suites import Policy
-from vase_vllm.ring import RingLayout
-from vase_vllm.schedule import EvictionSchedule
-from vase_vllm.server import Server
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.server import Server
 
 
 def evictions_so_far(server: Server, policy: Policy) -> int | None:

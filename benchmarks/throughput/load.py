@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.throughput.prompts import Request, write_dataset
 from benchmarks.throughput.suites import Workload
-from vase_vllm.server import Server
+from vase_vllm.tools.server import Server
 
 BINS = 16
 

@@ -7,7 +7,7 @@ from types import TracebackType
 import psutil
 import requests
 
-from vase_vllm.server import Server, count_blocks
+from vase_vllm.tools.server import Server, count_blocks
 
 METRICS = {
     "running": "vllm:num_requests_running",

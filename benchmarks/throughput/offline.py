@@ -27,7 +27,7 @@ from benchmarks.made_up_weights import write_model_files
 from benchmarks.provenance import provenance
 from benchmarks.throughput.run import RESULTS, environment, kv_memory_bytes
 from benchmarks.throughput.suites import CPU_MODEL, MODELS, SUITES, Policy
-from vase_vllm.model_shape import read_model_shape
+from vase_vllm.tools.plan.model_shape import read_model_shape
 
 SUITE = SUITES["cpu"]
 POLICIES = tuple(policy for policy in SUITE.policies if policy.name in ("full", "vase-256"))

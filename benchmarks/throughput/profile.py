@@ -29,18 +29,18 @@ from rich.progress import track
 from rich.table import Table
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from vase_vllm import backend, cpu_path, evictor, pages, ring, worker
 from vase_vllm.policies import candidates, draws, vase
-from vase_vllm.tiny_model import make_tiny_model
+from vase_vllm.tools.tiny_model import make_tiny_model
+from vase_vllm.worker import backend, cpu_path, evictor, pages, query_ring, worker
 
 BUDGET, WINDOW, BATCH, LAYERS, BLOCK_SIZE, PERIODS = 256, 32, 16, 4, 32, 6
 COSTS: tuple[tuple[Any, str], ...] = (
     (cpu_path.CPUPath, "prepare"),
     (cpu_path.CPUPath, "_evict"),
     (cpu_path.CPUPath, "_write_slots"),
-    (ring.RingWrite, "plan"),
-    (ring.RingWrite, "store"),
-    (ring.RingLayout, "load"),
+    (query_ring.RingWrite, "plan"),
+    (query_ring.RingWrite, "store"),
+    (query_ring.RingLayout, "load"),
     (draws.Draws, "gumbel"),
     (candidates, "attention_scores"),
     (candidates.Candidates, "of_values"),

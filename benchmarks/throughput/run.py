@@ -34,10 +34,10 @@ from benchmarks.throughput.load import (
 from benchmarks.throughput.monitor import Monitor, thinned
 from benchmarks.throughput.prompts import SEED, WARM_UP_SEED, draw_requests
 from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
-from vase_vllm.cost import ModelShape
-from vase_vllm.model_shape import read_model_shape
-from vase_vllm.server import Server
-from vase_vllm.tiny_model import make_tiny_model
+from vase_vllm.tools.plan.cost import ModelShape
+from vase_vllm.tools.plan.model_shape import read_model_shape
+from vase_vllm.tools.server import Server
+from vase_vllm.tools.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "throughput"

@@ -7,15 +7,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vase_vllm.kernels.evict import evict_paged
-from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
 from vase_vllm.kernels.parameters import EvictionParameters
-from vase_vllm.kernels.reference import (
+from vase_vllm.kernels.torch_eviction import (
     attention_scores,
     plan_moves,
     sampling_noise,
     select_survivors,
     value_range,
 )
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
 
 MARGIN = 1e-5
 """Relative gap around a selection threshold: above the rounding of two ways to sum in fp32."""
@@ -55,13 +56,12 @@ class Case:
     separated: bool = field(default=True)
 
     @property
-    def ring_entries(self) -> int:
-        return ring_entries_per_block(self.block_size, self.group_size)
+    def ring(self) -> RingLayout:
+        return RingLayout(self.parameters.window, self.group_size, self.block_size)
 
     @property
     def num_state_blocks(self) -> int:
-        needed = -(-self.parameters.window // self.ring_entries)
-        return needed * self.has_queries + self.spare_state_blocks
+        return self.ring.num_blocks * self.has_queries + self.spare_state_blocks
 
     @property
     def has_queries(self) -> bool:
@@ -93,7 +93,7 @@ class Pool:
         generator = torch.Generator().manual_seed(case.seed)
         heads, block_size, head_size = case.num_kv_heads, case.block_size, case.head_size
         num_token_blocks = [-(-case.num_cached(s) // block_size) for s in case.sequences]
-        columns = NUM_HEADER + case.num_state_blocks + max(num_token_blocks)
+        columns = BlockTableRow.NUM_HEADER + case.num_state_blocks + max(num_token_blocks)
         num_blocks = 3 + len(case.sequences) * columns
         free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
         self.block_table = torch.zeros(len(case.sequences), columns, dtype=torch.int32)
@@ -144,7 +144,8 @@ class Pool:
 
     def blocks(self, row: int, slots: torch.Tensor) -> torch.Tensor:
         """Blocks of a row's slots: int64."""
-        columns = NUM_HEADER + self.case.num_state_blocks + slots // self.case.block_size
+        front = BlockTableRow.NUM_HEADER + self.case.num_state_blocks
+        columns = front + slots // self.case.block_size
         return self.block_table[row, columns].long()
 
     def ring_vector(
@@ -152,8 +153,9 @@ class Pool:
     ) -> torch.Tensor:
         """The [D] view of one query in the ring, from the words of the contract."""
         case = self.case
-        block = self.block_table[row, NUM_HEADER + entry // case.ring_entries]
-        vector = entry % case.ring_entries * case.group_size + query_head
+        column, entry_of_block = divmod(entry, case.ring.entries_per_block)
+        block = self.block_table[row, BlockTableRow.NUM_HEADER + column]
+        vector = entry_of_block * case.group_size + query_head
         start = vector % 2 * case.head_size
         return cache[block, head, vector // 2, start : start + case.head_size]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from vase_vllm.kernels.paged import NUM_HEADER
 from vase_vllm.kernels.remap import TOKEN_TILE, remap_batch
-from vase_vllm.schedule import EvictionSchedule
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.schedule import EvictionSchedule
 
 PAD_SLOT = -1
 UNTOUCHED = -7
@@ -30,7 +30,7 @@ class Batch:
     ):
         self.schedule = EvictionSchedule(budget, window)
         self.block_size, self.num_state_blocks = block_size, num_state_blocks
-        self.front = NUM_HEADER + num_state_blocks
+        self.front = BlockTableRow.NUM_HEADER + num_state_blocks
         self.first = torch.tensor([first for first, _, _ in sequences])
         before = torch.tensor([before for _, before, _ in sequences])
         self.counts = torch.tensor([count for _, _, count in sequences])

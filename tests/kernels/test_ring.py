@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from vase_vllm.kernels.paged import NUM_HEADER, ring_entries_per_block
 from vase_vllm.kernels.ring import store_queries
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,12 +27,13 @@ class Batch:
     ):
         generator = torch.Generator().manual_seed(0)
         self.sequences, self.window, self.group_size = sequences, window, group_size
-        self.entries = ring_entries_per_block(block_size, group_size)
-        self.num_state_blocks = -(-window // self.entries)
+        ring = RingLayout(window, group_size, block_size)
+        self.entries, self.num_state_blocks = ring.entries_per_block, ring.num_blocks
         num_rows = len(sequences)
-        self.block_table = torch.zeros(num_rows, NUM_HEADER + self.num_state_blocks + 1).int()
+        num_columns = BlockTableRow.NUM_HEADER + self.num_state_blocks + 1
+        self.block_table = torch.zeros(num_rows, num_columns).int()
         num_blocks = 1 + num_rows * self.num_state_blocks
-        self.block_table[:, NUM_HEADER:-1] = (
+        self.block_table[:, BlockTableRow.NUM_HEADER : -1] = (
             torch.randperm(num_blocks - 1, generator=generator).view(num_rows, -1) + 1
         )
         self.block_table[:, 0] = torch.tensor([first for first, _, _ in sequences])
@@ -71,7 +73,7 @@ class Batch:
             earliest = max(before + count, first) - self.window
             for i in range(max(0, earliest - before) if first else count, count):
                 token, entry = self.query_start_loc[row] + i, (before + i) % self.window
-                block = self.block_table[row, NUM_HEADER + entry // self.entries]
+                block = self.block_table[row, BlockTableRow.NUM_HEADER + entry // self.entries]
                 for head in range(self.query.shape[1]):
                     kv_head, query_head = divmod(head, self.group_size)
                     vector = entry % self.entries * self.group_size + query_head
@@ -103,7 +105,12 @@ def test_queries_that_no_eviction_asks_for_are_not_stored():
     batch = Batch(sequences)
     check(batch)
     stored = (~batch.cache.isnan()).flatten(1).any(1)
-    assert stored[batch.block_table[:, NUM_HEADER].long()].tolist() == [False, False, *[True] * 3]
+    first_state_blocks = batch.block_table[:, BlockTableRow.NUM_HEADER].long()
+    assert stored[first_state_blocks].tolist() == [
+        False,
+        False,
+        *[True] * 3,
+    ]
 
 
 def test_order_of_programs_does_not_matter():
@@ -146,7 +153,7 @@ def test_ring_slot_offset_beyond_int32_in_a_large_pool():
     assert large.numel() > 2**31
     large[offset:] = batch.cache
     batch.cache, small = large, batch.cache
-    batch.block_table[:, NUM_HEADER:] += offset
+    batch.block_table[:, BlockTableRow.NUM_HEADER :] += offset
     batch.store()
     torch.testing.assert_close(large[offset:], expected, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(large[offset:].nan_to_num(), small.nan_to_num())

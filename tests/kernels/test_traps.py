@@ -16,13 +16,13 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.kernels.paged_case import Case, Pool, Sequence
-from vase_vllm.blocks import EvictionSpec
 from vase_vllm.config import EvictionConfig
-from vase_vllm.evictor import EvictionCounters
-from vase_vllm.first_evictions import FirstEvictions
-from vase_vllm.kernels.paged import NUM_HEADER
-from vase_vllm.schedule import EvictionSchedule
-from vase_vllm.triton_path import TritonPath
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.first_evictions import FirstEvictions
+from vase_vllm.worker.triton_path import TritonPath
 
 CONFIG = EvictionConfig.parse({"budget": 40, "window": 8, "protected": 10})
 FIRST = CONFIG.budget + CONFIG.window
@@ -78,7 +78,7 @@ class Worker:
             for index, cache in zip(case.layers, self.pool.caches, strict=True)
         }
         self.path = TritonPath(context, spec, layers)
-        self.front = NUM_HEADER + case.num_state_blocks
+        self.front = BlockTableRow.NUM_HEADER + case.num_state_blocks
         num_columns = self.front + MAX_MODEL_LEN // case.block_size
         self.block_table = torch.zeros(max_rows, num_columns, dtype=torch.int32)
         self.query_start_loc = torch.zeros(max_rows + 1, dtype=torch.int32)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from vase_vllm.kernels.parameters import EvictionLimits
-from vase_vllm.kernels.reference import attention_scores
+from vase_vllm.kernels.torch_eviction import attention_scores
 from vase_vllm.policies.draws import LayerDraws
 
 

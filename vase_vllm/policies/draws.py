@@ -11,7 +11,7 @@ import torch
 
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.philox import uniform
-from vase_vllm.kernels.reference import sampling_noise
+from vase_vllm.kernels.torch_eviction import sampling_noise
 
 _DRAWS_TOGETHER = 1 << 15
 """Noise drawn at once: int64 numbers that still fit a processor's cache."""

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters, Sampling
-from vase_vllm.kernels.reference import value_range, vase_priority
+from vase_vllm.kernels.torch_eviction import value_range, vase_priority
 from vase_vllm.policies.base import AttentionPolicy
 from vase_vllm.policies.candidates import Candidates
 

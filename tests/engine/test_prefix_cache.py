@@ -1,0 +1,203 @@
+"""Prefix caching beside eviction: what prompts share is read once, and nothing else changes."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.engines import (
+    engine,
+    eviction_stats,
+    generate,
+    greedy,
+    num_used_blocks,
+    random_prompt,
+)
+from tests.support.interpreted import run_case, run_interpreted
+from tests.support.simulated_worker import Simulation, make_scheduler
+
+BUDGET, WINDOW = 24, 8
+
+request = st.tuples(
+    st.integers(0, 1),  # which beginning
+    st.integers(0, 60),  # how much of it
+    st.integers(1, 20),  # tokens of its own
+    st.integers(1, 60),  # tokens of its answer
+    st.integers(0, 40),  # step of its arrival
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    requests=st.lists(request, min_size=2, max_size=12),
+    block_size=st.sampled_from([4, 8]),
+    num_spare=st.integers(0, 40),
+    chunk=st.sampled_from([8, 24, 100]),
+    admission=st.sampled_from(["expected", "reserve", "optimistic"]),
+)
+def test_every_block_holds_what_it_should(
+    models, requests, block_size, num_spare, chunk, admission
+):
+    """Whatever comes when: hits, copies of copies, evictions, preemptions, a pool that is full."""
+    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1, "admission": admission}
+    # The longest prompt is dense until its first eviction.
+    num_blocks = 2 + -(-(80 + WINDOW + 1) // block_size) + num_spare
+    simulation = Simulation(make_scheduler(models.qwen3(), eviction, block_size, num_blocks, chunk))
+    for _ in range(20):
+        # With "expected", a history that makes room look larger than it is.
+        simulation.manager.answer_lengths.add(3, cut_off=False)
+    beginnings = [[2 + 7 * which + p % 5 for p in range(60)] for which in range(2)]
+    waiting = sorted(enumerate(requests), key=lambda item: item[1][-1])
+    for number in range(4000):
+        while waiting and waiting[0][1][-1] <= number:
+            index, (which, shared, own, length, _) = waiting.pop(0)
+            prompt = beginnings[which][:shared] + [100 + index] * own
+            simulation.add(str(index), prompt, length)
+        if not waiting and not simulation.scheduler.has_unfinished_requests():
+            break
+        simulation.step()
+    assert not simulation.scheduler.has_unfinished_requests(), "the scheduler hangs"
+    assert simulation.num_used_blocks == 0
+    for index, (_, shared, _, _, _) in enumerate(requests):
+        assert simulation.num_cached_tokens[str(index)] <= shared
+
+
+@pytest.fixture
+def simulation(models):
+    """Blocks of 4 in plenty, chunks of 24 tokens."""
+    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1}
+    return Simulation(make_scheduler(models.qwen3(), eviction, 4, 200, chunk=24))
+
+
+def finish(simulation):
+    while simulation.scheduler.has_unfinished_requests():
+        simulation.step()
+
+
+def prompt(shared, own):
+    return [2 + p % 5 for p in range(shared)] + own
+
+
+def test_a_prompt_is_found_after_its_sequence_has_evicted_and_ended(simulation):
+    simulation.add("first", prompt(20, [50]), 60)
+    finish(simulation)
+    assert simulation.num_evictions >= 5
+    simulation.add("second", prompt(20, [60, 61, 62]), 60)
+    finish(simulation)
+    assert simulation.num_cached_tokens == {"first": 0, "second": 20}
+
+
+def test_a_prompt_is_found_while_its_sequence_runs(simulation):
+    simulation.add("first", prompt(20, [50]), 100)
+    for _ in range(3):
+        simulation.step()
+    simulation.add("second", prompt(20, [60]), 100)
+    finish(simulation)
+    assert simulation.num_cached_tokens["second"] == 20
+
+
+def test_a_copy_that_has_not_been_made_yet_is_copied_from_its_source(simulation):
+    """The second request comes in the very step that puts the first one's prompt into the cache."""
+    simulation.add("first", prompt(20, [50]), 100)
+    simulation.step()
+    simulation.add("second", prompt(20, [60]), 100)
+    finish(simulation)
+    assert simulation.num_cached_tokens["second"] == 20
+
+
+def test_the_queries_that_score_the_first_eviction_are_computed(simulation):
+    """A prompt of 52 evicts first at 56, for which the queries from 48 on are needed."""
+    simulation.add("first", prompt(52, []), 5)
+    finish(simulation)
+    simulation.add("again", prompt(52, []), 5)
+    finish(simulation)
+    assert simulation.num_cached_tokens["again"] == 48
+
+
+def test_a_chunk_is_found_before_the_prompt_is_read(simulation):
+    simulation.add("first", prompt(60, [50]), 5)
+    simulation.step()
+    simulation.step()
+    simulation.add("second", prompt(60, [60]), 5)
+    finish(simulation)
+    assert simulation.num_cached_tokens["second"] >= 24
+
+
+@pytest.mark.parametrize(("num_blocks", "num_hit"), [(24, 0), (25, 28)])
+def test_a_hit_that_the_pool_has_no_room_for_is_dropped(models, num_blocks, num_hit):
+    """59 tokens and their state take 17 blocks, and a hit of 28 tokens is 7 blocks beside them."""
+    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1}
+    simulation = Simulation(make_scheduler(models.qwen3(), eviction, 4, num_blocks, chunk=24))
+    for name, length in (("first", 30), ("second", 59)):
+        simulation.add(name, prompt(length, []), 2)
+        for _ in range(20):
+            simulation.step()
+    assert not simulation.scheduler.has_unfinished_requests()
+    assert simulation.num_cached_tokens["second"] == num_hit
+
+
+# From here on in real engines.
+
+EVICTION = {"budget": 96, "window": 16}
+SHARED = random_prompt(200, 0)
+PROMPTS = [
+    # Longer than the budget, shorter, and with nothing in common.
+    *[SHARED + random_prompt(9, seed) for seed in (1, 2)],
+    *[SHARED[:70] + random_prompt(5, seed) for seed in (3, 4)],
+    random_prompt(50, 5),
+]
+
+
+def cached_tokens(llm):
+    """Prompt tokens that vLLM has taken from its prefix cache so far, by its own count."""
+    return sum(
+        metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["gumbel", "greedy"])
+def test_tokens_are_those_without_prefix_caching(models, sampling):
+    eviction = EVICTION | {"sampling": sampling}
+    with engine(models.qwen3(), eviction, enable_prefix_caching=False) as llm:
+        expected = generate(llm, PROMPTS, greedy(150))
+    with engine(models.qwen3(), eviction, disable_log_stats=False) as llm:
+        # One after the other, so that each finds what those before it have left.
+        alone = [generate(llm, [prompt], greedy(150))[0] for prompt in PROMPTS]
+        assert cached_tokens(llm) == 192 + 2 * 64
+        assert generate(llm, PROMPTS, greedy(150)) == expected
+        assert num_used_blocks(llm) == 0
+        assert eviction_stats(llm)["evictions"] > 50
+    assert alone == expected
+
+
+@pytest.mark.slow
+def test_hybrid_models(models):
+    """The sliding-window layers share their blocks as ever; a hit is one in every group."""
+    with engine(models.gemma3(), EVICTION, enable_prefix_caching=False) as llm:
+        expected = generate(llm, PROMPTS, greedy(120))
+    with engine(models.gemma3(), EVICTION, disable_log_stats=False) as llm:
+        alone = [generate(llm, [prompt], greedy(120))[0] for prompt in PROMPTS]
+        assert cached_tokens(llm) > 0
+        assert generate(llm, PROMPTS, greedy(120)) == expected
+        assert num_used_blocks(llm) == 0
+    assert alone == expected
+
+
+@pytest.mark.slow
+def test_on_gpu_pages_under_runner_v2(models):
+    """One prompt after the other; the second and third find what the first has left."""
+    case = {
+        "eviction": {"budget": 48, "window": 16},
+        "prompts": [SHARED[:64] + random_prompt(3, seed) for seed in range(3)],
+        "num_tokens": 24,
+    }
+    options = {"max_num_batched_tokens": 40, "max_num_seqs": 1}
+    without = run_case(models.qwen3(), options={"enable_prefix_caching": False}, **case)
+    result = run_interpreted(models.qwen3(), triton_attention=True, options=options, **case)
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
+    # The first eviction, at position 80, needs the queries from 64 on.
+    assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 64, 64])
+    assert result["tokens"] == without["tokens"]
+    assert result["stats"]["evictions"] == without["stats"]["evictions"] > 0

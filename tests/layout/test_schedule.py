@@ -1,0 +1,91 @@
+"""The closed form against the authors' schedule, played token by token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vase_vllm.layout.schedule import EvictionSchedule
+
+
+def play(budget: int, window: int, num_prompt: int, num_tokens: int):
+    """The authors' rule with a counter: after a decode step, evict at T + k * W cached tokens.
+
+    Yields (position, its slot, tokens cached before an eviction that precedes it, or None).
+    """
+    cached = 0
+    for position in range(num_tokens):
+        evicted_at = None
+        decoded = position > num_prompt
+        if decoded and cached > budget and (cached - budget) % window == 0:
+            evicted_at, cached = cached, budget
+        yield position, cached, evicted_at
+        cached += 1
+
+
+shapes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 200)).map(
+    lambda n: (n[0] + n[1], n[1], n[2])
+)
+
+
+@given(shapes)
+def test_closed_form_equals_the_counters(shape):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window)
+    first = schedule.first_eviction(num_prompt)
+    num_tokens = first + 4 * window
+    positions = torch.arange(num_tokens)
+    slots = schedule.slots(positions, torch.tensor(first)).tolist()
+    due = schedule.due(positions, torch.tensor(first)).tolist()
+    for position, slot, evicted_at in play(budget, window, num_prompt, num_tokens):
+        assert slots[position] == slot
+        assert due[position] == (evicted_at is not None)
+        if evicted_at is not None:
+            assert schedule.num_cached(position, first) == evicted_at
+
+
+@given(shapes, st.integers(1, 400))
+def test_evictions_are_counted_as_played(shape, num_output):
+    budget, window, num_prompt = shape
+    # The last token of an answer is never read: it has no position in the cache.
+    played = play(budget, window, num_prompt, num_prompt + num_output - 1)
+    sizes = [evicted_at for _, _, evicted_at in played if evicted_at is not None]
+    schedule = EvictionSchedule(budget, window)
+    assert schedule.evictions(num_prompt, num_output) == (
+        len(sizes),
+        sum(size - budget for size in sizes),
+    )
+
+
+@given(shapes)
+def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window)
+    first = schedule.first_eviction(num_prompt)
+    assert first > num_prompt
+    assert schedule.bound <= first <= max(num_prompt, budget) + window
+    positions = torch.arange(first, first + 5 * window)
+    slots = schedule.slots(positions, torch.tensor(first))
+    assert int(slots.max()) == schedule.bound - 1
+    for num_tokens in range(first + 5 * window):
+        assert schedule.num_slots(num_tokens, first) <= max(first, schedule.bound)
+
+
+@given(shapes, st.integers(0, 300))
+def test_a_chunk_never_crosses_an_eviction(shape, position):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window)
+    first = schedule.first_eviction(num_prompt)
+    length = schedule.tokens_until_eviction(position, first)
+    assert length > 0
+    inside = torch.arange(position + 1, position + length)
+    assert not schedule.due(inside, torch.tensor(first)).any()
+    assert schedule.due(torch.tensor(position + length), torch.tensor(first))
+
+
+@pytest.mark.parametrize("num_prompt", [1, 100, 1000])
+def test_padding_rows_never_evict(num_prompt):
+    schedule = EvictionSchedule(64, 16)
+    positions, padding = torch.arange(1000), torch.tensor(0)
+    assert not schedule.due(positions, padding).any()
+    assert torch.equal(schedule.slots(positions, padding), positions)

@@ -1,0 +1,181 @@
+"""vLLM's scheduler under eviction with a worker that only keeps books.
+
+It does to a memory of names what a worker does to keys and values: the block copies, the evictions,
+the new tokens, each where the scheduler's messages say. A name stands for all that a key depends
+on, so that a wrong or stale block is found wherever it comes from.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vase_vllm.engine.block_manager import EvictionManager
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.schedule import EvictionSchedule
+
+EVICTED = "evicted"
+STOP_TOKEN = 3
+
+
+def make_scheduler(
+    model: Path, eviction: dict[str, Any], block_size: int, num_blocks: int, chunk: int
+) -> Scheduler:
+    """The scheduler that an engine with these settings gets, for one group of one layer.
+
+    Args:
+        num_blocks: of the pool, the null block among them.
+        chunk: most tokens of a step.
+    """
+    arguments = EngineArgs(
+        str(model),
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        block_size=block_size,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=8,
+        additional_config={"kv_eviction": eviction},
+    )
+    config = arguments.create_engine_config()
+    config.cache_config.num_gpu_blocks = num_blocks
+    spec = EvictionSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+        schedule=EvictionSchedule(eviction["budget"], eviction["window"]),
+        num_state_blocks=1,
+    )
+    groups = [KVCacheGroupSpec(["layer"], spec)]
+    return resolve_obj_by_qualname(config.scheduler_config.scheduler_cls)(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(num_blocks, [], groups),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=block_size,
+        hash_block_size=block_size,
+    )
+
+
+class Simulation:
+    """Runs requests to their end, one step at a time, and checks every step."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        assert isinstance(manager, EvictionManager)
+        self.manager = manager
+        self.spec = manager.kv_cache_spec
+        self.pool = manager.block_pool
+        self.memory: dict[int, list[Any]] = {}
+        self.rows: dict[str, list[int]] = {}
+        self.num_cached_tokens: dict[str, int] = {}
+        self.stops_at: dict[str, int | None] = {}
+        self.num_evictions = 0
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(manager.block_size, hash_function)
+
+    def add(
+        self, request_id: str, prompt: list[int], max_tokens: int, stops_at: int | None = None
+    ) -> None:
+        """Queue a request, which stops by itself after ``stops_at`` tokens."""
+        parameters = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN]
+        )
+        self.stops_at[request_id] = stops_at
+        parameters.update_from_generation_config({}, None)
+        request = Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
+        self.scheduler.add_request(request)
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that are not free; the null block does not count."""
+        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+
+    def step(self) -> None:
+        """One step of the scheduler and of the worker."""
+        output = self.scheduler.schedule()
+        for request in output.scheduled_new_reqs:
+            self.rows[request.req_id] = list(request.block_ids[0])
+            self.num_cached_tokens[request.req_id] = request.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self.rows[request_id] = []
+            self.rows[request_id] += block_ids[0] if block_ids else []
+        copies = output.kv_cache_block_copies or []
+        assert len({copy.dst_block_id for copy in copies}) == len(copies)
+        # All at once, as the workers do: what is written is not what is read.
+        copied = [self.memory[copy.src_block_id][:] for copy in copies]
+        self.memory |= {copy.dst_block_id: c for copy, c in zip(copies, copied, strict=True)}
+        computed = {
+            request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs
+        }
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        sampled = []
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[request_id]
+            stop = computed[request_id] + num_tokens
+            self._compute(request, computed[request_id], stop)
+            is_last = request.num_output_tokens + 1 == self.stops_at[request_id]
+            token = STOP_TOKEN if is_last else stop % STOP_TOKEN
+            sampled.append([token] if stop >= request.num_tokens else [])
+        self._check_blocks()
+        request_ids = list(output.num_scheduled_tokens)
+        index = {request_id: number for number, request_id in enumerate(request_ids)}
+        self.scheduler.update_from_output(output, ModelRunnerOutput(request_ids, index, sampled))
+
+    def _compute(self, request: Request, start: int, stop: int) -> None:
+        row = self.rows[request.request_id]
+        first = row[BlockTableRow.FIRST]
+        token_blocks = row[self.spec.num_front :]
+        schedule = self.spec.schedule
+        if schedule.due(start, first):
+            self.num_evictions += 1
+            for slot in range(
+                min(schedule.num_cached(start, first), len(token_blocks) * self.spec.block_size)
+            ):
+                self._cell(token_blocks, slot, EVICTED)
+        tokens = request.all_token_ids
+        for position in range(start, stop):
+            slot = schedule.slots(position, first)
+            self._cell(token_blocks, slot, tuple(tokens[: position + 1]))
+        if stop <= first:
+            for position in range(stop):
+                block, cell = divmod(position, self.spec.block_size)
+                found = self.memory[token_blocks[block]][cell]
+                assert found == tuple(tokens[: position + 1]), (request.request_id, position)
+
+    def _cell(self, token_blocks: list[int], slot: int, name: Any) -> None:
+        block, cell = divmod(slot, self.spec.block_size)
+        names = self.memory.setdefault(token_blocks[block], [None] * self.spec.block_size)
+        names[cell] = name
+
+    def _check_blocks(self) -> None:
+        """No block of a sequence is another's, or in the prefix cache; what is cached is right."""
+        own = [
+            block
+            for row in self.manager.req_to_blocks.values()
+            for block in row[BlockTableRow.NUM_HEADER :]
+            # A short sequence has no ring, and null blocks in its place.
+            if not block.is_null
+        ]
+        assert len({block.block_id for block in own}) == len(own)
+        assert all(block.block_hash is None for block in own)
+        cached = [block for block in self.pool.blocks if block.block_hash is not None]
+        for block in cached:
+            names = self.memory[block.block_id]
+            lengths = [len(name) for name in names]
+            assert EVICTED not in names
+            assert lengths == list(range(lengths[0], lengths[0] + len(lengths)))

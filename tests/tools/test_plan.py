@@ -1,0 +1,290 @@
+"""The planner: its arithmetic against counting, and its blocks against a real engine's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools import cli
+from vase_vllm.tools.plan.capacity import Workload, make_plan, parse_size
+from vase_vllm.tools.plan.cost import (
+    Machine,
+    ModelShape,
+    Shard,
+    evicting_fraction,
+    mean_cached,
+    num_blocks_held,
+)
+from vase_vllm.tools.plan.model_shape import read_model_shape
+from vase_vllm.tools.tiny_model import make_tiny_model
+
+QWEN3_8B = str(Path(__file__).parents[2] / "benchmarks" / "models" / "qwen3-8b")
+SHAPE = ModelShape(
+    num_layers=36,
+    num_query_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    hidden_size=4096,
+    element_size=2,
+    num_params=8_190_735_360,
+    weight_bytes=16_381_470_720,
+    lookup_fraction=622_329_856 / 8_190_735_360,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80G", 80 * 2**30),
+        ("80g", 80 * 10**9),
+        ("80GB", 80 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("256M", 2**28),
+        ("32k", 32_000),
+        ("32K", 32_768),
+        ("4096", 4096),
+    ],
+)
+def test_sizes_are_read_as_vllm_reads_them(text: str, num_bytes: int):
+    from vllm.utils.argparse_utils import human_readable_int
+
+    assert parse_size(text) == num_bytes
+    if "B" not in text:
+        assert human_readable_int(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "80GiX", "1e9", "80 80"])
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_size(text)
+
+
+def test_shape_of_qwen3_8b():
+    shape, longest = read_model_shape(QWEN3_8B)
+    assert shape == SHAPE
+    assert longest == 40960
+    assert Shard(shape).kv_bytes_per_token == 144 * 1024
+
+
+@pytest.mark.parametrize(
+    ("dtype", "serve", "size"),
+    [("float32", "auto", 2), ("float32", "float32", 4), ("bfloat16", "auto", 2)],
+)
+def test_weights_take_the_bytes_of_the_served_dtype(
+    tmp_path: Path, dtype: str, serve: str, size: int
+):
+    shape = read_model_shape(str(make_tiny_model(tmp_path, layers=1, dtype=dtype)), serve)[0]
+    assert shape.element_size == size
+    assert shape.weight_bytes == size * shape.num_params
+
+
+def test_experts_are_counted_apart(tmp_path: Path):
+    from transformers import Qwen3MoeConfig
+
+    Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=128,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    shape = read_model_shape(str(tmp_path))[0]
+    assert (shape.num_experts, shape.num_experts_per_token) == (8, 2)
+    assert shape.expert_fraction * shape.num_params == pytest.approx(2 * 8 * 3 * 64 * 32)
+    dense = 1 - shape.lookup_fraction - shape.expert_fraction
+    one, many = (Shard(shape).weight_bytes_read(batch) / shape.weight_bytes for batch in (1, 1000))
+    assert one == pytest.approx(dense + shape.expert_fraction / 4)
+    assert many == pytest.approx(dense + shape.expert_fraction)
+
+
+@pytest.mark.parametrize("prompt", [1, 100, 512, 513, 1000])
+@pytest.mark.parametrize("output", [1, 63, 500, 4097])
+def test_closed_forms_equal_counting(prompt: int, output: int):
+    schedule = EvictionSchedule(512, 64)
+    first = schedule.first_eviction(prompt)
+    steps = range(prompt, prompt + output)
+    slots = [p if p < first else 512 + (p - first) % 64 for p in steps]
+    assert mean_cached(prompt, output, schedule) == pytest.approx(
+        sum(slot + 1 for slot in slots) / output
+    )
+    assert mean_cached(prompt, output) == pytest.approx(sum(p + 1 for p in steps) / output)
+    assert evicting_fraction(prompt, output, schedule) == sum(p >= first for p in steps) / output
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks"), [(1, 9), (16, 9), (17, 10), (576, 44), (577, 44), (40960, 44)]
+)
+def test_blocks_of_a_sequence_are_bounded(num_tokens: int, blocks: int):
+    assert num_blocks_held(num_tokens, 16, EvictionSchedule(512, 64), 8) == blocks
+
+
+@pytest.mark.parametrize(
+    ("tp", "heads"), [(1, (8, 32)), (2, (4, 16)), (8, (1, 4)), (16, (1, 2)), (32, (1, 1))]
+)
+def test_heads_are_split_over_gpus(tp: int, heads: tuple[int, int]):
+    shard = Shard(SHAPE, tp)
+    assert (shard.num_kv_heads, shard.num_query_heads) == heads
+
+
+@pytest.mark.parametrize("tp", [0, 3, 12, 64])
+def test_a_split_of_heads_that_vllm_refuses_is_refused(tp: int):
+    with pytest.raises(ValueError, match="--tensor-parallel-size"):
+        Shard(SHAPE, tp)
+
+
+def test_eviction_costs_what_the_kernel_reads():
+    """One head of T = 4096, W = 64, G = 4, D = 128: twice 268 MFLOP, and about 3 MB."""
+    head = ModelShape(1, 4, 1, 128, 512, 2, 1, 2)
+    part = Shard(head).eviction(EvictionSchedule(4096, 64))
+    assert part.operations == 2 * 268_435_456
+    assert part.num_bytes == (3 * 4096 * 128 + 64 * 4 * 128 + 64 * 4 * 128) * 2
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    machine = Machine(bandwidth=1e12, peak=1e15, overhead=1e-3, link_latency=1e-5)
+    step = Shard(SHAPE, 2).step(batch=8, num_cached=1000)
+    weights = (SHAPE.weight_bytes - 2 * 622_329_856) / 2
+    kv_bytes = 8 * 1001 * 72 * 1024
+    assert step.num_bytes == pytest.approx(weights + kv_bytes)
+    assert step.seconds(machine) == pytest.approx(1e-3 + (weights + kv_bytes) / 1e12 + 72 * 1e-5)
+
+
+def test_plan_of_qwen3_8b():
+    workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=512, mean_output_len=16384)
+    plan = make_plan(SHAPE, 1, workload, [EvictionSchedule(4096, 64)])
+    assert plan.bytes_per_block == 16 * 144 * 1024
+    assert plan.num_blocks == 22755
+    assert plan.full.blocks_per_sequence == 2560
+    assert plan.full.max_concurrency == pytest.approx(22755 / 2560)
+    assert plan.full.max_sequences == 22754 // 2560
+    assert (plan.full.speedup, plan.full.speedup_equal_batch) == (1, 1)
+    evicting = plan.evicting[0]
+    assert (evicting.state_blocks, evicting.blocks_per_sequence) == (8, 268)
+    assert evicting.max_concurrency == pytest.approx(22755 / 268)
+    assert evicting.speedup > evicting.speedup_equal_batch > 1
+
+
+def test_short_answers_gain_nothing():
+    workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=512, mean_output_len=500)
+    evicting = make_plan(SHAPE, 1, workload, [EvictionSchedule(4096, 64)]).evicting[0]
+    assert 0.8 < evicting.speedup < 1
+
+
+def plan_arguments(*more: str) -> list[str]:
+    return ["plan", "--model", QWEN3_8B, *more]
+
+
+def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]):
+    arguments = plan_arguments("--kv-cache-memory", "12GiB", "--budget", "2k", "4096", "--json")
+    assert cli.main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_blocks"] == 12 * 2**30 // (16 * 144 * 1024)
+    assert [item["budget"] for item in plan["evicting"]] == [2000, 4096]
+
+
+def test_table_has_no_colour_when_piped(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(plan_arguments("--gpu-memory", "80GiB")) == 0
+    out = capsys.readouterr().out
+    assert "budget 4096" in out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines()[2:14])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --gpu-memory and --kv-cache-memory"),
+        (["--gpu-memory", "80X"], "'80X' is no size"),
+        (["--gpu-memory", "8GiB"], "the weights do not fit"),
+        (["--kv-cache-memory", "1M"], "hold no block"),
+        (["--kv-cache-memory", "64M"], "not one sequence"),
+        (["--gpu-memory", "80G", "--budget", "64"], "must be larger than window"),
+        (["--gpu-memory", "80G", "--budget", "x"], "--budget: 'x' is no size"),
+        (["--gpu-memory", "80G", "--max-model-len", "4096"], "no sequence would ever evict"),
+        (["--gpu-memory", "80G", "--max-model-len", "1M"], "above the config's 40960"),
+        (["--gpu-memory", "80G", "-tp", "3"], "cannot be split over 3 GPUs"),
+        (["--gpu-memory", "80G", "--block-size", "0"], "must be at least 1"),
+        (["--gpu-memory", "80G", "--gpu-memory-utilization", "90"], "up to 1"),
+        (["--gpu-memory", "80G", "--mean-output-len", "64K"], "must be at most"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(plan_arguments(*arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", "--model", "m", "--block-size", "x"], ["no-such-command"]]
+)
+def test_wrong_arguments_are_refused_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no config to read"):
+        read_model_shape(str(tmp_path))
+
+
+ENGINE = """
+import json, sys
+from vllm import LLM
+engine = LLM(**json.loads(sys.argv[1])).llm_engine
+cache = engine.vllm_config.cache_config
+print(json.dumps([cache.num_gpu_blocks, cache.kv_cache_max_concurrency]))
+"""
+
+
+def engine_capacity(**arguments: object) -> tuple[int, float]:
+    """Blocks and maximum concurrency of an engine in a process of its own."""
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", ENGINE, json.dumps(arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    num_blocks, concurrency = json.loads(run.stdout.splitlines()[-1])
+    return num_blocks, concurrency
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
+def test_plan_says_what_the_engine_reports(
+    tmp_path: Path, evicts: bool, capsys: pytest.CaptureFixture[str]
+):
+    model = make_tiny_model(tmp_path, layers=2, query_heads=8, kv_heads=2, head_dim=64)
+    budget, window = 512, 32
+    settings = {"policy": "vase", "budget": budget, "window": window}
+    reported = engine_capacity(
+        model=str(model),
+        enforce_eager=True,
+        kv_cache_memory_bytes=48_000_000,
+        block_size=32,
+        max_model_len=5000,
+        additional_config={"kv_eviction": settings} if evicts else {},
+    )
+    arguments = [
+        *("plan", "--model", str(model), "--kv-cache-memory", "48MB", "--block-size", "32"),
+        *("--max-model-len", "5000", "--budget", str(budget), "--window", str(window), "--json"),
+    ]
+    assert cli.main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    capacity = plan["evicting"][0] if evicts else plan["full"]
+    assert reported == (plan["num_blocks"], pytest.approx(capacity["max_concurrency"], rel=1e-9))

@@ -1,0 +1,257 @@
+"""Blocks of a sequence under eviction: the KV cache spec and its block manager.
+
+A row of the block table holds, in this order::
+
+    first | key | state blocks ... | blocks of the tokens' slots ...
+
+``first`` and ``key`` are not blocks but two numbers that travel to the workers where block ids do
+(see :class:`BlockTableRow`). That way they live exactly as long as the request's blocks, under
+both model runners, through preemption and reordering, and nobody has to keep them in step.
+The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
+the same layers: allocated, accounted and freed with the rest. A sequence that can never become long
+enough for a query to be kept has null blocks in their place.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from vase_vllm.config import Admission
+from vase_vllm.engine.admission import AnswerLengths, expected_peak
+from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.block_table_row import BlockTableRow
+
+
+def content_key(request: Request) -> int:
+    """31-bit hash of what a request asks for: its prompt and its sampling seed.
+
+    Draws keyed by it repeat when the same request comes again, alone or in any batch.
+    """
+    sampling = request.sampling_params
+    seed = sampling.seed if sampling is not None and sampling.seed is not None else 0
+    tokens = np.asarray(request.prompt_token_ids or (), dtype=np.int32)
+    return zlib.crc32(tokens.tobytes(), seed & 0xFFFFFFFF) & 0x7FFFFFFF
+
+
+class EvictionManager(FullAttentionManager):
+    """Gives each sequence the blocks of its slots, never more than the schedule needs."""
+
+    kv_cache_spec: EvictionSpec
+
+    # Bound by EvictionScheduler: its live table of requests (request id -> request), the rule of
+    # admission, the lengths of the last answers, and the longest sequence.
+    requests: Mapping[str, Request]
+    admission: Admission
+    answer_lengths: AnswerLengths
+    max_model_len: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_front = self.kv_cache_spec.num_front
+        self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
+
+    def first_eviction(self, request_id: str) -> int:
+        """Position of the first eviction: what the row says, else what the prompt will make it."""
+        if row := self.req_to_blocks.get(request_id):
+            return row[BlockTableRow.FIRST].block_id
+        request = self.requests[request_id]
+        return self.kv_cache_spec.schedule.first_eviction(request.num_prompt_tokens)
+
+    def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
+        num_required = cdiv(num_slots, self.block_size)
+        if row := self.req_to_blocks.get(request_id):
+            return max(num_required - (len(row) - self._num_front), 0)
+        return num_required + self._num_state_blocks(request_id)
+
+    def _num_state_blocks(self, request_id: str) -> int:
+        """Blocks for the query ring; a sequence that ends before any query is kept has none."""
+        spec = self.kv_cache_spec
+        first_query = spec.schedule.first_query(self.first_eviction(request_id))
+        is_short = self._longest(self.requests[request_id]) <= first_query
+        return 0 if is_short else spec.num_state_blocks
+
+    def _longest(self, request: Request) -> int:
+        """Tokens that a sequence can come to have."""
+        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks that a sequence still needs to reach ``num_tokens`` tokens.
+
+        For admission (``apply_admission_cap``) that is the most it holds on the way: a preempted
+        sequence computes its output again, evicting as it goes, and peaks at its first eviction.
+        Where room is reserved it is the most that it will ever hold, and what all the others still
+        need to get there: then nobody is preempted later. Where it is expected, the same for what
+        they will probably hold.
+
+        Cached blocks that the prompt begins with are needed beside its own, until they are copied.
+        """
+        num_held = 0
+        if new_computed_blocks:
+            num_held = self._get_num_evictable_blocks(new_computed_blocks)
+        if not apply_admission_cap:
+            return num_held + self._num_blocks_of_step(request_id, num_tokens)
+        num_slots = min(num_tokens, self.first_eviction(request_id))
+        num_own = self._num_missing_blocks(request_id, num_slots)
+        if self.admission != "optimistic":
+            num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
+        return num_held + num_own
+
+    def _num_blocks_of_step(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that a sequence needs for a step that ends at ``num_tokens`` tokens."""
+        row = self.req_to_blocks.get(request_id)
+        if row and (len(row) - self._num_front) * self.block_size >= num_tokens:
+            # The usual case, twice for every sequence and step, settled without the schedule.
+            return 0
+        first = self.first_eviction(request_id)
+        num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+        return self._num_missing_blocks(request_id, num_slots)
+
+    def _num_blocks_promised(self, and_to: str | None = None) -> int:
+        """Blocks that the running sequences, and one more, can or probably will come to need."""
+        running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
+        requests = [self.requests[id] for id in running if id in self.requests]
+        if and_to is not None:
+            requests.append(self.requests[and_to])
+        most_slots = [self._most_slots(request) for request in requests]
+        num_most = sum(
+            self._num_missing_blocks(request.request_id, num_slots)
+            for request, num_slots in zip(requests, most_slots, strict=True)
+        )
+        if self.admission == "expected" and requests:
+            return min(self._num_blocks_expected(requests, np.array(most_slots)), num_most)
+        return num_most
+
+    def _most_slots(self, request: Request) -> int:
+        """Slots that a sequence can still come to need."""
+        first = self.first_eviction(request.request_id)
+        if request.num_computed_tokens >= first:
+            return self.kv_cache_spec.schedule.bound
+        return min(self._longest(request), first)
+
+    def _num_blocks_expected(self, requests: list[Request], most_slots: np.ndarray) -> int:
+        """Blocks beyond those they hold that sequences will probably need.
+
+        Args:
+            most_slots: [R] int64, what each can come to need.
+        """
+        num_state_blocks = [self._num_state_blocks(request.request_id) for request in requests]
+        peak = expected_peak(
+            self.answer_lengths,
+            np.array([request.num_prompt_tokens for request in requests]),
+            np.array([request.num_output_tokens for request in requests]),
+            most_slots,
+            np.array(num_state_blocks),
+            self.block_size,
+        )
+        rows = (self.req_to_blocks.get(request.request_id) for request in requests)
+        num_held = [
+            len(row) - self._num_front + num_state if row else 0
+            for row, num_state in zip(rows, num_state_blocks, strict=True)
+        ]
+        return max(peak - sum(num_held), 0)
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Take note of the cached blocks that a prompt begins with."""
+        self._prefix_cache.hold(request_id, list(new_computed_blocks))
+        self.num_cached_block[request_id] = len(new_computed_blocks)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Append blocks to the sequence's row; a new row starts with its header."""
+        num_missing = self._num_blocks_of_step(request_id, num_tokens)
+        if num_missing == 0:
+            return []
+        row = self.req_to_blocks[request_id]
+        blocks = self.block_pool.get_new_blocks(num_missing)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in blocks)
+        if row:
+            row.extend(blocks)
+            return blocks
+        first = self.first_eviction(request_id)
+        key = content_key(self.requests[request_id])
+        num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
+        entries = [
+            *(KVCacheBlock(block_id=number) for number in (first, key)),
+            *[self._null_block] * num_absent,
+            *blocks,
+        ]
+        row.extend(entries)
+        self._prefix_cache.restore(request_id, row[self._num_front :])
+        return entries
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Put the blocks of the prompt that earlier steps have computed into the prefix cache.
+
+        Answers are not cached: their end is evicted, and copies of the rest would cost every step.
+        """
+        num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+        start = self.num_cached_block.get(request.request_id, 0)
+        stop = num_computed // self.block_size
+        if start >= stop:
+            return
+        # Where there is no room now there is no second try: it would be asked for in every step.
+        self.num_cached_block[request.request_id] = stop
+        own = self.req_to_blocks[request.request_id][self._num_front :]
+        num_spare = self.block_pool.get_num_free_blocks() - self._num_blocks_promised()
+        self._prefix_cache.publish(request, own, start, stop, num_spare)
+
+    def take_pending_cow_copies(self) -> list[BlockPair]:
+        """Block copies that the workers make before the step."""
+        return self._prefix_cache.copies.take()
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Give back what a long prompt held above the bound, once its first eviction has run."""
+        row = self.req_to_blocks.get(request_id)
+        if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
+            return
+        spec = self.kv_cache_spec
+        num_kept = spec.num_front + cdiv(spec.schedule.bound, self.block_size)
+        if len(row) > num_kept:
+            surplus = row[num_kept:]
+            del row[num_kept:]
+            self.block_pool.free_blocks(reversed(surplus))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The sequence's real blocks; the header is no block and must not reach the pool."""
+        return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """Nothing is shared."""
+        return 0

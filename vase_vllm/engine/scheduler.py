@@ -1,0 +1,125 @@
+"""vLLM's schedulers, with evictions falling between two steps."""
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.engine.admission import AnswerLengths
+from vase_vllm.engine.block_manager import EvictionManager
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.support import UnsupportedError
+
+
+class _EvictionMixin(Scheduler):
+    """Binds the block managers to the requests and bounds replayed chunks.
+
+    A preempted sequence reads its prompt densely again, then computes its output again in chunks
+    that end where its evictions fall. It so goes through the same cache states as the first time,
+    and its continuation does not depend on whether, or when, it was preempted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, EvictionManager)
+        ]
+        config = EvictionConfig.from_vllm(self.vllm_config)
+        assert config is not None
+        answer_lengths = AnswerLengths()
+        for manager in managers:
+            manager.requests = self.requests
+            manager.admission = config.admission
+            manager.answer_lengths = answer_lengths
+            manager.max_model_len = self.max_model_len
+        # All groups share one schedule: any manager can answer for a request.
+        self._manager = managers[0]
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            self._check_longest_prompt()
+
+    def _check_longest_prompt(self) -> None:
+        """Refuse a hybrid model's pool that cannot hold a prompt of the model's length.
+
+        The API server refuses prompts that can never fit, but it does not know how many blocks
+        the other groups of a hybrid model take beside ours.
+        """
+        num_required = 0
+        for group in self.kv_cache_config.kv_cache_groups:
+            spec = group.kv_cache_spec
+            if isinstance(spec, EvictionSpec):
+                num_required += spec.num_state_blocks + cdiv(self.max_model_len, spec.block_size)
+            else:
+                num_bytes = spec.max_memory_usage_bytes(self.vllm_config)
+                num_required += cdiv(num_bytes, spec.page_size_bytes)
+        num_usable = self.kv_cache_config.num_blocks - 1
+        if num_required > num_usable:
+            raise UnsupportedError(
+                f"--kv-eviction: a prompt of --max-model-len {self.max_model_len} needs "
+                f"{num_required} KV cache blocks in this hybrid model, and the pool has "
+                f"{num_usable}: lower --max-model-len, or raise --kv-cache-memory-bytes or "
+                "--gpu-memory-utilization"
+            )
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """vLLM's look into the prefix cache, for a request that waits.
+
+        The last ``window`` queries in front of the first eviction must be computed: they score it.
+        And a hit is dropped where the pool has no room for it beside the copies that the sequence
+        gets: computing the prompt beats waiting, perhaps for ever.
+        """
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        cache = self.kv_cache_manager
+        schedule = self._manager.kv_cache_spec.schedule
+        most = schedule.first_query(self._manager.first_eviction(request.request_id))
+        if num_hit > most:
+            found, num_hit, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
+            blocks, boundary = cache.create_kv_cache_blocks(found), 0
+        if num_hit == 0:
+            return blocks, 0, boundary, diverged
+        num_required = cache.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=min(request.num_tokens, self.max_model_len),
+            new_computed_blocks=blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=num_hit,
+            num_local_computed_tokens=num_hit,
+            num_tokens_main_model=request.num_tokens,
+            apply_admission_cap=True,
+        )
+        if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
+            return cache.empty_kv_cache_blocks, 0, 0, False
+        return blocks, num_hit, boundary, diverged
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """A request has finished: what its answer says of those to come."""
+        if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            cut_off = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
+            self._manager.answer_lengths.add(request.num_output_tokens, cut_off)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM's hook on the end of a chunk, called for every request that is scheduled."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        if num_new_tokens <= 1:
+            return num_new_tokens
+        first = self._manager.first_eviction(request.request_id)
+        schedule = self._manager.kv_cache_spec.schedule
+        return min(num_new_tokens, schedule.tokens_until_eviction(num_computed_tokens, first))
+
+
+class EvictionScheduler(_EvictionMixin):
+    """For engines without async scheduling."""
+
+
+class EvictionAsyncScheduler(_EvictionMixin, AsyncScheduler):
+    """For engines with async scheduling, vLLM's default."""

@@ -1,0 +1,93 @@
+"""Turns eviction on in an engine's config, and off for everything else."""
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.support import UnsupportedError, check_engine
+
+logger = init_logger("vllm.vase_vllm")
+
+
+def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
+    """Check the settings and adjust what must be right before vLLM makes its config.
+
+    Returns:
+        The settings, or None where eviction is off.
+
+    Raises:
+        ValueError: one line that names the setting and the remedy.
+    """
+    config = EvictionConfig.from_additional(engine_args.additional_config)
+    if config is None:
+        return None
+    for flag, value, default in (
+        ("--worker-cls", engine_args.worker_cls, "auto"),
+        ("--scheduler-cls", engine_args.scheduler_cls, None),
+    ):
+        if value != default:
+            raise UnsupportedError(
+                f"--kv-eviction {config.policy.name}: a custom {flag} is not supported; "
+                f"remove {flag}"
+            )
+    return config
+
+
+def activate(vllm_config: VllmConfig, config: EvictionConfig) -> None:
+    """Refuse what is not supported, then choose the worker and the scheduler that evict."""
+    check_engine(vllm_config, config)
+    vllm_config.parallel_config.worker_cls = (
+        "vase_vllm.worker.cpu_worker.EvictionCPUWorker"
+        if current_platform.is_cpu()
+        else "vase_vllm.worker.worker.EvictionWorker"
+    )
+    is_async = vllm_config.scheduler_config.async_scheduling
+    vllm_config.scheduler_config.scheduler_cls = (
+        "vase_vllm.engine.scheduler.EvictionAsyncScheduler"
+        if is_async
+        else "vase_vllm.engine.scheduler.EvictionScheduler"
+    )
+    logger.info(
+        "KV eviction: %s, at most %d + %d tokens per sequence, layer and KV head (%s).",
+        config.policy.name,
+        config.budget,
+        config.window,
+        config,
+    )
+    if config.fused is None and not current_platform.is_cpu():
+        logger.warning(
+            "KV eviction: %s with these settings is not in the fused kernel: it evicts in plain "
+            "torch, sequence by sequence, which is slow.",
+            config.policy.name,
+        )
+
+
+def check_prompt(vllm_config: VllmConfig, prompt_len: int) -> str | None:
+    """Why a prompt can never be served, or None.
+
+    A prompt is read densely: until its first eviction it needs a block for every token, and if the
+    whole pool has fewer, the request would wait for ever.
+    """
+    config = EvictionConfig.from_vllm(vllm_config)
+    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    if config is None or not num_blocks:
+        return None
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    block_size = vllm_config.cache_config.block_size
+    group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
+    num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
+    num_required = num_state_blocks + cdiv(num_slots, block_size)
+    # Block 0 of each engine's pool is the null block.
+    num_usable = num_blocks // parallel.data_parallel_size - 1
+    if num_required <= num_usable:
+        return None
+    return (
+        f"The prompt ({prompt_len} tokens) needs {num_required} KV cache blocks until its first "
+        f"eviction, and the pool has {num_usable}: shorten the prompt, or raise "
+        "--kv-cache-memory-bytes or --gpu-memory-utilization."
+    )

@@ -1,0 +1,113 @@
+"""When a sequence evicts and where its tokens lie: a closed form, without counters.
+
+A sequence is described by one number, the position ``first`` of its first eviction, which follows
+from the length of its prompt. Everything else is a pure function of ``first`` and a position, so
+the scheduler and the workers agree without talking, a preempted sequence that is computed again
+lies exactly where it lay, and nothing can go stale.
+
+The prompt is read densely. From then on a sequence evicts whenever its cached length becomes
+``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the budget
+at once. Evictions run just before the step of the position that needs the room.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from vase_vllm.layout.arithmetic import cdiv
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Array = TypeVar("Array", int, "np.ndarray", "torch.Tensor")
+
+
+@dataclass(frozen=True)
+class EvictionSchedule:
+    """Closed form of the slots and evictions of a sequence.
+
+    Attributes:
+        budget: tokens cached right after an eviction (T).
+        window: tokens between evictions (W).
+    """
+
+    budget: int
+    window: int
+
+    @property
+    def bound(self) -> int:
+        """Most tokens that a sequence caches once it has evicted: ``T + W``."""
+        return self.budget + self.window
+
+    def never_evicts(self, max_model_len: int, budget_flag: str) -> str | None:
+        """Why no sequence up to ``max_model_len`` tokens would ever evict, in one line, or None.
+
+        Args:
+            budget_flag: how the user sets the budget; the remedy names it.
+        """
+        if max_model_len > self.bound:
+            return None
+        return (
+            f"no sequence would ever evict: --max-model-len ({max_model_len}) is not above "
+            f"budget + window ({self.budget} + {self.window}); lower {budget_flag} or raise "
+            "--max-model-len"
+        )
+
+    def first_eviction(self, num_prompt_tokens: int) -> int:
+        """Position of the first eviction, which is the cached length at it.
+
+        ``first = T + W * ceil((max(L, T) + 1 - T) / W)``: after the prompt, at the earliest after
+        its first decode step, and never before ``T + W``.
+        """
+        surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
+        return self.budget + self.window * cdiv(surplus, self.window)
+
+    def first_query(self, first: Array) -> Array:
+        """Position of the earliest query that an eviction asks for: the first uses the last W."""
+        return first - self.window
+
+    def slots(self, positions: Array, first: Array) -> Array:
+        """Slot of each position: ``p`` before the first eviction, else ``T + (p - first) mod W``.
+
+        Args:
+            positions: int64 of any shape, of numpy or torch.
+            first: broadcastable to it; 0 marks a padding row, which never evicts.
+        """
+        evicted = (first > 0) & (positions >= first)
+        return positions + evicted * (self.budget + (positions - first) % self.window - positions)
+
+    def due(self, positions: Array, first: Array) -> Array:
+        """Whether a sequence evicts just before the step that starts at each position (bool)."""
+        return (first > 0) & (positions >= first) & ((positions - first) % self.window == 0)
+
+    def num_cached(self, position: int, first: int) -> int:
+        """Tokens in the cache just before an eviction at ``position``."""
+        return first if position == first else self.bound
+
+    def num_slots(self, num_tokens: int, first: int) -> int:
+        """Slots that a sequence needs for its next step to end at ``num_tokens`` tokens."""
+        return num_tokens if num_tokens <= first else self.bound
+
+    def evictions(self, num_prompt_tokens: int, num_output_tokens: int) -> tuple[int, int]:
+        """What a finished sequence has evicted, if it was never preempted.
+
+        Returns:
+            Evictions, and tokens evicted per layer and KV head.
+        """
+        first = self.first_eviction(num_prompt_tokens)
+        # The last token of an answer is never read.
+        last_read = num_prompt_tokens + num_output_tokens - 2
+        if last_read < first:
+            return 0, 0
+        num_evictions = (last_read - first) // self.window + 1
+        return num_evictions, first - self.budget + (num_evictions - 1) * self.window
+
+    def tokens_until_eviction(self, position: int, first: int) -> int:
+        """How many tokens from ``position`` on one step may compute.
+
+        An eviction must fall between two steps. Only a preempted sequence that computes its
+        output again ever has more tokens ready than this.
+        """
+        if position < first:
+            return first - position
+        return self.window - (position - first) % self.window

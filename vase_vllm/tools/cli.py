@@ -1,0 +1,126 @@
+"""The ``vase-vllm`` command. Nothing heavy is imported before a subcommand needs it."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from vase_vllm import __version__
+from vase_vllm.tools import tiny_model
+from vase_vllm.tools.inspection import command as inspect_command
+from vase_vllm.tools.plan import command as plan_command
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its name and help, what arguments it has, and what it does with them.
+
+    Attributes:
+        takes_engine_arguments: ``run`` finds what ``add_arguments`` has not declared in the list
+            ``engine_arguments``; other commands refuse it.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    takes_engine_arguments: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    if others and not args.takes_engine_arguments:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.engine_arguments = others
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"vase-vllm: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM.")
+    parser.add_argument("--version", action="version", version=f"vase-vllm {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(
+            run=command.run, takes_engine_arguments=command.takes_engine_arguments
+        )
+    return parser
+
+
+TINY_MODEL_OPTIONS = {
+    "layers": "number of layers",
+    "hidden_size": "width of the residual stream",
+    "query_heads": "query heads",
+    "kv_heads": "KV heads",
+    "head_dim": "size of a head",
+    "intermediate_size": "width of the MLP",
+    "max_position_embeddings": "longest sequence",
+    "dtype": "bfloat16, float16 or float32",
+    "seed": "the weights are a function of the seed and the shape",
+    "printable": "emit printable ASCII only, else any byte",
+}
+
+
+def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="where to write the model")
+    parameters = inspect.signature(tiny_model.make_tiny_model).parameters
+    for name, text in TINY_MODEL_OPTIONS.items():
+        flag, default = f"--{name.replace('_', '-')}", parameters[name].default
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, help=text, default=default, action=action)
+        else:
+            parser.add_argument(flag, help=text, default=default, type=type(default))
+
+
+def run_tiny_model(args: argparse.Namespace) -> int:
+    options = {name: getattr(args, name) for name in TINY_MODEL_OPTIONS}
+    print(tiny_model.make_tiny_model(args.directory, **options))
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "tiny-model",
+        "write a small random-weight Qwen3 model and its tokenizer to a directory",
+        add_tiny_model_arguments,
+        run_tiny_model,
+    ),
+    Command(
+        "plan",
+        "predict what fits into a GPU and how fast it decodes, with and without eviction",
+        plan_command.add_plan_arguments,
+        plan_command.run_plan,
+    ),
+    Command(
+        "inspect",
+        "replay one request and draw which positions each KV head holds over time",
+        inspect_command.add_inspect_arguments,
+        inspect_command.run_inspect,
+        takes_engine_arguments=True,
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""``vase-vllm inspect``: which positions each KV head holds over time."""

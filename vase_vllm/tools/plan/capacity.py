@@ -1,0 +1,219 @@
+"""`vase-vllm plan`: what a model's KV cache holds and how fast it decodes, before buying the GPUs.
+
+Blocks are counted as vLLM counts them at start-up: ``num_blocks = KV memory // bytes per block``, a
+sequence takes whole blocks, block 0 is the null block, and "Maximum concurrency" is num_blocks over
+the blocks of a sequence of ``max_model_len`` tokens. Speeds are those of a decode step bound by
+memory (:mod:`vase_vllm.tools.plan.cost`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.cost import (
+    ModelShape,
+    Shard,
+    Step,
+    evicting_fraction,
+    mean_cached,
+    num_blocks_held,
+)
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, or tokens, of ``80GiB``, ``12G`` (binary, as in vLLM), ``12g``, ``12GB``, ``4096``.
+
+    vLLM's rule: a capital letter is a power of two, a small one a power of ten. ``GiB`` and ``GB``
+    say so themselves.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKmMgGtT])(i?[bB])?)?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write 80GiB, 12G, 500MB or a plain number")
+    number, unit, suffix = match[1], match[2] or "", (match[3] or "").lower()
+    is_binary = unit.isupper() and suffix != "b"
+    factor = BINARY_UNITS[unit.upper()] if is_binary or suffix == "ib" else UNITS[unit.lower()]
+    return int(float(number) * factor)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is served, and on what.
+
+    Attributes:
+        max_model_len: longest sequence, tokens.
+        block_size: token slots of a block.
+        kv_cache_memory: bytes for the KV cache on each GPU.
+        mean_prompt_len: tokens of a prompt.
+        mean_output_len: tokens of an answer.
+        max_num_seqs: most sequences of a step, or None for as many as fit.
+    """
+
+    max_model_len: int
+    block_size: int
+    kv_cache_memory: int
+    mean_prompt_len: int
+    mean_output_len: int
+    max_num_seqs: int | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits and how fast it is, for the full cache (``budget`` None) or at one budget.
+
+    Attributes:
+        budget, window: of the evictions.
+        state_blocks: blocks of a sequence that hold its query ring.
+        blocks_per_sequence: of a sequence of ``max_model_len`` tokens, the ring's among them.
+        max_concurrency: vLLM's "Maximum concurrency": ``num_blocks / blocks_per_sequence``.
+        max_sequences: whole sequences that fit beside the null block.
+        mean_blocks: blocks that a sequence holds, the mean over the steps of its answer.
+        mean_cached: tokens that a sequence's attention reads, the same mean.
+        batch: sequences of a step when memory is full, by ``mean_blocks``.
+        intensity: operations per byte of that step; above the GPU's own ratio (about 300 on an
+            H100) arithmetic binds, and the speed-up is an upper bound.
+        speedup: tokens per second when memory is full, over the full cache's.
+        speedup_equal_batch: the same if both run the full cache's batch.
+        ring_share: part of a sequence's blocks that is the query ring.
+        eviction_traffic: part of a step's bytes at ``batch`` that eviction moves.
+    """
+
+    budget: int | None
+    window: int | None
+    state_blocks: int
+    blocks_per_sequence: int
+    max_concurrency: float
+    max_sequences: int
+    mean_blocks: float
+    mean_cached: float
+    batch: float
+    intensity: float
+    speedup: float
+    speedup_equal_batch: float
+    ring_share: float
+    eviction_traffic: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Capacities of one GPU's part of a model; all GPUs of a replica hold the same sequences."""
+
+    kv_bytes_per_token: int
+    bytes_per_block: int
+    weight_bytes: int
+    num_blocks: int
+    full: Capacity
+    evicting: tuple[Capacity, ...]
+
+    @property
+    def capacities(self) -> tuple[Capacity, ...]:
+        return self.full, *self.evicting
+
+
+def make_plan(
+    model: ModelShape,
+    tensor_parallel_size: int,
+    workload: Workload,
+    schedules: Sequence[EvictionSchedule],
+) -> Plan:
+    """Capacities with the full cache and with each schedule.
+
+    Raises:
+        ValueError: one line that says what does not fit.
+    """
+    shard = Shard(model, tensor_parallel_size)
+    bytes_per_block = shard.kv_bytes_per_token * workload.block_size
+    num_blocks = workload.kv_cache_memory // bytes_per_block
+    full = _Run(shard, workload, num_blocks)
+    needed = full.blocks_per_sequence
+    if num_blocks < 2:
+        raise ValueError(
+            f"{format_bytes(workload.kv_cache_memory)} of KV cache memory hold no block of "
+            f"{format_bytes(bytes_per_block)} beside the null block: "
+            "raise --gpu-memory or --tensor-parallel-size"
+        )
+    runs = [_Run(shard, workload, num_blocks, schedule) for schedule in schedules]
+    smallest = min(run.blocks_per_sequence for run in [full, *runs])
+    if num_blocks <= smallest:
+        raise ValueError(
+            f"not one sequence of {workload.max_model_len} tokens fits: it takes "
+            f"{needed} of {num_blocks - 1} usable blocks, {smallest} at the smallest budget; "
+            "raise --gpu-memory or lower --max-model-len"
+        )
+    return Plan(
+        kv_bytes_per_token=shard.kv_bytes_per_token,
+        bytes_per_block=bytes_per_block,
+        weight_bytes=round(shard.weight_bytes),
+        num_blocks=num_blocks,
+        full=full.capacity(full),
+        evicting=tuple(run.capacity(full) for run in runs),
+    )
+
+
+class _Run:
+    """One policy on one workload."""
+
+    def __init__(
+        self,
+        shard: Shard,
+        workload: Workload,
+        num_blocks: int,
+        schedule: EvictionSchedule | None = None,
+    ) -> None:
+        self.shard, self.workload, self.schedule = shard, workload, schedule
+        self.num_blocks, self.state_blocks, first = num_blocks, 0, 0
+        prompt, output = workload.mean_prompt_len, workload.mean_output_len
+        if schedule is not None:
+            first = schedule.first_eviction(prompt)
+            ring = RingLayout(schedule.window, shard.group_size, workload.block_size)
+            self.state_blocks = ring.num_blocks
+        size = workload.block_size
+        self.blocks_per_sequence = num_blocks_held(
+            workload.max_model_len, size, schedule, self.state_blocks
+        )
+        ends = range(prompt + 1, prompt + output + 1)
+        held = (num_blocks_held(end, size, schedule, self.state_blocks, first) for end in ends)
+        self.mean_blocks = sum(held) / output
+        self.mean_cached = mean_cached(prompt, output, schedule)
+        self.evicting = evicting_fraction(prompt, output, schedule) if schedule else 0.0
+        limit = workload.max_num_seqs or float("inf")
+        self.batch = min((num_blocks - 1) / self.mean_blocks, limit)
+
+    def step(self, batch: float) -> Step:
+        return self.shard.step(batch, self.mean_cached, self.schedule, self.evicting)
+
+    def throughput(self, batch: float) -> float:
+        """Tokens per byte moved: tokens per second over the bandwidth."""
+        return batch / self.step(batch).num_bytes
+
+    def capacity(self, full: "_Run") -> Capacity:
+        step, schedule = self.step(self.batch), self.schedule
+        return Capacity(
+            budget=schedule.budget if schedule else None,
+            window=schedule.window if schedule else None,
+            state_blocks=self.state_blocks,
+            blocks_per_sequence=self.blocks_per_sequence,
+            max_concurrency=self.num_blocks / self.blocks_per_sequence,
+            max_sequences=(self.num_blocks - 1) // self.blocks_per_sequence,
+            mean_blocks=self.mean_blocks,
+            mean_cached=self.mean_cached,
+            batch=self.batch,
+            intensity=step.operations / step.num_bytes,
+            speedup=self.throughput(self.batch) / full.throughput(full.batch),
+            speedup_equal_batch=self.throughput(full.batch) / full.throughput(full.batch),
+            ring_share=self.state_blocks / self.blocks_per_sequence,
+            eviction_traffic=step.eviction.num_bytes / step.num_bytes,
+        )
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes with a binary unit: ``144.0 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

@@ -1,0 +1,190 @@
+"""The wrapper around an attention backend: short sequences for it, evictions around it.
+
+Attention runs unchanged over a cache that is short. Once per step, before the forward pass, the
+metadata builder evicts from the sequences that are due and rewrites two tensors: where the new
+tokens are written and how many tokens each sequence has cached. The implementation stores the
+queries into the query ring on its way. RoPE positions, sampling and scheduling never notice.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
+
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.support import UnsupportedError, check_layers
+from vase_vllm.worker.step import PathFactory, StepContext
+
+_RING_WRITE = "eviction_ring_write"
+
+
+def _cpu_path(*args: Any) -> Any:
+    from vase_vllm.worker.cpu_path import CPUPath
+
+    return CPUPath(*args)
+
+
+def _triton_path(*args: Any) -> Any:
+    from vase_vllm.worker.triton_path import TritonPath
+
+    return TritonPath(*args)
+
+
+PATHS: dict[str, PathFactory] = {
+    "CPU_ATTN": _cpu_path,
+    "FLASH_ATTN": _triton_path,
+    "FLASHINFER": _triton_path,
+    "TRITON_ATTN": _triton_path,
+}
+"""Attention backends that eviction works with, and how. One more with plain pages is one line."""
+
+
+class EvictionBuilderMixin(AttentionMetadataBuilder):
+    """Evicts, and remaps what the wrapped builder sees."""
+
+    context: StepContext
+    path_factory: PathFactory
+
+    def __init__(
+        self,
+        kv_cache_spec: EvictionSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+        block_size = vllm_config.cache_config.block_size
+        if kv_cache_spec.block_size != block_size:
+            raise UnsupportedError(
+                f"--kv-eviction: the attention backend splits blocks of --block-size {block_size} "
+                f"into blocks of {kv_cache_spec.block_size}; set --block-size "
+                f"{kv_cache_spec.block_size}"
+            )
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        by_index = {extract_layer_index(name): layer for name, layer in layers.items()}
+        self._path = type(self).path_factory(self.context, kv_cache_spec, by_index)
+        self._capturing = False
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """Build for a capture; the wrapped backend's own method calls :meth:`build`."""
+        self._capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._capturing = False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Evict from the due sequences, then build the wrapped backend's metadata."""
+        step = self._path.prepare(common_attn_metadata, self._capturing)
+        remapped = common_attn_metadata.replace(
+            seq_lens=step.seq_lens,
+            seq_lens_cpu_upper_bound=step.seq_lens_cpu,
+            max_seq_len=step.max_seq_len,
+            block_table_tensor=step.block_table,
+            # A cache of values that have changed with the lengths.
+            _num_computed_tokens_cache=None,
+        )
+        metadata = super().build(common_prefix_len, remapped, fast_build, **kwargs)
+        setattr(metadata, _RING_WRITE, step.ring_write)
+        return metadata
+
+
+class EvictionImplMixin(AttentionImpl):
+    """Stores the queries of the step into the query ring."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The wrapped backend's forward pass. ``query``: [num_tokens, num_heads, head_size]."""
+        # There is no metadata in profiling and warm-up runs.
+        if attn_metadata is not None:
+            getattr(attn_metadata, _RING_WRITE).store(kv_cache, query)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+
+
+def full_attention_layers(vllm_config: Any) -> dict[str, Attention]:
+    """The layers that evict, by name. Layers with a sliding window or of another kind do not."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {name: layer for name, layer in layers.items() if layer.sliding_window is None}
+
+
+def wrap_layers(context: StepContext) -> None:
+    """Put eviction around the attention backend of every full-attention layer.
+
+    Called between loading the model and asking it for its KV cache specs.
+
+    Raises:
+        UnsupportedError: a layer does something that eviction would break.
+    """
+    vllm_config = context.vllm_config
+    layers = full_attention_layers(vllm_config)
+    check_layers(layers, vllm_config.cache_config.block_size, context.config, tuple(PATHS))
+    largest_group = max(layer.num_heads // layer.num_kv_heads for layer in layers.values())
+    wrapped: dict[type[AttentionBackend], type[AttentionBackend]] = {}
+    for layer in layers.values():
+        backend = layer.attn_backend
+        if backend not in wrapped:
+            wrapped[backend] = _eviction_backend(backend, context, largest_group)
+        layer.attn_backend = wrapped[backend]
+        # vLLM has built the implementation already, and its builders check its class: make the
+        # object one of a subclass instead of wrapping it.
+        implementation = type(layer.impl)
+        layer.impl.__class__ = type(
+            f"Eviction{implementation.__name__}", (EvictionImplMixin, implementation), {}
+        )
+
+
+def _eviction_backend(
+    backend: type[AttentionBackend], context: StepContext, largest_group: int
+) -> type[AttentionBackend]:
+    """The backend with an evicting builder and an eviction spec. Its name stays the same."""
+    config = context.config
+    builder = backend.get_builder_cls()
+    eviction_builder = type(
+        f"Eviction{builder.__name__}",
+        (EvictionBuilderMixin, builder),
+        {"context": context, "path_factory": PATHS[backend.get_name()]},
+    )
+
+    class EvictionBackend(backend):
+        @staticmethod
+        def get_builder_cls() -> type[AttentionMetadataBuilder]:
+            return eviction_builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> EvictionSpec:
+            ring = RingLayout(config.window, largest_group, spec.block_size)
+            return replace_as(
+                super().customize_spec(spec),
+                EvictionSpec,
+                schedule=config.schedule,
+                num_state_blocks=ring.num_blocks,
+            )
+
+    EvictionBackend.__name__ = EvictionBackend.__qualname__ = f"Eviction{backend.__name__}"
+    return EvictionBackend

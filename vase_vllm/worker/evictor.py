@@ -1,0 +1,170 @@
+"""One sequence's eviction over the layers of one metadata builder, in plain torch.
+
+Any policy, any device, any pages: the CPU's only path, and on a GPU that of the policies which the
+fused kernel does not know.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.kernels.torch_eviction import largest, plan_moves
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.draws import Draws
+from vase_vllm.worker.pages import CandidatePages, PageLayout
+from vase_vllm.worker.query_ring import load_queries
+
+
+@dataclass
+class EvictionCounters:
+    """What one worker has evicted since it started.
+
+    Several builders count into it, each for its own layers; a sequence evicts from all of them.
+    """
+
+    num_layers: int
+    # [sequences] tokens cached by each sequence of the latest step; summed only when asked for.
+    num_cached: np.ndarray | None = None
+    _layer_evictions: int = 0
+    _layer_tokens: int = 0
+
+    def add(self, num_layers: int, num_tokens: int) -> None:
+        """Count one sequence's eviction of ``num_tokens`` per KV head from ``num_layers``."""
+        self._layer_evictions += num_layers
+        self._layer_tokens += num_layers * num_tokens
+
+    def as_dict(self) -> dict[str, int]:
+        """Evictions of sequences, and tokens per layer and KV head: dropped so far, and cached.
+
+        ``cached_tokens`` is that of the latest step, over all its sequences.
+        """
+        return {
+            "evictions": self._layer_evictions // self.num_layers,
+            "evicted_tokens": self._layer_tokens // self.num_layers,
+            "cached_tokens": 0 if self.num_cached is None else int(self.num_cached.sum()),
+        }
+
+
+class EvictionObserver(Protocol):
+    """Looks at evictions while they happen."""
+
+    def observe(self, candidates: Candidates, priority: torch.Tensor, keep: torch.Tensor) -> None:
+        """Look at one layer's eviction from one sequence, and change nothing.
+
+        Args:
+            priority: [H, n], the policy's, +inf where a candidate is sure to stay.
+            keep: [H, n] bool, which candidates stay.
+        """
+
+
+class TorchEvictor:
+    """Evictions straight on the pages of a KV cache."""
+
+    observer: ClassVar[EvictionObserver | None] = None
+    """Sees all evictions of this process. Set before an engine is built (``vase-vllm inspect``), so
+    that the engine evicts here on a GPU too: the fused kernel does not tell what it kept."""
+
+    def __init__(
+        self,
+        config: EvictionConfig,
+        spec: EvictionSpec,
+        ring: RingLayout,
+        page_layout: PageLayout,
+        scale: float,
+        kv_heads: torch.Tensor,
+    ) -> None:
+        """Prepare for layers that share one builder, hence all of the following.
+
+        Args:
+            scale: what the attention backend multiplies its logits with.
+            kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
+        """
+        self.policy = config.policy
+        self.limits = config.limits
+        self.spec = spec
+        self.ring = ring
+        self.page_layout = page_layout
+        self.scale = scale
+        self.kv_heads = kv_heads
+
+    def evict(self, kv_caches: dict[int, torch.Tensor], row: torch.Tensor, position: int) -> int:
+        """Evict from one sequence that is due, in place.
+
+        Args:
+            kv_caches: layer index to [num_blocks, H, block_size, 2 * D], packed as it may be.
+            row: [columns] int32, the sequence's whole block-table row.
+            position: the position that the sequence's next step starts at.
+
+        Returns:
+            Tokens dropped per KV head.
+        """
+        first, key = row[: BlockTableRow.NUM_HEADER].tolist()
+        num_cached = self.spec.schedule.num_cached(position, first)
+        eviction_index = (position - first) // self.limits.window
+        front = self.spec.num_front
+        # Layers with fewer query heads than the largest use fewer of the state blocks.
+        state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
+        state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()
+        blocks = row[front : front + cdiv(num_cached, self.spec.block_size)].long()
+        num_candidates = num_cached - self.limits.window
+        draws = Draws(
+            self.limits,
+            key,
+            eviction_index,
+            num_candidates,
+            list(kv_caches),
+            self.kv_heads,
+            row.device,
+        )
+        for layer, kv_cache in kv_caches.items():
+            candidates = Candidates(
+                num=num_candidates,
+                queries=load_queries(self.ring, kv_cache, state_blocks).float(),
+                tokens=CandidatePages(self.page_layout, kv_cache, blocks, num_candidates),
+                scale=self.scale,
+                limits=self.limits,
+                first=first,
+                eviction_index=eviction_index,
+                draws=draws.of_layer(layer),
+                dtype=kv_cache.dtype,
+            )
+            self._move(kv_cache, blocks, self.survivors(candidates))
+        return num_cached - self.limits.budget
+
+    def survivors(self, candidates: Candidates) -> torch.Tensor:
+        """Which candidates stay: [H, n] bool with ``budget - window`` true per head."""
+        limits = self.limits
+        priority = self.policy.priority(candidates)
+        if priority.shape != (len(candidates.queries), candidates.num):
+            raise ValueError(
+                f"--kv-eviction {self.policy.name}: priority must have the shape "
+                f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
+            )
+        priority[:, : limits.sinks] = torch.inf
+        keep = largest(priority, limits.budget - limits.window)
+        if self.observer is not None:
+            self.observer.observe(candidates, priority, keep)
+        return keep
+
+    def _move(self, kv_cache: torch.Tensor, blocks: torch.Tensor, keep: torch.Tensor) -> None:
+        """Move the survivors above the budget into freed slots.
+
+        Args:
+            blocks: [n] int64, the blocks of the sequence's slots.
+            keep: [H, candidates] bool.
+        """
+        head, source, destination = plan_moves(self.limits.budget, self.limits.window, keep)
+        block_size = self.spec.block_size
+        self.page_layout.copy(
+            kv_cache,
+            head,
+            (blocks[source // block_size], source % block_size),
+            (blocks[destination // block_size], destination % block_size),
+        )

@@ -1,0 +1,80 @@
+"""What a decode step needs beyond vLLM's own metadata, whatever the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.first_evictions import FirstEvictions
+
+
+class RingStore(Protocol):
+    """Stores one layer's queries of the step into the query rings."""
+
+    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
+        """``query``: [tokens, query heads, head size]; ``kv_cache``: that of the layer."""
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """What the wrapped builder is shown in place of the truth, and where the queries go.
+
+    Attributes:
+        seq_lens: [R] int32, tokens that each sequence has cached after the step.
+        seq_lens_cpu: the same on the host.
+        max_seq_len: at least the largest of them.
+        block_table: [R, columns] int32, token blocks only.
+        ring_write: of this step.
+    """
+
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    max_seq_len: int
+    block_table: torch.Tensor
+    ring_write: RingStore
+
+
+class StepPath(Protocol):
+    """How a device evicts and remaps."""
+
+    def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
+        """Evict from the sequences that are due and rewrite the step's slot mapping in place.
+
+        The forward context holds the same slot mapping, and several builders may rewrite it: the
+        result depends on the step and the block table alone. Padding and dummy rows have a header
+        of zeros and neither evict nor write.
+
+        Args:
+            capturing: a CUDA graph is about to be captured with this step's tensors.
+        """
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What all builders of a worker share."""
+
+    config: EvictionConfig
+    vllm_config: VllmConfig
+    device: torch.device
+    counters: EvictionCounters
+    first_evictions: FirstEvictions
+
+    def kv_heads(self, num_local_heads: int) -> torch.Tensor:
+        """Indices in the whole model of this rank's KV heads: [num_local_heads] int64.
+
+        vLLM shards the heads over tensor-parallel ranks, or replicates them if there are fewer
+        heads than ranks. Draws keyed by these do not depend on the degree of parallelism.
+        """
+        rank = get_tensor_model_parallel_rank()
+        num_heads = self.vllm_config.model_config.get_total_num_kv_heads()
+        start = rank * num_heads // get_tensor_model_parallel_world_size()
+        return torch.arange(start, start + num_local_heads)
+
+
+PathFactory = Callable[..., StepPath]

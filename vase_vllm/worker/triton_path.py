@@ -1,0 +1,217 @@
+"""One step's evictions and remapping in Triton, in front of any backend with plain pages.
+
+Nothing here waits for the device, but for the policies that the fused kernel does not know. The
+host knows which sequences are due from the scheduler's messages and the step's lengths; the kernels
+decide again from the block table. All tensors that a CUDA graph may hold on to are persistent: our
+own two buffers and vLLM's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.remap import remap_batch
+from vase_vllm.kernels.ring import store_queries
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.policies.streaming import slot_positions
+from vase_vllm.worker.evictor import TorchEvictor
+from vase_vllm.worker.pages import PlainPages
+from vase_vllm.worker.step import PreparedStep, StepContext
+
+
+@dataclass(frozen=True)
+class TritonRingWrite:
+    """The persistent tensors from which the ring launch finds where each query goes."""
+
+    positions: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    window: int
+    num_state_blocks: int
+
+    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
+        """Write one layer's queries; one launch, safe inside a CUDA graph."""
+        store_queries(
+            query[: len(self.positions)],
+            self.positions,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            kv_cache,
+            window=self.window,
+            num_state_blocks=self.num_state_blocks,
+        )
+
+
+class TritonPath:
+    """Evicts on pages ``[blocks, heads, block_size, K | V]``.
+
+    With the fused kernel where it knows the policy, else in plain torch, sequence by sequence.
+    """
+
+    def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
+        self.context = context
+        self.spec = spec
+        self.layers = layers
+        layer = next(iter(layers.values()))
+        self.group_size = layer.num_heads // layer.num_kv_heads
+        self.softmax_scale = layer.impl.scale
+        self.first_kv_head = int(context.kv_heads(spec.num_kv_heads)[0])
+        max_num_seqs = context.vllm_config.scheduler_config.max_num_seqs
+        device = context.device
+        self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
+        self._pointers: tuple[int, torch.Tensor] | None = None
+        self._evictor: TorchEvictor | None = None
+        if context.config.fused is None or TorchEvictor.observer is not None:
+            self._evictor = TorchEvictor(
+                context.config,
+                spec,
+                RingLayout(context.config.window, self.group_size, spec.block_size),
+                PlainPages(),
+                self.softmax_scale,
+                context.kv_heads(spec.num_kv_heads),
+            )
+
+    def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
+        """See :class:`StepPath`."""
+        num_rows = common.num_reqs
+        rows = common.block_table_tensor[:num_rows]
+        if self._pointers is None and self._evictor is None and num_rows:
+            # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
+            # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
+            num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
+            num_cached = min(self.spec.schedule.bound, num_slots)
+            nothing = np.zeros(1, dtype=np.int64)
+            self._launch(rows, nothing, nothing, nothing, num_cached)
+        query_start_loc = common.query_start_loc[: num_rows + 1]
+        seq_lens = common.seq_lens[:num_rows]
+        remap_batch(
+            query_start_loc,
+            seq_lens,
+            rows,
+            common.slot_mapping,
+            self._starts[:num_rows],
+            self._num_cached[:num_rows],
+            budget=self.spec.schedule.budget,
+            window=self.spec.schedule.window,
+            block_size=self.spec.block_size,
+            num_state_blocks=self.spec.num_state_blocks,
+        )
+        num_cached = self._evict(common, rows)
+        # A graph must be right for the longest sequence that any replay will see.
+        max_seq_len = common.max_seq_len if capturing else int(num_cached.max(initial=0))
+        return PreparedStep(
+            seq_lens=self._num_cached[:num_rows],
+            seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
+            max_seq_len=max_seq_len,
+            block_table=common.block_table_tensor[:, self.spec.num_front :],
+            ring_write=TritonRingWrite(
+                positions=common.positions[: common.num_actual_tokens],
+                query_start_loc=query_start_loc,
+                seq_lens=seq_lens,
+                block_table=rows,
+                window=self.spec.schedule.window,
+                num_state_blocks=self.spec.num_state_blocks,
+            ),
+        )
+
+    def _evict(self, common: CommonAttentionMetadata, rows: torch.Tensor) -> np.ndarray:
+        """Launch the evictions that are due.
+
+        Returns:
+            [R] int64 on the host: tokens that each sequence has cached after the step.
+        """
+        schedule = self.spec.schedule
+        assert common.seq_lens_cpu_upper_bound is not None
+        # Exact without speculative decoding, under async scheduling too.
+        seq_lens = common.seq_lens_cpu_upper_bound[: len(rows)].numpy().astype(np.int64)
+        query_lens = np.diff(common.query_start_loc_cpu[: len(rows) + 1].numpy())
+        starts = seq_lens - query_lens
+        first = self.context.first_evictions.of_rows(common)
+        due = schedule.due(starts, first)
+        due_rows = np.flatnonzero(due & (query_lens > 0))
+        if len(due_rows):
+            before = np.where(starts == first, first, schedule.bound)[due_rows]
+            if self._evictor is None:
+                self._launch(rows, due_rows, starts[due_rows], first[due_rows], int(before.max()))
+            else:
+                kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
+                for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
+                    self._evictor.evict(kv_caches, rows[row], position)
+            for num_tokens in before - schedule.budget:
+                self.context.counters.add(len(self.layers), int(num_tokens))
+        num_cached = schedule.slots(seq_lens - 1, first) + 1
+        self.context.counters.num_cached = num_cached
+        return num_cached
+
+    def _launch(
+        self,
+        rows: torch.Tensor,
+        due_rows: np.ndarray,
+        starts: np.ndarray,
+        first: np.ndarray,
+        max_num_cached: int,
+    ) -> None:
+        """One fused eviction of ``due_rows``, whose next positions and schedules these are."""
+        parameters = self.context.config.fused
+        assert parameters is not None
+        arrival = None
+        if parameters.scoring == "age":
+            num_candidates = max_num_cached - parameters.window
+            arrival = self._to_device(self._arrival(starts, first, num_candidates))
+        kv_caches = [layer.kv_cache for layer in self.layers.values()]
+        due = self._to_device(due_rows.astype(np.int32))
+        evict_paged(
+            self._kv_pointers(kv_caches),
+            kv_caches[0],
+            self._layer_indices,
+            rows,
+            due,
+            self._starts[: len(rows)],
+            parameters,
+            group_size=self.group_size,
+            softmax_scale=self.softmax_scale,
+            num_state_blocks=self.spec.num_state_blocks,
+            max_num_cached=max_num_cached,
+            first_kv_head=self.first_kv_head,
+            arrival=arrival,
+        )
+
+    def _arrival(self, starts: np.ndarray, first: np.ndarray, num_candidates: int) -> np.ndarray:
+        """Positions of the due rows' candidates, where the newest always stay: [due, n] int32."""
+        limits = self.context.config.limits
+        arrival = np.zeros((len(starts), num_candidates), dtype=np.int32)
+        for into, start, first_eviction in zip(
+            arrival, starts.tolist(), first.tolist(), strict=True
+        ):
+            if first_eviction:
+                index = (start - first_eviction) // limits.window
+                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
+                into[: len(positions)] = positions
+        return arrival
+
+    def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
+        """A copy on the device that nobody waits for."""
+        tensor = torch.from_numpy(numbers)
+        if self.context.device.type == "cuda":
+            return tensor.pin_memory().to(self.context.device, non_blocking=True)
+        return tensor
+
+    def _kv_pointers(self, kv_caches: list[torch.Tensor]) -> torch.Tensor:
+        """Base addresses of the layers' caches; they change only if vLLM allocates anew."""
+        first = kv_caches[0].data_ptr()
+        if self._pointers is None or self._pointers[0] != first:
+            pointers = [kv_cache.data_ptr() for kv_cache in kv_caches]
+            self._pointers = (
+                first,
+                torch.tensor(pointers, dtype=torch.int64, device=kv_caches[0].device),
+            )
+        return self._pointers[1]

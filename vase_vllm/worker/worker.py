@@ -1,0 +1,90 @@
+"""vLLM's worker, with eviction around its model's attention layers."""
+
+from typing import Any
+
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_worker import Worker
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.support import check_pool
+from vase_vllm.worker.backend import full_attention_layers, wrap_layers
+from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.first_evictions import FirstEvictions
+from vase_vllm.worker.step import StepContext
+
+
+class EvictionWorkerMixin(Worker):
+    """What eviction adds to a worker of any platform."""
+
+    _warming_up = False
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then wrap the attention backends that it was given."""
+        super().load_model(*args, **kwargs)
+        config = EvictionConfig.from_vllm(self.vllm_config)
+        assert config is not None, "this worker is chosen only where eviction is on"
+        self._eviction = StepContext(
+            config=config,
+            vllm_config=self.vllm_config,
+            device=self.device,
+            counters=EvictionCounters(num_layers=len(full_attention_layers(self.vllm_config))),
+            first_evictions=FirstEvictions(
+                self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
+            ),
+        )
+        wrap_layers(self._eviction)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache; refuses a pool that cannot hold one sequence at its bound."""
+        num_bytes = super().determine_available_memory()
+        specs = self.get_kv_cache_spec().values()
+        num_required = sum(spec.max_memory_usage_bytes(self.vllm_config) for spec in specs)
+        check_pool(self._eviction.config, num_bytes, num_required)
+        return num_bytes
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV cache, and note which group's block-table rows have a header."""
+        super().initialize_from_config(kv_cache_config)
+        self._eviction_groups = {
+            index: group.kv_cache_spec
+            for index, group in enumerate(kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, EvictionSpec)
+        }
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up; the requests that vLLM makes up for it know nothing of our rows' header."""
+        self._warming_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warming_up = False
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step. The message that starts it says when its new sequences will evict."""
+        if self._warming_up:
+            for request in scheduler_output.scheduled_new_reqs:
+                request.block_ids = tuple(
+                    self._complete_row(request, index, row)
+                    for index, row in enumerate(request.block_ids)
+                )
+        # All groups' rows say the same.
+        self._eviction.first_evictions.observe(scheduler_output, min(self._eviction_groups))
+        return super().execute_model(scheduler_output)
+
+    def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
+        """A made-up request's block-table row, with the front that ours have."""
+        spec = self._eviction_groups.get(group)
+        if spec is None:
+            return row
+        first = spec.schedule.first_eviction(len(request.prompt_token_ids))
+        # No state blocks have been set aside for it: any block of its own does for a warm-up.
+        return [first, 0, *[row[0]] * spec.num_state_blocks, *row]
+
+    def get_kv_eviction_stats(self) -> dict[str, int]:
+        """Evictions so far on this worker, for ``collective_rpc``."""
+        return self._eviction.counters.as_dict()
+
+
+class EvictionWorker(EvictionWorkerMixin):
+    """Worker of the CUDA platform."""
