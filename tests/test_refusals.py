@@ -5,7 +5,7 @@ import json
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vase_vllm.support import UnsupportedError
+from vase_vllm.errors import EvictionError
 
 EVICTION = {"policy": "vase", "budget": 128, "window": 16}
 
@@ -40,7 +40,7 @@ def make_config(model, eviction=EVICTION, **options):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_unsupported_features(models, options, remedy):
-    with pytest.raises(UnsupportedError) as error:
+    with pytest.raises(EvictionError) as error:
         make_config(models.qwen3(), **options)
     message = str(error.value)
     assert message.startswith("--kv-eviction vase: ")
@@ -112,7 +112,7 @@ ARCHITECTURES = {
 def test_unsupported_models(tmp_path, name):
     config, reason = ARCHITECTURES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=f"--kv-eviction vase: .*{reason}.*; remove --kv"):
+    with pytest.raises(EvictionError, match=f"--kv-eviction vase: .*{reason}.*; remove --kv"):
         make_config(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_unsupported_parallelism(models, flag):
 
     vllm_config = make_config(models.qwen3())
     setattr(vllm_config.parallel_config, flag, 2)
-    with pytest.raises(UnsupportedError, match=f"remove --{flag.replace('_', '-')}$"):
+    with pytest.raises(EvictionError, match=f"remove --{flag.replace('_', '-')}$"):
         check_engine(vllm_config, EvictionConfig(budget=128, window=16))
 
 
@@ -140,7 +140,7 @@ def test_unsupported_parallelism(models, flag):
     ids=["value", "key", "policy"],
 )
 def test_bad_settings_stop_the_engine(models, eviction, setting):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(EvictionError) as error:
         make_config(models.qwen3(), eviction)
     assert str(error.value).startswith(setting)
 
@@ -155,7 +155,7 @@ def test_unsupported_layers(models, family, changes, reason):
     from tests.support.engines import engine
 
     with (
-        pytest.raises(UnsupportedError, match=reason),
+        pytest.raises(EvictionError, match=reason),
         engine(getattr(models, family)(**changes), {"budget": 128, "window": 16}),
     ):
         pass

@@ -1,7 +1,8 @@
 """The settings of KV cache eviction: parsed, checked and documented here and nowhere else."""
 
+import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
 )
 
 from vase_vllm import ADDITIONAL_CONFIG_KEY
+from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.policies.base import Policy
@@ -92,7 +94,7 @@ class EvictionConfig(BaseModel):
             settings: ``policy``, the keys of that policy and those of all, in one.
 
         Raises:
-            ValueError: one line that names the setting and the remedy.
+            EvictionError: one line that names the setting and the remedy.
         """
         policy = find_policy(settings.get("policy", DEFAULT_POLICY))
         keys = settings_keys(policy)
@@ -103,7 +105,7 @@ class EvictionConfig(BaseModel):
         except ValidationError as error:
             known = [*(name for name in cls.model_fields if name != "policy"), *keys]
             lines = (_one_line(error, known) for error in error.errors())
-            raise ValueError("; ".join(lines)) from None
+            raise EvictionError("; ".join(lines)) from None
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "EvictionConfig | None":
@@ -112,11 +114,20 @@ class EvictionConfig(BaseModel):
 
     @classmethod
     def from_additional(cls, additional: Any) -> "EvictionConfig | None":
-        """The same from vLLM's ``additional_config``, before there is an engine's config."""
+        """The same from vLLM's ``additional_config``, before there is an engine's config.
+
+        Settings are parsed once per process; later calls look them up.
+        """
         settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
         if not settings or settings.get("policy") == "none":
             return None
-        return cls.parse(settings)
+        return _parse_once(json.dumps(settings, sort_keys=True))
+
+
+@cache
+def _parse_once(settings: str) -> EvictionConfig:
+    """:meth:`EvictionConfig.parse` of settings as JSON."""
+    return EvictionConfig.parse(json.loads(settings))
 
 
 def settings_keys(model: type[BaseModel]) -> list[str]:

@@ -8,24 +8,21 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vase_vllm.config import EvictionConfig
+from vase_vllm.errors import EvictionError
 from vase_vllm.layout.query_ring import RingLayout
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
 
-class UnsupportedError(ValueError):
-    """Eviction was asked for together with something that it does not support."""
-
-
 def check_engine(vllm_config: VllmConfig, config: EvictionConfig) -> None:
     """Refuse an engine that eviction cannot serve exactly as asked.
 
     Raises:
-        UnsupportedError: names the setting and what to change.
+        EvictionError: names the setting and what to change.
     """
     if reason := next(_engine_reasons(vllm_config, config), None):
-        raise UnsupportedError(f"--kv-eviction {config.policy.name}: {reason}")
+        raise EvictionError(f"--kv-eviction {config.policy.name}: {reason}")
 
 
 def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator[str]:
@@ -84,10 +81,10 @@ def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> Non
         num_required: bytes of one sequence at its bound, over the worker's layers.
 
     Raises:
-        UnsupportedError: names the setting and what to change.
+        EvictionError: names the setting and what to change.
     """
     if num_required > num_bytes:
-        raise UnsupportedError(
+        raise EvictionError(
             f"--kv-eviction-config.budget ({config.budget}) + window ({config.window}) tokens need "
             f"{num_required / 2**20:.1f} MiB of KV cache for one sequence, and there are "
             f"{num_bytes / 2**20:.1f} MiB: lower budget, or raise --kv-cache-memory-bytes or "
@@ -109,10 +106,10 @@ def check_layers(
         backends: names of the attention backends that eviction works with.
 
     Raises:
-        UnsupportedError: names the setting and what to change.
+        EvictionError: names the setting and what to change.
     """
     if reason := next(_layer_reasons(layers, block_size, config, backends), None):
-        raise UnsupportedError(f"--kv-eviction {config.policy.name}: {reason}")
+        raise EvictionError(f"--kv-eviction {config.policy.name}: {reason}")
 
 
 def _layer_reasons(

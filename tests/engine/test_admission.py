@@ -10,7 +10,7 @@ from vase_vllm.engine.admission import (
     MARGIN,
     NUM_NEEDED,
     NUM_REMEMBERED,
-    AnswerLengths,
+    OutputLengths,
     expected_peak,
 )
 
@@ -19,7 +19,7 @@ lengths = st.lists(st.integers(1, 50) | st.just(CUT_OFF), max_size=80)
 
 
 def remember(lengths):
-    answers = AnswerLengths()
+    answers = OutputLengths()
     for length in lengths:
         # Whatever length it was cut off at, it counts as longer than any.
         answers.add(7 if length == CUT_OFF else length, cut_off=length == CUT_OFF)

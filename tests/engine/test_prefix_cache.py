@@ -46,7 +46,7 @@ def test_every_block_holds_what_it_should(
     simulation = Simulation(make_scheduler(models.qwen3(), eviction, block_size, num_blocks, chunk))
     for _ in range(20):
         # With "expected", a history that makes room look larger than it is.
-        simulation.manager.answer_lengths.add(3, cut_off=False)
+        simulation.scheduler._admission.output_lengths.add(3, cut_off=False)
     beginnings = [[2 + 7 * which + p % 5 for p in range(60)] for which in range(2)]
     waiting = sorted(enumerate(requests), key=lambda item: item[1][-1])
     for number in range(4000):

@@ -9,6 +9,8 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vase_vllm.errors import EvictionError
+
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -21,12 +23,6 @@ def settings_of(parser, arguments):
     # Any folder will do for a model: it is not looked into.
     args = parser.parse_args(["--model", str(Path(__file__).parent), *arguments])
     return AsyncEngineArgs.from_cli_args(args).additional_config
-
-
-@pytest.fixture(autouse=True)
-def not_at_a_shell(monkeypatch):
-    """Forget, after each test, that this process has parsed a command line."""
-    monkeypatch.setattr("vase_vllm.integration.patches._at_a_shell", False)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +67,17 @@ def test_yaml_file(parser, tmp_path):
 
 
 def test_settings_without_the_policy_are_refused(parser):
-    with pytest.raises(SystemExit, match="has no effect without --kv-eviction"):
+    with pytest.raises(EvictionError, match="has no effect without --kv-eviction"):
         settings_of(parser, ["--kv-eviction-config.budget", "512"])
 
 
 def test_settings_that_are_no_object_are_refused(parser):
-    with pytest.raises(SystemExit, match="must be a JSON object"):
+    with pytest.raises(EvictionError, match="must be a JSON object"):
         settings_of(parser, ["--kv-eviction", "vase", "--kv-eviction-config", "[4]"])
 
 
 def test_a_second_policy_among_the_settings_is_refused(parser):
-    with pytest.raises(SystemExit, match="remove the key"):
+    with pytest.raises(EvictionError, match="remove the key"):
         settings_of(parser, ["--kv-eviction", "vase", "--kv-eviction-config.policy", "rkv"])
 
 

@@ -20,7 +20,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.first_evictions import FirstEvictions
 from vase_vllm.worker.triton_path import TritonPath
 
@@ -59,6 +59,7 @@ class Worker:
             counters=self.counters,
             first_evictions=first_evictions,
             kv_heads=torch.arange,
+            observer=None,
         )
         spec = EvictionSpec(
             block_size=case.block_size,

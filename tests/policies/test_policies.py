@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from tests.oracle.law import chi_square_of_sets
 from tests.oracle.policies import Ranking
 from tests.oracle.selection import Candidates
 from tests.support.engines import engine, eviction_stats, generate, greedy, random_prompt
-from vase_vllm.worker.evictor import TorchEvictor
 
 pytestmark = pytest.mark.slow
 
@@ -113,11 +113,13 @@ class Recorder:
         return chosen
 
 
-@pytest.fixture
-def recorder(monkeypatch):
+@contextmanager
+def recorded_engine(models, settings, **options):
+    """An engine, and a record of its evictions."""
     recorder = Recorder()
-    monkeypatch.setattr(TorchEvictor, "observer", recorder)
-    return recorder
+    with engine(models.qwen3(), settings, **options) as llm:
+        llm.collective_rpc("observe_evictions", args=(recorder,))
+        yield llm, recorder
 
 
 @pytest.mark.parametrize("name", RANKINGS)
@@ -140,7 +142,7 @@ def test_tokens_equal_those_of_the_oracle(models, oracle, name):
 
 
 @pytest.mark.parametrize("gaussian", ["fixed", "redrawn"])
-def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, recorder, gaussian):
+def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, gaussian):
     """The oracle is given the matrices, and chooses and decodes by itself."""
     settings = {**COMMON, "policy": "cur", "gaussian": gaussian, "columns": 4}
 
@@ -149,7 +151,7 @@ def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, recorder, 
         return draws.gaussian(candidates.keys.shape[-1], 4, gaussian == "redrawn")
 
     policy = policies.cur(sketch)
-    with engine(models.qwen3(), settings) as llm:
+    with recorded_engine(models, settings) as (llm, recorder):
         for length in (20, 160, 600):
             prompt = random_prompt(length, SEED + length)
             (tokens,) = generate(llm, [prompt], greedy(NUM_TOKENS))
@@ -159,10 +161,13 @@ def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, recorder, 
 
 
 @pytest.mark.parametrize("settings", DRAWN.values(), ids=DRAWN)
-def test_random_choices_are_carried_out(models, oracle, recorder, settings):
+def test_random_choices_are_carried_out(models, oracle, settings):
     """Each request by itself, replayed by the oracle; and all of them again in one batch."""
     prompts = [random_prompt(length, SEED + length) for length in (20, 160, 600)]
-    with engine(models.qwen3(), {**COMMON, **settings}, max_num_batched_tokens=200) as llm:
+    with recorded_engine(models, {**COMMON, **settings}, max_num_batched_tokens=200) as (
+        llm,
+        recorder,
+    ):
         alone = []
         for prompt in prompts:
             alone += generate(llm, [prompt], greedy(NUM_TOKENS))
@@ -173,10 +178,10 @@ def test_random_choices_are_carried_out(models, oracle, recorder, settings):
         assert generate(llm, prompts, greedy(NUM_TOKENS)) == alone
 
 
-def test_random_keeps_every_set_of_slots_equally_often(models, recorder):
+def test_random_keeps_every_set_of_slots_equally_often(models):
     settings = {"policy": "random", "budget": 8, "window": 2, "sinks": 2}
     counts: Counter[tuple[int, ...]] = Counter()
-    with engine(models.qwen3(), settings) as llm:
+    with recorded_engine(models, settings) as (llm, recorder):
         for seed in range(6):
             generate(llm, [random_prompt(5, seed)], greedy(300))
             for mask in recorder.masks.values():

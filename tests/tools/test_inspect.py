@@ -27,14 +27,6 @@ BLOCK_SIZE, NUM_HEADS, HEAD_SIZE, LAYER = 16, 2, 4, 5
 BUDGET, WINDOW, SINKS = 40, 8, 4
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> KeptPositions:
-    """Sees the evictions of this process for as long as the test runs."""
-    observer = KeptPositions()
-    monkeypatch.setattr(TorchEvictor, "observer", observer)
-    return observer
-
-
 def spec_of(config: EvictionConfig, ring: RingLayout) -> EvictionSpec:
     return EvictionSpec(
         block_size=BLOCK_SIZE,
@@ -48,7 +40,7 @@ def spec_of(config: EvictionConfig, ring: RingLayout) -> EvictionSpec:
 
 @pytest.mark.parametrize("prompt_len", [10, 90], ids=["short-prompt", "long-prompt"])
 @pytest.mark.parametrize("policy", ["vase", "random", "streaming"])
-def test_what_is_kept_is_what_lies_in_the_pages(kept, policy, prompt_len):
+def test_what_is_kept_is_what_lies_in_the_pages(policy, prompt_len):
     """Every token's value says its position, so that the pages tell what they hold."""
     torch.manual_seed(0)
     own = {"protected": 12} if policy == "vase" else {}
@@ -63,11 +55,11 @@ def test_what_is_kept_is_what_lies_in_the_pages(kept, policy, prompt_len):
     blocks = row[spec.num_front :].long()
     evictor = TorchEvictor(config, spec, ring, PlainPages(), 0.5, torch.arange(NUM_HEADS))
     sizes = 1000 + torch.rand(NUM_HEADS, num_tokens)
-    kept.watch([LAYER])
+    kept = KeptPositions([LAYER])
     evictions = 0
     for position in range(num_tokens):
         if position >= first and (position - first) % WINDOW == 0:
-            evictor.evict({LAYER: cache, LAYER + 1: cache.clone()}, row, position)
+            evictor.evict({LAYER: cache, LAYER + 1: cache.clone()}, row, position, kept)
             evictions += 1
             slots = torch.arange(BUDGET)
             held = cache[blocks[slots // BLOCK_SIZE], :, slots % BLOCK_SIZE, HEAD_SIZE].int()
@@ -113,21 +105,22 @@ def check_statuses(history: LayerHistory, num_protected: int) -> None:
             assert np.flatnonzero(status == Status.PROTECTED).tolist() == largest.tolist()
 
 
-def test_a_gpu_evicts_in_plain_torch_while_somebody_looks(kept, monkeypatch):
+def test_a_gpu_evicts_in_plain_torch_while_somebody_looks():
     from vase_vllm.worker.triton_path import TritonPath
 
     config = EvictionConfig.parse({"budget": BUDGET, "window": WINDOW})
     context = SimpleNamespace(
         config=config,
+        observer=KeptPositions([LAYER]),
         kv_heads=torch.arange,
         device=torch.device("cpu"),
         vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4)),
     )
     layer = SimpleNamespace(num_heads=2, num_kv_heads=2, impl=SimpleNamespace(scale=0.5))
-    arguments = context, spec_of(config, RingLayout(WINDOW, 1, BLOCK_SIZE)), {LAYER: layer}
-    assert TritonPath(*arguments)._evictor is not None
-    monkeypatch.setattr(TorchEvictor, "observer", None)
-    assert TritonPath(*arguments)._evictor is None
+    path = TritonPath(context, spec_of(config, RingLayout(WINDOW, 1, BLOCK_SIZE)), {LAYER: layer})
+    assert not path._is_fused
+    context.observer = None
+    assert path._is_fused
 
 
 def test_summary():
@@ -184,7 +177,6 @@ MODEL = ["--model", "."]
 def test_what_cannot_be_inspected_is_refused_in_one_line(
     arguments, message, capsys, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("vase_vllm.integration.patches._at_a_shell", False)
     monkeypatch.chdir(tmp_path)
     try:
         status = cli.main(["inspect", *arguments])
@@ -285,7 +277,7 @@ def test_what_only_the_engine_knows_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_what_is_kept_is_what_the_oracle_keeps(models, kept):
+def test_what_is_kept_is_what_the_oracle_keeps(models):
     from transformers import AutoModelForCausalLM
 
     from tests.oracle.hf_eviction import generate_with_eviction
@@ -294,7 +286,8 @@ def test_what_is_kept_is_what_the_oracle_keeps(models, kept):
     prompt = random_prompt(160, 1160)
     settings = {"budget": 128, "window": 16, "protected": 0.25, "sinks": 4}
     with engine(models.qwen3(), {**settings, "sampling": "greedy", "smoothing": 1}) as llm:
-        kept.watch([0, 1])
+        kept = KeptPositions([0, 1])
+        llm.collective_rpc("observe_evictions", args=(kept,))
         generate(llm, [prompt], greedy(230))
     ranges = {}
 

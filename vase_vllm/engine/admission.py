@@ -1,24 +1,31 @@
-"""What running requests will probably hold, from the lengths of the answers that have finished.
+"""What running requests will probably hold, from the lengths of the outputs that have finished.
 
-Room kept for the longest that an answer may be is mostly kept for nothing: few requests say how
-long theirs will be, and most end early. As in the Past-Future scheduler (Gong et al., arXiv
-2507.10150), the last answers say how probable it is that one still runs some time from now, and
-memory must do for every moment from now on. Under eviction no sequence grows past its bound.
+Memory that is reserved for the longest possible output is mostly reserved for nothing: few requests
+say how long their output will be, and most stop early. As in the Past-Future scheduler (Gong et
+al., arXiv 2507.10150), the lengths of the last outputs give the probability that a request still
+runs some time from now, and memory must suffice at every moment from now on. Under eviction no
+sequence grows past its bound.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
+from vllm.v1.request import Request
+
+from vase_vllm.config import Admission
 
 NUM_REMEMBERED = 1024
 NUM_NEEDED = 16
-"""Answers longer than a request's own so far, without which nothing is predicted for it."""
+"""Finished outputs longer than a request's own so far that a prediction for it needs."""
 NUM_MOMENTS = 32
 """Moments of the future at which memory is looked at."""
 MARGIN = 2.0
-"""Standard deviations that are kept free beside what is expected."""
+"""Standard deviations that are reserved beside what is expected."""
 
 
-class AnswerLengths:
-    """Lengths of the last answers that finished, in tokens."""
+class OutputLengths:
+    """Lengths of the last outputs that finished, in tokens."""
 
     def __init__(self) -> None:
         self._lengths = np.zeros(NUM_REMEMBERED, dtype=np.int64)
@@ -26,19 +33,19 @@ class AnswerLengths:
         self._num_longer: np.ndarray | None = None
 
     def add(self, num_tokens: int, cut_off: bool) -> None:
-        """Remember an answer; one that was cut off would have been longer than any."""
+        """Remember an output; one that was cut off counts as longer than any other."""
         self._lengths[self._num_seen % NUM_REMEMBERED] = -1 if cut_off else num_tokens
         self._num_seen += 1
         self._num_longer = None
 
     def survival(self, so_far: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-        """Probability that answers go on.
+        """Probability that outputs go on.
 
         With L a remembered length: the share of ``L > so_far + ahead`` among ``L > so_far``; 1
         where too few are longer than ``so_far``.
 
         Args:
-            so_far: [R] int64, tokens that each answer has.
+            so_far: [R] int64, tokens that each output has.
             ahead: [K] int64, further tokens.
 
         Returns:
@@ -54,8 +61,29 @@ class AnswerLengths:
         return np.where(longer_now < NUM_NEEDED, 1.0, longer_then / np.maximum(longer_now, 1))
 
 
+@dataclass(frozen=True)
+class AdmissionContext:
+    """What block managers know of their scheduler; all of an engine's managers share one.
+
+    Attributes:
+        requests: the scheduler's live table, request id to request.
+        admission: when a request is admitted; see :class:`~vase_vllm.config.EvictionConfig`.
+        max_model_len: tokens of the longest sequence.
+        output_lengths: of the requests that have finished.
+    """
+
+    requests: Mapping[str, Request]
+    admission: Admission
+    max_model_len: int
+    output_lengths: OutputLengths = field(default_factory=OutputLengths)
+
+    def longest(self, request: Request) -> int:
+        """Tokens that a sequence can come to have, prompt and output."""
+        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+
+
 def expected_peak(
-    answer_lengths: AnswerLengths,
+    output_lengths: OutputLengths,
     num_prompt: np.ndarray,
     so_far: np.ndarray,
     most_slots: np.ndarray,
@@ -65,10 +93,11 @@ def expected_peak(
     """Most blocks that sequences which decode side by side will hold at any moment from now on.
 
     A sequence that still runs ``t`` tokens from now holds the blocks of ``min(length + t, most)``
-    slots and of its state, else none. Of their sum: the largest of mean and margin over ``t``.
+    slots and its state blocks; one that has finished holds none. The result is the largest, over
+    ``t``, of the sum's mean and margin.
 
     Args:
-        num_prompt, so_far: [R] int64, tokens of each prompt and of its answer.
+        num_prompt, so_far: [R] int64, tokens of each prompt and of its output.
         most_slots: [R] int64, slots that each can come to need.
         num_state_blocks: [R] int64.
     """
@@ -77,7 +106,7 @@ def expected_peak(
     ahead = np.linspace(0, horizon, NUM_MOMENTS).astype(np.int64)
     slots = np.minimum(length[:, None] + ahead, most_slots[:, None])
     blocks = num_state_blocks[:, None] - (-slots // block_size)
-    runs = answer_lengths.survival(so_far, ahead)
+    runs = output_lengths.survival(so_far, ahead)
     mean = (runs * blocks).sum(axis=0)
     variance = (runs * (1 - runs) * blocks**2).sum(axis=0)
     return int(np.ceil((mean + MARGIN * np.sqrt(variance)).max()))

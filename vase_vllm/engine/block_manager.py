@@ -13,7 +13,7 @@ enough for a query to be kept has null blocks in their place.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vase_vllm.config import Admission
-from vase_vllm.engine.admission import AnswerLengths, expected_peak
+from vase_vllm.engine.admission import AdmissionContext, expected_peak
 from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.arithmetic import cdiv
@@ -45,23 +44,20 @@ class EvictionManager(FullAttentionManager):
 
     kv_cache_spec: EvictionSpec
 
-    # Bound by EvictionScheduler: its live table of requests (request id -> request), the rule of
-    # admission, the lengths of the last answers, and the longest sequence.
-    requests: Mapping[str, Request]
-    admission: Admission
-    answer_lengths: AnswerLengths
-    max_model_len: int
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_front = self.kv_cache_spec.num_front
         self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
 
+    def bind(self, context: AdmissionContext) -> None:
+        """Learn what the scheduler knows; it calls this once, before there is any request."""
+        self._context = context
+
     def first_eviction(self, request_id: str) -> int:
         """Position of the first eviction: what the row says, else what the prompt will make it."""
         if row := self.req_to_blocks.get(request_id):
             return row[BlockTableRow.FIRST].block_id
-        request = self.requests[request_id]
+        request = self._context.requests[request_id]
         return self.kv_cache_spec.schedule.first_eviction(request.num_prompt_tokens)
 
     def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
@@ -74,12 +70,8 @@ class EvictionManager(FullAttentionManager):
         """Blocks for the query ring; a sequence that ends before any query is kept has none."""
         spec = self.kv_cache_spec
         first_query = spec.schedule.first_query(self.first_eviction(request_id))
-        is_short = self._longest(self.requests[request_id]) <= first_query
+        is_short = self._context.longest(self._context.requests[request_id]) <= first_query
         return 0 if is_short else spec.num_state_blocks
-
-    def _longest(self, request: Request) -> int:
-        """Tokens that a sequence can come to have."""
-        return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
     def get_num_blocks_to_allocate(
         self,
@@ -95,10 +87,10 @@ class EvictionManager(FullAttentionManager):
         """Blocks that a sequence still needs to reach ``num_tokens`` tokens.
 
         For admission (``apply_admission_cap``) that is the most it holds on the way: a preempted
-        sequence computes its output again, evicting as it goes, and peaks at its first eviction.
-        Where room is reserved it is the most that it will ever hold, and what all the others still
-        need to get there: then nobody is preempted later. Where it is expected, the same for what
-        they will probably hold.
+        sequence recomputes its output, evicting as it goes, and peaks at its first eviction. With
+        ``admission: reserve`` it is the most that the sequence will ever hold and what all running
+        ones still need to get to theirs, so that none is preempted later; with ``expected`` it is
+        the same for what they will probably hold.
 
         Cached blocks that the prompt begins with are needed beside its own, until they are copied.
         """
@@ -109,7 +101,7 @@ class EvictionManager(FullAttentionManager):
             return num_held + self._num_blocks_of_step(request_id, num_tokens)
         num_slots = min(num_tokens, self.first_eviction(request_id))
         num_own = self._num_missing_blocks(request_id, num_slots)
-        if self.admission != "optimistic":
+        if self._context.admission != "optimistic":
             num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
         return num_held + num_own
 
@@ -126,15 +118,15 @@ class EvictionManager(FullAttentionManager):
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
         """Blocks that the running sequences, and one more, can or probably will come to need."""
         running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
-        requests = [self.requests[id] for id in running if id in self.requests]
+        requests = [self._context.requests[id] for id in running if id in self._context.requests]
         if and_to is not None:
-            requests.append(self.requests[and_to])
+            requests.append(self._context.requests[and_to])
         most_slots = [self._most_slots(request) for request in requests]
         num_most = sum(
             self._num_missing_blocks(request.request_id, num_slots)
             for request, num_slots in zip(requests, most_slots, strict=True)
         )
-        if self.admission == "expected" and requests:
+        if self._context.admission == "expected" and requests:
             return min(self._num_blocks_expected(requests, np.array(most_slots)), num_most)
         return num_most
 
@@ -143,7 +135,7 @@ class EvictionManager(FullAttentionManager):
         first = self.first_eviction(request.request_id)
         if request.num_computed_tokens >= first:
             return self.kv_cache_spec.schedule.bound
-        return min(self._longest(request), first)
+        return min(self._context.longest(request), first)
 
     def _num_blocks_expected(self, requests: list[Request], most_slots: np.ndarray) -> int:
         """Blocks beyond those they hold that sequences will probably need.
@@ -153,7 +145,7 @@ class EvictionManager(FullAttentionManager):
         """
         num_state_blocks = [self._num_state_blocks(request.request_id) for request in requests]
         peak = expected_peak(
-            self.answer_lengths,
+            self._context.output_lengths,
             np.array([request.num_prompt_tokens for request in requests]),
             np.array([request.num_output_tokens for request in requests]),
             most_slots,
@@ -193,7 +185,7 @@ class EvictionManager(FullAttentionManager):
             row.extend(blocks)
             return blocks
         first = self.first_eviction(request_id)
-        key = content_key(self.requests[request_id])
+        key = content_key(self._context.requests[request_id])
         num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
         entries = [
             *(KVCacheBlock(block_id=number) for number in (first, key)),
@@ -214,7 +206,7 @@ class EvictionManager(FullAttentionManager):
     ) -> None:
         """Put the blocks of the prompt that earlier steps have computed into the prefix cache.
 
-        Answers are not cached: their end is evicted, and copies of the rest would cost every step.
+        Outputs are not cached: their end is evicted, and copying the rest would cost every step.
         """
         num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
         start = self.num_cached_block.get(request.request_id, 0)

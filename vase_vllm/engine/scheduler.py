@@ -8,19 +8,19 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.engine.admission import AnswerLengths
+from vase_vllm.engine.admission import AdmissionContext
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.support import UnsupportedError
 
 
 class _EvictionMixin(Scheduler):
-    """Binds the block managers to the requests and bounds replayed chunks.
+    """Binds the block managers to the requests and bounds recomputed chunks.
 
-    A preempted sequence reads its prompt densely again, then computes its output again in chunks
-    that end where its evictions fall. It so goes through the same cache states as the first time,
-    and its continuation does not depend on whether, or when, it was preempted.
+    A preempted sequence prefills its prompt again, then recomputes its output in chunks that end
+    where its evictions fall. It goes through the same cache states as the first time, so its
+    continuation does not depend on whether, or when, it was preempted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,14 +31,11 @@ class _EvictionMixin(Scheduler):
             if isinstance(manager, EvictionManager)
         ]
         config = EvictionConfig.from_vllm(self.vllm_config)
-        assert config is not None
-        answer_lengths = AnswerLengths()
+        assert config is not None, "this scheduler is chosen only where eviction is on"
+        self._admission = AdmissionContext(self.requests, config.admission, self.max_model_len)
         for manager in managers:
-            manager.requests = self.requests
-            manager.admission = config.admission
-            manager.answer_lengths = answer_lengths
-            manager.max_model_len = self.max_model_len
-        # All groups share one schedule: any manager can answer for a request.
+            manager.bind(self._admission)
+        # All groups share one schedule: any manager knows when a request evicts.
         self._manager = managers[0]
         if len(self.kv_cache_config.kv_cache_groups) > 1:
             self._check_longest_prompt()
@@ -59,7 +56,7 @@ class _EvictionMixin(Scheduler):
                 num_required += cdiv(num_bytes, spec.page_size_bytes)
         num_usable = self.kv_cache_config.num_blocks - 1
         if num_required > num_usable:
-            raise UnsupportedError(
+            raise EvictionError(
                 f"--kv-eviction: a prompt of --max-model-len {self.max_model_len} needs "
                 f"{num_required} KV cache blocks in this hybrid model, and the pool has "
                 f"{num_usable}: lower --max-model-len, or raise --kv-cache-memory-bytes or "
@@ -97,10 +94,10 @@ class _EvictionMixin(Scheduler):
         return blocks, num_hit, boundary, diverged
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """A request has finished: what its answer says of those to come."""
+        """vLLM's hook on the end of a request: its output's length predicts those to come."""
         if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             cut_off = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
-            self._manager.answer_lengths.add(request.num_output_tokens, cut_off)
+            self._admission.output_lengths.add(request.num_output_tokens, cut_off)
         return super()._free_request(request, *args, **kwargs)
 
     def _reserve_prefill_lookahead(

@@ -6,9 +6,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.query_ring import RingLayout
-from vase_vllm.support import UnsupportedError, check_engine
+from vase_vllm.errors import EvictionError
+from vase_vllm.support import check_engine
 
 logger = init_logger("vllm.vase_vllm")
 
@@ -20,7 +19,7 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
         The settings, or None where eviction is off.
 
     Raises:
-        ValueError: one line that names the setting and the remedy.
+        EvictionError: one line that names the setting and the remedy.
     """
     config = EvictionConfig.from_additional(engine_args.additional_config)
     if config is None:
@@ -30,7 +29,7 @@ def prepare(engine_args: EngineArgs) -> EvictionConfig | None:
         ("--scheduler-cls", engine_args.scheduler_cls, None),
     ):
         if value != default:
-            raise UnsupportedError(
+            raise EvictionError(
                 f"--kv-eviction {config.policy.name}: a custom {flag} is not supported; "
                 f"remove {flag}"
             )
@@ -64,30 +63,3 @@ def activate(vllm_config: VllmConfig, config: EvictionConfig) -> None:
             "torch, sequence by sequence, which is slow.",
             config.policy.name,
         )
-
-
-def check_prompt(vllm_config: VllmConfig, prompt_len: int) -> str | None:
-    """Why a prompt can never be served, or None.
-
-    A prompt is read densely: until its first eviction it needs a block for every token, and if the
-    whole pool has fewer, the request would wait for ever.
-    """
-    config = EvictionConfig.from_vllm(vllm_config)
-    num_blocks = vllm_config.cache_config.num_gpu_blocks
-    if config is None or not num_blocks:
-        return None
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    block_size = vllm_config.cache_config.block_size
-    group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
-    num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
-    num_required = num_state_blocks + cdiv(num_slots, block_size)
-    # Block 0 of each engine's pool is the null block.
-    num_usable = num_blocks // parallel.data_parallel_size - 1
-    if num_required <= num_usable:
-        return None
-    return (
-        f"The prompt ({prompt_len} tokens) needs {num_required} KV cache blocks until its first "
-        f"eviction, and the pool has {num_usable}: shorten the prompt, or raise "
-        "--kv-cache-memory-bytes or --gpu-memory-utilization."
-    )

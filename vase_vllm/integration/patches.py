@@ -10,42 +10,40 @@ EngineArgs.add_cli_args             a plugin's own flags          plugin hooks f
 EngineArgs.from_cli_args            flags -> additional_config    the same
 EngineArgs.create_engine_config     choose our worker and         a hook for plugins on the
                                     scheduler, refuse the rest    engine's config
-InputProcessor._validate_prompt_len HTTP 400 for a prompt that    a KV manager's say in request
-                                    the pool can never hold       validation
+InputProcessor._validate_prompt_len reject with HTTP 400 a prompt a KV manager's say in request
+                                    that the pool can never hold  validation
 async_llm.load_stat_logger_         our metrics at /metrics, but  stat logger plugins that do not
     plugin_factories                only where eviction is on     overrule --disable-log-stats
 =================================== ============================= ===============================
 
-Each calls the original and does nothing more unless eviction is on.
+Each calls the original and does nothing more unless eviction is on. What a worker does to the
+attention layers of its own model is listed in ``worker/object_patches.py``. ``sys.excepthook``,
+Python's own extension point, is set where a command line asks for eviction.
 """
 
 import argparse
 import functools
-import json
+import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs, optional_type
+from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vase_vllm import ADDITIONAL_CONFIG_KEY
+from vase_vllm.errors import EvictionError
 
 # vLLM loads the plugin in every process, with eviction or without: what only eviction needs is
 # imported where it is asked for.
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from vllm.v1.engine.input_processor import InputProcessor
-
-# Whether this process has parsed a command line that asks for eviction: then a person at a shell
-# gets a refusal as one line, where a program gets the exception. vLLM copies its arguments around
-# field by field, so they cannot carry this.
-_at_a_shell = False
 
 
 def apply() -> None:
     """Patch what every process may need, once per process."""
-    if hasattr(EngineArgs.create_engine_config, "__wrapped__"):
+    if _is_patched(EngineArgs.create_engine_config):
         return
     EngineArgs.add_cli_args = staticmethod(_add_cli_args(EngineArgs.add_cli_args))
     EngineArgs.from_cli_args = classmethod(_from_cli_args(EngineArgs.from_cli_args.__func__))
@@ -57,7 +55,7 @@ def _apply_to_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor._validate_prompt_len
-    if not hasattr(original, "__wrapped__"):
+    if not _is_patched(original):
         InputProcessor._validate_prompt_len = _validate_prompt_len(original)
 
 
@@ -66,88 +64,47 @@ def _apply_to_metrics() -> None:
     from vllm.v1.engine import async_llm
 
     original = async_llm.load_stat_logger_plugin_factories
-    if not hasattr(original, "__wrapped__"):
+    if not _is_patched(original):
         async_llm.load_stat_logger_plugin_factories = _load_stat_logger_plugin_factories(original)
+
+
+def _apply_to_uncaught_errors() -> None:
+    """Let a refusal that nobody catches end the program with its one line, not a traceback."""
+    if not _is_patched(sys.excepthook):
+        sys.excepthook = _excepthook(sys.excepthook)
+
+
+def _is_patched(function: Callable[..., Any]) -> bool:
+    return hasattr(function, "__wrapped__")
 
 
 def _add_cli_args(original: Callable[..., FlexibleArgumentParser]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
-        from vase_vllm.policies.registry import policy_names
+        from vase_vllm.integration.flags import add_flags
 
         parser = original(parser)
-        group = parser.add_argument_group(title="KVEvictionConfig", description=_describe())
-        group.add_argument(
-            "--kv-eviction",
-            choices=("none", *policy_names()),
-            default="none",
-            help=f"Bound the KV cache of every sequence by evicting tokens. {_policies()}",
-        )
-        group.add_argument(
-            "--kv-eviction-config",
-            type=optional_type(json.loads),
-            default=None,
-            help="Settings of --kv-eviction: a JSON string or dotted keys, such as "
-            "--kv-eviction-config.budget 2048.",
-        )
+        add_flags(parser)
         return parser
 
     return add_cli_args
-
-
-def _policies() -> str:
-    """Each policy and the first line of its docstring."""
-    from vase_vllm.policies.registry import find_policy, policy_names
-
-    docs = {name: find_policy(name).__doc__ or "" for name in policy_names()}
-    return " ".join(f"`{name}`: {doc.partition(chr(10))[0]}" for name, doc in docs.items())
-
-
-def _describe() -> str:
-    """The keys, defaults and meanings of the settings, from where they are defined."""
-    from vase_vllm.config import EvictionConfig
-    from vase_vllm.policies.registry import find_policy, policy_names
-
-    parts = [f"Keys of --kv-eviction-config, with their defaults: {_keys(EvictionConfig)}"]
-    policies = {name: find_policy(name) for name in policy_names()}
-    parts += [f"Of {name}: {_keys(each)}" for name, each in policies.items() if each.model_fields]
-    return " ".join(parts)
-
-
-def _keys(model: type["BaseModel"]) -> str:
-    return " ".join(
-        f"`{field.alias or name}` ({field.default}): {field.description}"
-        for name, field in model.model_fields.items()
-        if name != "policy"
-    )
 
 
 def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineArgs]:
     @functools.wraps(original)
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         engine_args = original(cls, args)
+        # Programs parse with parsers of their own, which may lack the flags.
         policy = getattr(args, "kv_eviction", "none")
-        settings = getattr(args, "kv_eviction_config", None)
-        if policy == "none":
-            if settings is not None:
-                raise SystemExit(
-                    "vllm: error: --kv-eviction-config has no effect without --kv-eviction: "
-                    "add --kv-eviction vase or remove it"
-                )
+        if policy == "none" and getattr(args, "kv_eviction_config", None) is None:
             return engine_args
-        if not isinstance(settings, dict | None):
-            raise SystemExit("vllm: error: --kv-eviction-config: must be a JSON object")
-        if settings and "policy" in settings:
-            raise SystemExit(
-                "vllm: error: --kv-eviction-config.policy: the policy is --kv-eviction's value; "
-                "remove the key"
-            )
+        from vase_vllm.integration.flags import settings_of
+
+        _apply_to_uncaught_errors()
         engine_args.additional_config = {
             **engine_args.additional_config,
-            ADDITIONAL_CONFIG_KEY: {"policy": policy, **(settings or {})},
+            ADDITIONAL_CONFIG_KEY: settings_of(args),
         }
-        global _at_a_shell
-        _at_a_shell = True
         return engine_args
 
     return from_cli_args
@@ -160,18 +117,13 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
             return original(self, *args, **kwargs)
         from vase_vllm.integration.activation import activate, prepare
 
-        try:
-            config = prepare(self)
-            vllm_config = original(self, *args, **kwargs)
-            if config is not None:
-                activate(vllm_config, config)
-                _apply_to_requests()
-                if not self.disable_log_stats:
-                    _apply_to_metrics()
-        except ValueError as error:
-            if _at_a_shell and str(error).startswith("--kv-eviction"):
-                raise SystemExit(f"vllm: error: {error}") from None
-            raise
+        config = prepare(self)
+        vllm_config = original(self, *args, **kwargs)
+        if config is not None:
+            activate(vllm_config, config)
+            _apply_to_requests()
+            if not self.disable_log_stats:
+                _apply_to_metrics()
         return vllm_config
 
     return create_engine_config
@@ -182,10 +134,10 @@ def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
     def validate_prompt_len(self: "InputProcessor", prompt_len: int, prompt_type: str) -> None:
         from vllm.exceptions import VLLMValidationError
 
-        from vase_vllm.integration.activation import check_prompt
+        from vase_vllm.integration.prompt_check import reason_to_reject
 
         original(self, prompt_len, prompt_type)
-        if reason := check_prompt(self.vllm_config, prompt_len):
+        if reason := reason_to_reject(self.vllm_config, prompt_len):
             raise VLLMValidationError(reason)
 
     return validate_prompt_len
@@ -201,3 +153,16 @@ def _load_stat_logger_plugin_factories(
         return [*original(), EvictionStatLogger]
 
     return load_stat_logger_plugin_factories
+
+
+def _excepthook(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def excepthook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, EvictionError):
+            print(f"vllm: error: {error}", file=sys.stderr)
+        else:
+            original(kind, error, traceback)
+
+    return excepthook

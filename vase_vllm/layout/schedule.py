@@ -2,12 +2,12 @@
 
 A sequence is described by one number, the position ``first`` of its first eviction, which follows
 from the length of its prompt. Everything else is a pure function of ``first`` and a position, so
-the scheduler and the workers agree without talking, a preempted sequence that is computed again
-lies exactly where it lay, and nothing can go stale.
+the scheduler and the workers agree without exchanging messages, a preempted sequence that is
+recomputed lies exactly where it lay, and there is no state to go stale.
 
-The prompt is read densely. From then on a sequence evicts whenever its cached length becomes
-``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the budget
-at once. Evictions run just before the step of the position that needs the room.
+Prefill is dense: it evicts nothing. From then on a sequence evicts whenever its cached length
+becomes ``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the
+budget at once. Evictions run just before the step of the position that needs the room.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class EvictionSchedule:
             Evictions, and tokens evicted per layer and KV head.
         """
         first = self.first_eviction(num_prompt_tokens)
-        # The last token of an answer is never read.
+        # The last token of an output is never fed back to the model.
         last_read = num_prompt_tokens + num_output_tokens - 2
         if last_read < first:
             return 0, 0

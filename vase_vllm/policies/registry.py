@@ -3,6 +3,7 @@
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from vase_vllm.errors import EvictionError
 from vase_vllm.policies.base import Policy
 
 GROUP = "vase_vllm.policies"
@@ -24,7 +25,7 @@ def _found() -> dict[str, EntryPoint]:
     for point in entry_points(group=GROUP):
         other = found.setdefault(point.name, point)
         if other.value != point.value:
-            raise ValueError(
+            raise EvictionError(
                 f"--kv-eviction: {point.name!r} is defined twice, by {other.value} and "
                 f"{point.value}: uninstall one"
             )
@@ -41,15 +42,15 @@ def find_policy(name: str) -> type[Policy]:
     """The class of a policy.
 
     Raises:
-        ValueError: there is none of this name, or its package is broken.
+        EvictionError: there is none of this name, or its package is broken.
     """
     if name not in _found():
-        raise ValueError(
+        raise EvictionError(
             f"--kv-eviction {name}: unknown policy; the policies are {', '.join(policy_names())}"
         )
     policy = _found()[name].load()
     if not (isinstance(policy, type) and issubclass(policy, Policy) and policy.name == name):
-        raise ValueError(
+        raise EvictionError(
             f"--kv-eviction {name}: {_found()[name].value} is not a Policy of that name; "
             "fix the package's entry point"
         )

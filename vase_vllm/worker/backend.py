@@ -21,11 +21,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
 
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.errors import EvictionError
 from vase_vllm.layout.query_ring import RingLayout
-from vase_vllm.support import UnsupportedError, check_layers
+from vase_vllm.support import check_layers
+from vase_vllm.worker.object_patches import attach_ring_store, mix_into, ring_store_of
 from vase_vllm.worker.step import PathFactory, StepContext
-
-_RING_WRITE = "eviction_ring_write"
 
 
 def _cpu_path(*args: Any) -> Any:
@@ -66,7 +66,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
         block_size = vllm_config.cache_config.block_size
         if kv_cache_spec.block_size != block_size:
-            raise UnsupportedError(
+            raise EvictionError(
                 f"--kv-eviction: the attention backend splits blocks of --block-size {block_size} "
                 f"into blocks of {kv_cache_spec.block_size}; set --block-size "
                 f"{kv_cache_spec.block_size}"
@@ -102,7 +102,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
             _num_computed_tokens_cache=None,
         )
         metadata = super().build(common_prefix_len, remapped, fast_build, **kwargs)
-        setattr(metadata, _RING_WRITE, step.ring_write)
+        attach_ring_store(metadata, step.ring_store)
         return metadata
 
 
@@ -123,7 +123,7 @@ class EvictionImplMixin(AttentionImpl):
         """The wrapped backend's forward pass. ``query``: [num_tokens, num_heads, head_size]."""
         # There is no metadata in profiling and warm-up runs.
         if attn_metadata is not None:
-            getattr(attn_metadata, _RING_WRITE).store(kv_cache, query)
+            ring_store_of(attn_metadata).store(kv_cache, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 
@@ -139,7 +139,7 @@ def wrap_layers(context: StepContext) -> None:
     Called between loading the model and asking it for its KV cache specs.
 
     Raises:
-        UnsupportedError: a layer does something that eviction would break.
+        EvictionError: a layer does something that eviction would break.
     """
     vllm_config = context.vllm_config
     layers = full_attention_layers(vllm_config)
@@ -151,12 +151,7 @@ def wrap_layers(context: StepContext) -> None:
         if backend not in wrapped:
             wrapped[backend] = _eviction_backend(backend, context, largest_group)
         layer.attn_backend = wrapped[backend]
-        # vLLM has built the implementation already, and its builders check its class: make the
-        # object one of a subclass instead of wrapping it.
-        implementation = type(layer.impl)
-        layer.impl.__class__ = type(
-            f"Eviction{implementation.__name__}", (EvictionImplMixin, implementation), {}
-        )
+        mix_into(layer.impl, EvictionImplMixin)
 
 
 def _eviction_backend(

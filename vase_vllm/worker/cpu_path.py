@@ -21,7 +21,7 @@ class CPUPath:
         layer = next(iter(layers.values()))
         self.spec = spec
         self.layers = layers
-        self.counters = context.counters
+        self.context = context
         self.ring = RingLayout(
             context.config.window, layer.num_heads // layer.num_kv_heads, spec.block_size
         )
@@ -53,23 +53,23 @@ class CPUPath:
             # No eviction is near: tokens lie in the slots of their positions, no query is stored.
             self._write_slots(slot_mapping, rows, token_rows, positions)
             num_cached = seq_lens
-            ring_write = RingWrite.nothing(self.ring)
+            ring_store = RingWrite.nothing(self.ring)
         else:
             self._evict(block_table, first, seq_lens - query_lens, query_lens)
             token_first = first[token_rows]
             slots = self.spec.schedule.slots(positions, token_first)
             self._write_slots(slot_mapping, rows, token_rows, slots, token_first > 0)
             num_cached = self.spec.schedule.slots(seq_lens - 1, first) + 1
-            ring_write = RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
+            ring_store = RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
 
-        self.counters.num_cached = num_cached
+        self.context.counters.num_cached = num_cached
         lengths = torch.from_numpy(num_cached.astype(np.int32))
         return PreparedStep(
             seq_lens=lengths,
             seq_lens_cpu=lengths,
             max_seq_len=int(num_cached.max()),
             block_table=block_table[:, self.spec.num_front :],
-            ring_write=ring_write,
+            ring_store=ring_store,
         )
 
     def _evict(
@@ -84,8 +84,10 @@ class CPUPath:
             return
         kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
         for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
-            num_tokens = self.evictor.evict(kv_caches, block_table[row], position)
-            self.counters.add(len(kv_caches), num_tokens)
+            num_tokens = self.evictor.evict(
+                kv_caches, block_table[row], position, self.context.observer
+            )
+            self.context.counters.add(len(kv_caches), num_tokens)
 
     def _write_slots(
         self,

@@ -4,14 +4,13 @@ Any policy, any device, any pages: the CPU's only path, and on a GPU that of the
 fused kernel does not know.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.torch_eviction import largest, plan_moves
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
@@ -20,36 +19,6 @@ from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.draws import Draws
 from vase_vllm.worker.pages import CandidatePages, PageLayout
 from vase_vllm.worker.query_ring import load_queries
-
-
-@dataclass
-class EvictionCounters:
-    """What one worker has evicted since it started.
-
-    Several builders count into it, each for its own layers; a sequence evicts from all of them.
-    """
-
-    num_layers: int
-    # [sequences] tokens cached by each sequence of the latest step; summed only when asked for.
-    num_cached: np.ndarray | None = None
-    _layer_evictions: int = 0
-    _layer_tokens: int = 0
-
-    def add(self, num_layers: int, num_tokens: int) -> None:
-        """Count one sequence's eviction of ``num_tokens`` per KV head from ``num_layers``."""
-        self._layer_evictions += num_layers
-        self._layer_tokens += num_layers * num_tokens
-
-    def as_dict(self) -> dict[str, int]:
-        """Evictions of sequences, and tokens per layer and KV head: dropped so far, and cached.
-
-        ``cached_tokens`` is that of the latest step, over all its sequences.
-        """
-        return {
-            "evictions": self._layer_evictions // self.num_layers,
-            "evicted_tokens": self._layer_tokens // self.num_layers,
-            "cached_tokens": 0 if self.num_cached is None else int(self.num_cached.sum()),
-        }
 
 
 class EvictionObserver(Protocol):
@@ -66,10 +35,6 @@ class EvictionObserver(Protocol):
 
 class TorchEvictor:
     """Evictions straight on the pages of a KV cache."""
-
-    observer: ClassVar[EvictionObserver | None] = None
-    """Sees all evictions of this process. Set before an engine is built (``vase-vllm inspect``), so
-    that the engine evicts here on a GPU too: the fused kernel does not tell what it kept."""
 
     def __init__(
         self,
@@ -94,13 +59,20 @@ class TorchEvictor:
         self.scale = scale
         self.kv_heads = kv_heads
 
-    def evict(self, kv_caches: dict[int, torch.Tensor], row: torch.Tensor, position: int) -> int:
+    def evict(
+        self,
+        kv_caches: dict[int, torch.Tensor],
+        row: torch.Tensor,
+        position: int,
+        observer: EvictionObserver | None = None,
+    ) -> int:
         """Evict from one sequence that is due, in place.
 
         Args:
             kv_caches: layer index to [num_blocks, H, block_size, 2 * D], packed as it may be.
             row: [columns] int32, the sequence's whole block-table row.
             position: the position that the sequence's next step starts at.
+            observer: looks at the eviction of every layer.
 
         Returns:
             Tokens dropped per KV head.
@@ -135,22 +107,24 @@ class TorchEvictor:
                 draws=draws.of_layer(layer),
                 dtype=kv_cache.dtype,
             )
-            self._move(kv_cache, blocks, self.survivors(candidates))
+            self._move(kv_cache, blocks, self.survivors(candidates, observer))
         return num_cached - self.limits.budget
 
-    def survivors(self, candidates: Candidates) -> torch.Tensor:
+    def survivors(
+        self, candidates: Candidates, observer: EvictionObserver | None = None
+    ) -> torch.Tensor:
         """Which candidates stay: [H, n] bool with ``budget - window`` true per head."""
         limits = self.limits
         priority = self.policy.priority(candidates)
         if priority.shape != (len(candidates.queries), candidates.num):
-            raise ValueError(
+            raise EvictionError(
                 f"--kv-eviction {self.policy.name}: priority must have the shape "
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
         priority[:, : limits.sinks] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
-        if self.observer is not None:
-            self.observer.observe(candidates, priority, keep)
+        if observer is not None:
+            observer.observe(candidates, priority, keep)
         return keep
 
     def _move(self, kv_cache: torch.Tensor, blocks: torch.Tensor, keep: torch.Tensor) -> None:

@@ -10,7 +10,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.counters import EvictionCounters
+from vase_vllm.worker.evictor import EvictionObserver
 from vase_vllm.worker.first_evictions import FirstEvictions
 
 
@@ -23,21 +24,21 @@ class RingStore(Protocol):
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """What the wrapped builder is shown in place of the truth, and where the queries go.
+    """What the wrapped builder sees in place of vLLM's own metadata, and where the queries go.
 
     Attributes:
         seq_lens: [R] int32, tokens that each sequence has cached after the step.
         seq_lens_cpu: the same on the host.
         max_seq_len: at least the largest of them.
         block_table: [R, columns] int32, token blocks only.
-        ring_write: of this step.
+        ring_store: of this step.
     """
 
     seq_lens: torch.Tensor
     seq_lens_cpu: torch.Tensor
     max_seq_len: int
     block_table: torch.Tensor
-    ring_write: RingStore
+    ring_store: RingStore
 
 
 class StepPath(Protocol):
@@ -55,15 +56,21 @@ class StepPath(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepContext:
-    """What all builders of a worker share."""
+    """What all builders of a worker share.
+
+    Attributes:
+        observer: looks at all evictions while it is set. They then run in plain torch on a GPU too,
+            for the fused kernel does not tell what it kept.
+    """
 
     config: EvictionConfig
     vllm_config: VllmConfig
     device: torch.device
     counters: EvictionCounters
     first_evictions: FirstEvictions
+    observer: EvictionObserver | None = None
 
     def kv_heads(self, num_local_heads: int) -> torch.Tensor:
         """Indices in the whole model of this rank's KV heads: [num_local_heads] int64.

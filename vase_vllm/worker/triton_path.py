@@ -69,22 +69,25 @@ class TritonPath:
         self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
         self._pointers: tuple[int, torch.Tensor] | None = None
-        self._evictor: TorchEvictor | None = None
-        if context.config.fused is None or TorchEvictor.observer is not None:
-            self._evictor = TorchEvictor(
-                context.config,
-                spec,
-                RingLayout(context.config.window, self.group_size, spec.block_size),
-                PlainPages(),
-                self.softmax_scale,
-                context.kv_heads(spec.num_kv_heads),
-            )
+        self._evictor = TorchEvictor(
+            context.config,
+            spec,
+            RingLayout(context.config.window, self.group_size, spec.block_size),
+            PlainPages(),
+            self.softmax_scale,
+            context.kv_heads(spec.num_kv_heads),
+        )
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the fused kernel evicts; else plain torch does."""
+        return self.context.config.fused is not None and self.context.observer is None
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """See :class:`StepPath`."""
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
-        if self._pointers is None and self._evictor is None and num_rows:
+        if self._pointers is None and self._is_fused and num_rows:
             # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
             # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
             num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
@@ -113,7 +116,7 @@ class TritonPath:
             seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
             max_seq_len=max_seq_len,
             block_table=common.block_table_tensor[:, self.spec.num_front :],
-            ring_write=TritonRingWrite(
+            ring_store=TritonRingWrite(
                 positions=common.positions[: common.num_actual_tokens],
                 query_start_loc=query_start_loc,
                 seq_lens=seq_lens,
@@ -140,12 +143,12 @@ class TritonPath:
         due_rows = np.flatnonzero(due & (query_lens > 0))
         if len(due_rows):
             before = np.where(starts == first, first, schedule.bound)[due_rows]
-            if self._evictor is None:
+            if self._is_fused:
                 self._launch(rows, due_rows, starts[due_rows], first[due_rows], int(before.max()))
             else:
                 kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
                 for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
-                    self._evictor.evict(kv_caches, rows[row], position)
+                    self._evictor.evict(kv_caches, rows[row], position, self.context.observer)
             for num_tokens in before - schedule.budget:
                 self.context.counters.add(len(self.layers), int(num_tokens))
         num_cached = schedule.slots(seq_lens - 1, first) + 1

@@ -9,7 +9,8 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.support import check_pool
 from vase_vllm.worker.backend import full_attention_layers, wrap_layers
-from vase_vllm.worker.evictor import EvictionCounters
+from vase_vllm.worker.counters import EvictionCounters
+from vase_vllm.worker.evictor import EvictionObserver
 from vase_vllm.worker.first_evictions import FirstEvictions
 from vase_vllm.worker.step import StepContext
 
@@ -53,7 +54,7 @@ class EvictionWorkerMixin(Worker):
         }
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up; the requests that vLLM makes up for it know nothing of our rows' header."""
+        """Warm up; vLLM's dummy requests have block-table rows without our header."""
         self._warming_up = True
         try:
             return super().compile_or_warm_up_model()
@@ -73,13 +74,17 @@ class EvictionWorkerMixin(Worker):
         return super().execute_model(scheduler_output)
 
     def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
-        """A made-up request's block-table row, with the front that ours have."""
+        """A dummy request's block-table row, with the front that ours have."""
         spec = self._eviction_groups.get(group)
         if spec is None:
             return row
         first = spec.schedule.first_eviction(len(request.prompt_token_ids))
-        # No state blocks have been set aside for it: any block of its own does for a warm-up.
+        # It has no state blocks: any block of its own does for a warm-up.
         return [first, 0, *[row[0]] * spec.num_state_blocks, *row]
+
+    def observe_evictions(self, observer: EvictionObserver) -> None:
+        """Let an object of this process look at all evictions from now on."""
+        self._eviction.observer = observer
 
     def get_kv_eviction_stats(self) -> dict[str, int]:
         """Evictions so far on this worker, for ``collective_rpc``."""

@@ -139,7 +139,6 @@ def _replay(
     from vllm.platforms import current_platform
 
     from vase_vllm.tools.inspection.kept_positions import KeptPositions
-    from vase_vllm.worker.evictor import TorchEvictor
 
     if config.fused is not None and not current_platform.is_cpu():
         print(
@@ -147,7 +146,6 @@ def _replay(
             "policy and the same draws. Rounding may turn a close choice.",
             file=sys.stderr,
         )
-    kept = TorchEvictor.observer = KeptPositions()
     try:
         llm = LLM.from_engine_args(engine_args)
     except ValidationError as error:
@@ -155,7 +153,8 @@ def _replay(
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     layers = _choose_layers(llm, args.layers)
     _check_kv_heads(llm, args.kv_heads)
-    kept.watch(layers)
+    kept = KeptPositions(layers)
+    llm.collective_rpc("observe_evictions", args=(kept,))
     params = llm.get_default_sampling_params()
     params.max_tokens, params.ignore_eos = args.max_tokens, args.ignore_eos
     if args.temperature is not None:

@@ -62,16 +62,15 @@ class _Layer:
 
 
 class KeptPositions:
-    """An ``EvictionObserver`` that writes down one sequence at a time, the latest."""
+    """An ``EvictionObserver`` that records one sequence at a time, the latest.
 
-    def __init__(self) -> None:
-        self._watched: frozenset[int] = frozenset()
-        self._layers: dict[int, _Layer] = {}
+    Args:
+        layers: indices of the layers whose evictions are recorded.
+    """
 
-    def watch(self, layers: Iterable[int]) -> None:
-        """Write down evictions from these layers from now on, and from no others."""
+    def __init__(self, layers: Iterable[int]) -> None:
         self._watched = frozenset(layers)
-        self._layers.clear()
+        self._layers: dict[int, _Layer] = {}
 
     def observe(self, candidates: Candidates, priority: torch.Tensor, keep: torch.Tensor) -> None:
         """See :class:`vase_vllm.worker.evictor.EvictionObserver`."""

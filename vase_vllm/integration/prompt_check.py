@@ -1,0 +1,37 @@
+"""Which prompts can never be served: they are rejected before they are scheduled."""
+
+from vllm.config import VllmConfig
+
+from vase_vllm.config import EvictionConfig
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.query_ring import RingLayout
+
+
+def reason_to_reject(vllm_config: VllmConfig, prompt_len: int) -> str | None:
+    """Why a prompt can never be served, or None.
+
+    Prefill is dense: until its first eviction a sequence needs a block for every token of its
+    prompt, and if the whole pool has fewer, the request would wait for ever.
+
+    Args:
+        prompt_len: in tokens.
+    """
+    config = EvictionConfig.from_vllm(vllm_config)
+    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    if config is None or not num_blocks:
+        return None
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    block_size = vllm_config.cache_config.block_size
+    group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
+    num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
+    num_required = num_state_blocks + cdiv(num_slots, block_size)
+    # Block 0 of each engine's pool is the null block.
+    num_usable = num_blocks // parallel.data_parallel_size - 1
+    if num_required <= num_usable:
+        return None
+    return (
+        f"The prompt ({prompt_len} tokens) needs {num_required} KV cache blocks until its first "
+        f"eviction, and the pool has {num_usable}: shorten the prompt, or raise "
+        "--kv-cache-memory-bytes or --gpu-memory-utilization."
+    )
