@@ -1,19 +1,32 @@
-"""A ``vllm serve`` child process: started, watched, measured and stopped."""
+"""A ``vllm serve`` child process: started, watched, measured and stopped.
+
+Whoever starts a server here owns all of its processes. vLLM's API server starts an engine core, and
+that its workers; an API server that is stopped while it starts leaves them behind. So the server
+gets a session of its own, and the whole process group ends with it: after the ``with`` block, on an
+exception, on Ctrl-C, and when this process gets a SIGTERM.
+"""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
+
+
+GRACE_SECONDS = 30
+"""What a server has to end by itself before it is killed."""
 
 
 class Server:
@@ -33,19 +46,40 @@ class Server:
         # The endpoint that asks the workers for their counters is one of vLLM's developer mode.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
         self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log")
+        # A SIGTERM unwinds the stack from here on, through __exit__, unless the caller handles it.
+        self._handler = None
+        is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if is_default and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, _exit_on_signal)
         self._process = subprocess.Popen(
-            self.command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+            self.command,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
         try:
-            self._process.wait(timeout=30)
+            self._process.terminate()
+            self._process.wait(GRACE_SECONDS)
+            psutil.wait_procs(self.processes(), timeout=2)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+            pass
+        finally:
+            while left := self.processes():
+                for process in left:
+                    process.kill()
+                self._process.poll()
+                psutil.wait_procs(left, timeout=1)
+            self._log.close()
+            if self._handler is not None:
+                signal.signal(signal.SIGTERM, self._handler)
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes of the server's group that still run."""
+        return [p for p in psutil.process_iter() if _is_in_group(p, self._process.pid)]
 
     def log(self) -> str:
         """What the server has printed so far."""
@@ -68,7 +102,7 @@ class Server:
         raise RuntimeError(f"vllm serve failed ({state}):\n{self.log()[-4000:]}")
 
     def wait_until_ready(self) -> None:
-        """Wait until the server answers requests."""
+        """Wait until the server accepts requests."""
         self.wait_until("Application startup complete")
 
     def max_concurrency(self) -> tuple[str, float]:
@@ -94,6 +128,17 @@ class Server:
     def num_used_blocks(self) -> int:
         """KV cache blocks in use, from vLLM's own metrics."""
         return count_blocks(self.metrics())[0]
+
+
+def _exit_on_signal(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
+def _is_in_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def count_blocks(metrics: Mapping[str, Metric]) -> tuple[int, int]:
