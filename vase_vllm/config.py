@@ -49,8 +49,8 @@ class EvictionConfig(BaseModel):
     """Seed of the draws."""
     admission: Admission = "reserve"
     """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
-    it, so that none is preempted; ``expected``, when they probably can, to lengths like those of
-    the last answers; ``optimistic``, as soon as its prompt fits, which is vLLM's own rule."""
+    it, so that none is preempted; ``expected``, when they probably can, judged by the lengths of
+    the last outputs; ``optimistic``, as soon as its prompt fits, which is vLLM's own rule."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvictionConfig":

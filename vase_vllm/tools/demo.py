@@ -1,4 +1,4 @@
-"""``make demo``: a real server answers a long chat under eviction, and shows its work."""
+"""``make demo``: a real server generates a long output under eviction, and shows what it held."""
 
 import sys
 import tempfile

@@ -24,7 +24,6 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
 
-
 GRACE_SECONDS = 30
 """What a server has to end by itself before it is killed."""
 

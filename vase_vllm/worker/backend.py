@@ -1,9 +1,9 @@
-"""The wrapper around an attention backend: short sequences for it, evictions around it.
+"""The wrapper around an attention backend, which evicts and shows it shorter sequences.
 
 Attention runs unchanged over a cache that is short. Once per step, before the forward pass, the
 metadata builder evicts from the sequences that are due and rewrites two tensors: where the new
 tokens are written and how many tokens each sequence has cached. The implementation stores the
-queries into the query ring on its way. RoPE positions, sampling and scheduling never notice.
+queries in the query ring before it attends. RoPE positions, sampling and scheduling do not change.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ PATHS: dict[str, PathFactory] = {
     "FLASHINFER": _triton_path,
     "TRITON_ATTN": _triton_path,
 }
-"""Attention backends that eviction works with, and how. One more with plain pages is one line."""
+"""Attention backends that eviction supports, and the path of each."""
 
 
 class EvictionBuilderMixin(AttentionMetadataBuilder):

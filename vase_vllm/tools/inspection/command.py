@@ -34,8 +34,8 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="F", help="a text file with it")
     add = parser.add_argument
     add("--chat", action="store_true", help="put the prompt into the model's chat template")
-    add("--max-tokens", type=int, default=2048, metavar="N", help="tokens of the answer at most")
-    add("--ignore-eos", action="store_true", help="answer with exactly --max-tokens tokens")
+    add("--max-tokens", type=int, default=2048, metavar="N", help="most tokens of the output")
+    add("--ignore-eos", action="store_true", help="generate exactly --max-tokens tokens")
     add("--temperature", type=float, metavar="T", help="None: as in the model's generation config")
     add("--layers", type=int, nargs="+", metavar="L", help="None: the first, middle and last")
     add(
@@ -50,10 +50,10 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Replay:
-    """One request, answered under eviction.
+    """One request, served under eviction.
 
     Attributes:
-        token_ids: of prompt and answer.
+        token_ids: of prompt and output.
         tokens: their texts.
         prompt_len: how many of them are the prompt.
         histories: of each layer that was followed.

@@ -40,7 +40,7 @@ class Captions:
         title: of the whole.
         settings: the small print.
         names: of what a colour means.
-        prompt_len: in tokens; a line is drawn where the answer starts.
+        prompt_len: in tokens; a line is drawn where the output starts.
     """
 
     title: str
@@ -78,7 +78,7 @@ def draw_layer(
     _draw_all_heads(axes[-1], history)
     label = "position in the sequence (tokens)"
     if captions.prompt_len < history.positions[-1]:
-        label += "; the answer starts at the dotted line"
+        label += "; the output starts at the dotted line"
         for axis in axes:
             axis.axvline(captions.prompt_len, color="0.2", linestyle=":", linewidth=1)
     axes[-1].set_xlabel(label)

@@ -49,7 +49,7 @@ class Workload:
         block_size: token slots of a block.
         kv_cache_memory: bytes for the KV cache on each GPU.
         mean_prompt_len: tokens of a prompt.
-        mean_output_len: tokens of an answer.
+        mean_output_len: tokens of an output.
         max_num_seqs: most sequences of a step, or None for as many as fit.
     """
 
@@ -71,7 +71,7 @@ class Capacity:
         blocks_per_sequence: of a sequence of ``max_model_len`` tokens, the ring's among them.
         max_concurrency: vLLM's "Maximum concurrency": ``num_blocks / blocks_per_sequence``.
         max_sequences: whole sequences that fit beside the null block.
-        mean_blocks: blocks that a sequence holds, the mean over the steps of its answer.
+        mean_blocks: blocks that a sequence holds, the mean over its decode steps.
         mean_cached: tokens that a sequence's attention reads, the same mean.
         batch: sequences of a step when memory is full, by ``mean_blocks``.
         intensity: operations per byte of that step; above the GPU's own ratio (about 300 on an

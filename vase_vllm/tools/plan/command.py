@@ -14,6 +14,7 @@ from vase_vllm.tools.plan.capacity import (
     make_plan,
     parse_size,
 )
+from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import DTYPES, read_model_shape
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ SIZES = (
     *("gpu_memory", "kv_cache_memory", "other_memory"),
     *("max_model_len", "mean_prompt_len", "mean_output_len"),
 )
-H100_INTENSITY = 295
-"""Operations per byte of an H100 SXM: 989 TFLOP/s dense bf16 over 3.35 TB/s (NVIDIA data sheet)."""
+H100_INTENSITY = GPUS["h100"].intensity
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="auto", help="of weights and KV cache, as in vLLM")
     add("--mean-prompt-len", metavar="N", default="512", help="tokens of a typical prompt")
     add(
-        "--mean-output-len", metavar="N", help=f"tokens of a typical answer; None: {DEFAULT_OUTPUT}"
+        "--mean-output-len", metavar="N", help=f"tokens of a typical output; None: {DEFAULT_OUTPUT}"
     )
     add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step; None: no limit")
     add("--json", action="store_true", help="print JSON")
@@ -167,8 +167,8 @@ def _print(plan: Plan, workload: Workload, args: argparse.Namespace) -> None:
     )
     if any(item.intensity > H100_INTENSITY for item in plan.capacities):
         console.print(
-            f"[yellow]* more operations per byte than an H100 has ({H100_INTENSITY}): arithmetic "
-            "will bind, the speed-up is an upper bound.[/]"
+            f"[yellow]* more operations per byte than an H100 has ({H100_INTENSITY:.0f}): "
+            "arithmetic will bind, the speed-up is an upper bound.[/]"
         )
 
 

@@ -228,7 +228,7 @@ class Shard:
         )
 
     def prefill(self, num_tokens: int) -> Part:
-        """Reading a prompt beside a decode step, which reads the weights anyway.
+        """Prefill of a prompt beside a decode step, which reads the weights anyway.
 
         Operations: the linear layers' and ``2 n^2 l Q D`` of causal attention. Bytes: the KV
         cache is written.

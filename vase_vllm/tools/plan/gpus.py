@@ -21,6 +21,11 @@ class Gpu:
     peak: float
     link_bandwidth: float
 
+    @property
+    def intensity(self) -> float:
+        """Operations per byte; a step with more of them is bound by arithmetic."""
+        return self.peak / self.bandwidth
+
     def machine(
         self,
         bandwidth_reached: float = 0.8,
