@@ -3,6 +3,7 @@
 import pytest
 
 from vase_vllm.config import EvictionConfig
+from vase_vllm.errors import EvictionError
 from vase_vllm.policies.registry import find_policy, policy_names
 
 
@@ -64,6 +65,34 @@ def test_bad_values_are_refused_in_one_line(settings, setting, remedy):
     assert "\n" not in message
     assert setting in message
     assert remedy in message
+
+
+@pytest.mark.parametrize("given", [True, 1, "vase", ["vase"], {}], ids=str)
+def test_settings_of_a_wrong_type_are_refused_in_one_line(given):
+    with pytest.raises(EvictionError) as error:
+        EvictionConfig.from_additional({"kv_eviction": given})
+    message = str(error.value)
+    assert message.startswith("additional_config['kv_eviction'] must be an object")
+    assert repr(given) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("policy", [["vase"], {}, 3, None], ids=str)
+def test_a_policy_that_is_no_name_is_refused_in_one_line(policy):
+    with pytest.raises(EvictionError, match=r"^--kv-eviction-config.policy: must be the name"):
+        EvictionConfig.from_additional({"kv_eviction": {"policy": policy}})
+
+
+@pytest.mark.parametrize("additional", [{}, {"kv_eviction": None}, None, "text"], ids=str)
+def test_eviction_is_off_where_it_is_not_asked_for(additional):
+    assert EvictionConfig.from_additional(additional) is None
+
+
+def test_settings_are_parsed_once_per_process(monkeypatch):
+    additional = {"kv_eviction": {"policy": "vase", "budget": 4321}}
+    first = EvictionConfig.from_additional(additional)
+    monkeypatch.setattr(EvictionConfig, "parse", lambda *_: pytest.fail("parsed again"))
+    assert EvictionConfig.from_additional(additional) is first
 
 
 def test_every_key_is_documented():

@@ -6,6 +6,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vase_vllm.errors import EvictionError
+from vase_vllm.integration import patches
 
 EVICTION = {"policy": "vase", "budget": 128, "window": 16}
 
@@ -143,6 +144,18 @@ def test_bad_settings_stop_the_engine(models, eviction, setting):
     with pytest.raises(EvictionError) as error:
         make_config(models.qwen3(), eviction)
     assert str(error.value).startswith(setting)
+
+
+@pytest.mark.parametrize("key", ["kv_evict", "kv-eviction", "kv_evictions"])
+def test_a_misspelt_key_is_said_to_switch_nothing_on(models, monkeypatch, key):
+    warnings: list[str] = []
+    monkeypatch.setattr(patches.logger, "warning", lambda text, *args: warnings.append(text % args))
+    args = EngineArgs(model=str(models.qwen3()), additional_config={key: EVICTION, "other": 1})
+    args.create_engine_config()
+    assert warnings == [
+        f"additional_config has {key!r}, which vase-vllm does not read: eviction is off. Did you "
+        "mean 'kv_eviction'?"
+    ]
 
 
 @pytest.mark.slow

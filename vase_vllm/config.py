@@ -117,11 +117,22 @@ class EvictionConfig(BaseModel):
         """The same from vLLM's ``additional_config``, before there is an engine's config.
 
         Settings are parsed once per process; later calls look them up.
+
+        Raises:
+            EvictionError: one line that names the setting and the remedy.
         """
-        settings = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-        if not settings or settings.get("policy") == "none":
+        if not isinstance(additional, Mapping) or additional.get(ADDITIONAL_CONFIG_KEY) is None:
             return None
-        return _parse_once(json.dumps(settings, sort_keys=True))
+        settings = additional[ADDITIONAL_CONFIG_KEY]
+        if not isinstance(settings, Mapping) or not settings:
+            raise EvictionError(
+                f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] must be an object such as "
+                f'{{"policy": "vase", "budget": 4096}}, got {settings!r}; remove it to switch '
+                "eviction off"
+            )
+        if settings.get("policy") == "none":
+            return None
+        return _parse_once(json.dumps(settings, sort_keys=True, default=repr))
 
 
 @cache

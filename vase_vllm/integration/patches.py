@@ -22,14 +22,16 @@ Python's own extension point, is set where a command line asks for eviction.
 """
 
 import argparse
+import difflib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vase_vllm import ADDITIONAL_CONFIG_KEY
@@ -39,6 +41,8 @@ from vase_vllm.errors import EvictionError
 # imported where it is asked for.
 if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
+
+logger = init_logger("vllm.vase_vllm")
 
 
 def apply() -> None:
@@ -113,7 +117,8 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
 def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        if not (self.additional_config or {}).get(ADDITIONAL_CONFIG_KEY):
+        if ADDITIONAL_CONFIG_KEY not in self.additional_config:
+            _warn_of_misspelt_key(self.additional_config)
             return original(self, *args, **kwargs)
         from vase_vllm.integration.activation import activate, prepare
 
@@ -127,6 +132,17 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
         return vllm_config
 
     return create_engine_config
+
+
+def _warn_of_misspelt_key(additional_config: Iterable[str]) -> None:
+    """Say that a key which nobody reads switches nothing on."""
+    for key in difflib.get_close_matches(ADDITIONAL_CONFIG_KEY, additional_config, cutoff=0.8):
+        logger.warning(
+            "additional_config has %r, which vase-vllm does not read: eviction is off. Did you "
+            "mean %r?",
+            key,
+            ADDITIONAL_CONFIG_KEY,
+        )
 
 
 def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:

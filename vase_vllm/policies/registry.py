@@ -37,13 +37,17 @@ def policy_names() -> tuple[str, ...]:
     return tuple(sorted(_found(), key=lambda name: (name != DEFAULT_POLICY, name)))
 
 
-@cache
 def find_policy(name: str) -> type[Policy]:
     """The class of a policy.
 
     Raises:
         EvictionError: there is none of this name, or its package is broken.
     """
+    if not isinstance(name, str):
+        raise EvictionError(
+            f"--kv-eviction-config.policy: must be the name of a policy, got {name!r}; the "
+            f"policies are {', '.join(policy_names())}"
+        )
     if name not in _found():
         raise EvictionError(
             f"--kv-eviction {name}: unknown policy; the policies are {', '.join(policy_names())}"
