@@ -11,56 +11,80 @@ from tests.support.interpreted import run_case, run_interpreted
 
 pytestmark = pytest.mark.slow
 
-CASE = {
+SHARED = random_prompt(200, 0)[:64]
+ON_RUNNER_V1 = {
     "eviction": {"budget": 48, "window": 16},
     "prompts": [random_prompt(length, length) for length in (10, 48, 70, 100)],
     "num_tokens": 80,
     "options": {"max_num_batched_tokens": 40},
 }
-
-
-@pytest.fixture(scope="module")
-def expected(models):
-    """Runner V1 and the plain-torch path."""
-    result = run_case(models.qwen3(), **CASE)
-    assert result["runner"] == "vllm.v1.worker.cpu_model_runner"
-    assert result["stats"]["evictions"] >= 12
-    return result
-
-
-def test_v2_silently_not_evicting(models, expected):
-    """The trap of others' ports: hooks that runner V2 never calls. It must evict, and alike."""
-    result = run_interpreted(models.qwen3(), triton_attention=False, **CASE)
-    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    assert result["stats"] == expected["stats"]
-    assert result["tokens"] == expected["tokens"]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"sampling": "gumbel"},
-        {"sampling": "greedy"},
-        {"policy": "snapkv"},
-        {"policy": "streaming"},
-        {"policy": "random"},
-        # Not in the fused kernel: plain torch on the device's pages.
-        {"policy": "rkv"},
-        {"policy": "cur"},
-    ],
-    ids=lambda settings: "-".join(settings.values()),
-)
-def test_evictions_on_gpu_pages_in_the_real_engine(models, settings):
-    case = {
+SETTINGS = {
+    "gumbel": {"sampling": "gumbel"},
+    "greedy": {"sampling": "greedy"},
+    "snapkv": {"policy": "snapkv"},
+    "streaming": {"policy": "streaming"},
+    "random": {"policy": "random"},
+    # Not in the fused kernel: plain torch on the device's pages.
+    "rkv": {"policy": "rkv"},
+    "cur": {"policy": "cur"},
+}
+CASES = {
+    name: {
         "eviction": {"budget": 48, "window": 16, **settings},
         "prompts": [random_prompt(length, length) for length in (45, 70)],
         "num_tokens": 40,
         "options": {"max_num_batched_tokens": 40},
     }
-    result = run_interpreted(models.qwen3(), triton_attention=True, warm_up=True, **case)
+    for name, settings in SETTINGS.items()
+}
+PREFIX_CACHING = {
+    "eviction": {"budget": 48, "window": 16},
+    "prompts": [SHARED + random_prompt(3, seed) for seed in range(3)],
+    "num_tokens": 24,
+}
+
+
+@pytest.fixture(scope="module")
+def on_gpu_pages(models):
+    """Every case on GPU pages, in one process: starting it takes longer than a case."""
+    warmed_up = [case | {"warm_up": True} for case in CASES.values()]
+    # One prompt after the other; the second and third find what the first has left.
+    options = {"max_num_batched_tokens": 40, "max_num_seqs": 1}
+    cases = [*warmed_up, PREFIX_CACHING | {"options": options}]
+    results = run_interpreted(models.qwen3(), cases, triton_attention=True)
+    return dict(zip([*CASES, "prefix caching"], results, strict=True))
+
+
+def test_v2_silently_not_evicting(models):
+    """The trap of others' ports: hooks that runner V2 never calls. It must evict, and alike."""
+    expected = run_case(models.qwen3(), **ON_RUNNER_V1)
+    assert expected["runner"] == "vllm.v1.worker.cpu_model_runner"
+    assert expected["stats"]["evictions"] >= 12
+    (result,) = run_interpreted(models.qwen3(), [ON_RUNNER_V1], triton_attention=False)
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert result["stats"] == expected["stats"]
+    assert result["tokens"] == expected["tokens"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evictions_on_gpu_pages_in_the_real_engine(models, on_gpu_pages, name):
+    result = on_gpu_pages[name]
+    assert "error" not in result, result["error"]
     assert result["impl"] == "EvictionTritonAttentionImpl"
-    expected = run_case(models.qwen3(), **case)
+    expected = run_case(models.qwen3(), **CASES[name])
     assert expected["impl"] == "EvictionCPUAttentionBackendImpl"
     assert result["stats"] == expected["stats"]
     assert result["stats"]["evictions"] >= 4
     assert result["tokens"] == expected["tokens"]
+
+
+def test_prefix_caching_on_gpu_pages(models, on_gpu_pages):
+    result = on_gpu_pages["prefix caching"]
+    assert "error" not in result, result["error"]
+    options = {"enable_prefix_caching": False}
+    without = run_case(models.qwen3(), **PREFIX_CACHING, options=options)
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
+    # The first eviction, at position 80, needs the queries from 64 on.
+    assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 64, 64])
+    assert result["tokens"] == without["tokens"]
+    assert result["stats"]["evictions"] == without["stats"]["evictions"] > 0

@@ -12,7 +12,6 @@ from tests.support.engines import (
     num_used_blocks,
     random_prompt,
 )
-from tests.support.interpreted import run_case, run_interpreted
 from tests.support.simulated_worker import Simulation, make_scheduler
 
 BUDGET, WINDOW = 24, 8
@@ -183,21 +182,3 @@ def test_hybrid_models(models):
         assert generate(llm, PROMPTS, greedy(120)) == expected
         assert num_used_blocks(llm) == 0
     assert alone == expected
-
-
-@pytest.mark.slow
-def test_on_gpu_pages_under_runner_v2(models):
-    """One prompt after the other; the second and third find what the first has left."""
-    case = {
-        "eviction": {"budget": 48, "window": 16},
-        "prompts": [SHARED[:64] + random_prompt(3, seed) for seed in range(3)],
-        "num_tokens": 24,
-    }
-    options = {"max_num_batched_tokens": 40, "max_num_seqs": 1}
-    without = run_case(models.qwen3(), options={"enable_prefix_caching": False}, **case)
-    result = run_interpreted(models.qwen3(), triton_attention=True, options=options, **case)
-    assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    # The first eviction, at position 80, needs the queries from 64 on.
-    assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 64, 64])
-    assert result["tokens"] == without["tokens"]
-    assert result["stats"]["evictions"] == without["stats"]["evictions"] > 0

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ from tests.support.engines import engine, eviction_stats, greedy
 ROOT = Path(__file__).parents[2]
 
 
-def run_interpreted(model: Path, *, triton_attention: bool, **case: Any) -> dict[str, Any]:
-    """Generate under runner V2: {"runner", "impl", "tokens", "cached", "stats"}.
+def run_interpreted(
+    model: Path, cases: Sequence[dict[str, Any]], *, triton_attention: bool
+) -> list[dict[str, Any]]:
+    """Generate under runner V2, each case in an engine of its own, all in one process.
 
     Args:
+        cases: arguments of :func:`run_case`.
         triton_attention: put vLLM's Triton attention, with its GPU page layout, in the place of the
             CPU backend; the evictions then run in Triton too.
-        case: arguments of :func:`run_case`.
+
+    Returns:
+        What :func:`run_case` returns for each case, or {"error"} with the traceback.
     """
     environment = {
         **os.environ,
@@ -28,7 +35,7 @@ def run_interpreted(model: Path, *, triton_attention: bool, **case: Any) -> dict
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "PYTHONPATH": f"{ROOT / 'tests' / 'support' / 'runner_v2'}{os.pathsep}{ROOT}",
     }
-    arguments = json.dumps([str(model), triton_attention, case])
+    arguments = json.dumps([str(model), triton_attention, list(cases)])
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted", arguments],
         env=environment,
@@ -53,6 +60,9 @@ def run_case(
 
     Args:
         warm_up: first run vLLM's warm-up of the kernels, which the CPU worker leaves out.
+
+    Returns:
+        {"runner", "impl", "tokens", "cached", "stats"}.
     """
     with engine(model, eviction, **options) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -105,11 +115,17 @@ def _use_triton_attention() -> None:
 
 
 def main() -> None:
-    model, triton_attention, case = json.loads(sys.argv[1])
+    model, triton_attention, cases = json.loads(sys.argv[1])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if triton_attention:
         _use_triton_attention()
-    print(json.dumps(run_case(model, **case)))
+    results: list[dict[str, Any]] = []
+    for case in cases:
+        try:
+            results.append(run_case(model, **case))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
