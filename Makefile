@@ -45,7 +45,7 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 demo: setup ## serve a tiny model with and without eviction, on the CPU
 	@$(PY) -m vase_vllm.tools.demo
 
-test: $(VENV)/.accuracy ## run all tests that need no GPU, with JOBS=2 processes of 3 GB each
+test: $(VENV)/.accuracy ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.accuracy ## run the tests that start no engine
