@@ -136,7 +136,7 @@ def make_plan(
     if num_blocks < 2:
         raise ValueError(
             f"{format_bytes(workload.kv_cache_memory)} of KV cache memory hold no block of "
-            f"{format_bytes(bytes_per_block)} beside the null block: "
+            f"{format_bytes(bytes_per_block)} besides the null block: "
             "raise --gpu-memory or --tensor-parallel-size"
         )
     runs = [_Run(shard, workload, num_blocks, schedule) for schedule in schedules]
