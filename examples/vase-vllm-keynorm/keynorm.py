@@ -1,7 +1,7 @@
-"""Keeps the tokens whose keys have the smallest norm.
+"""An eviction policy that keeps the tokens whose keys have the smallest norm.
 
-Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression"
-(arXiv 2406.11430): keys of a small norm tend to be attended to much.
+Keys with a small norm tend to receive much attention: Devoto et al., "A Simple and Effective L2
+Norm-Based Strategy for KV Cache Compression" (arXiv 2406.11430).
 """
 
 from typing import ClassVar
@@ -21,5 +21,5 @@ class KeyNormPolicy(Policy):
     """Order of the norm."""
 
     def priority(self, candidates: Candidates) -> torch.Tensor:
-        """The largest priority stays: [H, n] from keys [H, D, n]."""
+        """Return the negative norm of each key: [H, n] from keys [H, D, n]."""
         return -candidates.keys.norm(p=self.order, dim=1)

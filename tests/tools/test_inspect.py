@@ -194,7 +194,8 @@ def test_what_is_not_installed_is_named_with_the_remedy(module, capsys, monkeypa
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == module else find(name))
     assert cli.main(["inspect", *MODEL, *HELLO]) == 2
     errors = capsys.readouterr().err
-    assert f"vase-vllm: inspect needs {module}: pip install 'vase-vllm[" in errors
+    extra = {"vllm": "gpu", "matplotlib": "bench"}[module]
+    assert f"vase-vllm: inspect needs {module}: run pip install '.[{extra}]' in a" in errors
     assert errors.count("\n") == 1
 
 
@@ -262,7 +263,7 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
     ("arguments", "message"),
     [
         (["--max-tokens", "5"], "nothing was evicted: the sequence ended with 10 tokens, and its"),
-        (["--layers", "2"], "--layers 2: no layer that evicts; those that do are 0, 1"),
+        (["--layers", "2"], "--layers 2: this layer does not evict; the layers that do are 0, 1"),
         (["--model", "/no/such/model"], "/no/such/model"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

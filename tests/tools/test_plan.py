@@ -60,7 +60,7 @@ def test_sizes_are_read_as_vllm_reads_them(text: str, num_bytes: int):
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "80GiX", "1e9", "80 80"])
 def test_what_is_no_size_is_refused(text: str):
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 
@@ -205,12 +205,12 @@ def test_table_has_no_colour_when_piped(capsys: pytest.CaptureFixture[str]):
     ("arguments", "message"),
     [
         ([], "give one of --gpu-memory and --kv-cache-memory"),
-        (["--gpu-memory", "80X"], "'80X' is no size"),
+        (["--gpu-memory", "80X"], "'80X' is not a size"),
         (["--gpu-memory", "8GiB"], "the weights do not fit"),
         (["--kv-cache-memory", "1M"], "hold no block"),
         (["--kv-cache-memory", "64M"], "not one sequence"),
         (["--gpu-memory", "80G", "--budget", "64"], "must be larger than window"),
-        (["--gpu-memory", "80G", "--budget", "x"], "--budget: 'x' is no size"),
+        (["--gpu-memory", "80G", "--budget", "x"], "--budget: 'x' is not a size"),
         (["--gpu-memory", "80G", "--max-model-len", "4096"], "no sequence would ever evict"),
         (["--gpu-memory", "80G", "--max-model-len", "1M"], "above the config's 40960"),
         (["--gpu-memory", "80G", "-tp", "3"], "cannot be split over 3 GPUs"),
@@ -241,7 +241,7 @@ def test_wrong_arguments_are_refused_in_one_line(
 
 
 def test_a_directory_without_a_config_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="no config to read"):
+    with pytest.raises(ValueError, match="the config cannot be read"):
         read_model_shape(str(tmp_path))
 
 

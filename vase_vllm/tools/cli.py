@@ -1,4 +1,4 @@
-"""The ``vase-vllm`` command. Nothing heavy is imported before a subcommand needs it."""
+"""The ``vase-vllm`` command. Heavy modules are imported only when a subcommand needs them."""
 
 import argparse
 import inspect
@@ -15,11 +15,15 @@ from vase_vllm.tools.plan import command as plan_command
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its name and help, what arguments it has, and what it does with them.
+    """A subcommand.
 
     Attributes:
-        takes_engine_arguments: ``run`` finds what ``add_arguments`` has not declared in the list
-            ``engine_arguments``; other commands refuse it.
+        name: name of the subcommand.
+        help: what it does, in one line.
+        add_arguments: declares its arguments.
+        run: runs it and returns the exit code.
+        takes_engine_arguments: whether ``run`` gets the arguments that ``add_arguments`` does not
+            declare, in the list ``engine_arguments``. Other commands reject such arguments.
     """
 
     name: str
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -70,19 +74,19 @@ def build_parser() -> argparse.ArgumentParser:
 TINY_MODEL_OPTIONS = {
     "layers": "number of layers",
     "hidden_size": "width of the residual stream",
-    "query_heads": "query heads",
-    "kv_heads": "KV heads",
+    "query_heads": "number of query heads",
+    "kv_heads": "number of KV heads",
     "head_dim": "size of a head",
     "intermediate_size": "width of the MLP",
-    "max_position_embeddings": "longest sequence",
+    "max_position_embeddings": "longest sequence, in tokens",
     "dtype": "bfloat16, float16 or float32",
-    "seed": "the weights are a function of the seed and the shape",
-    "printable": "emit printable ASCII only, else any byte",
+    "seed": "seed of the weights",
+    "printable": "generate printable ASCII only, instead of any byte",
 }
 
 
 def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="where to write the model")
+    parser.add_argument("directory", metavar="DIR", help="directory to write the model to")
     parameters = inspect.signature(tiny_model.make_tiny_model).parameters
     for name, text in TINY_MODEL_OPTIONS.items():
         flag, default = f"--{name.replace('_', '-')}", parameters[name].default
@@ -114,7 +118,7 @@ COMMANDS = (
     ),
     Command(
         "inspect",
-        "replay one request and draw which positions each KV head holds over time",
+        "serve one request and draw which positions each KV head holds over time",
         inspect_command.add_inspect_arguments,
         inspect_command.run_inspect,
         takes_engine_arguments=True,

@@ -1,4 +1,4 @@
-"""``make demo``: a real server generates a long output under eviction, and shows what it held."""
+"""``make demo``: a server generates a long output under eviction and shows what it holds."""
 
 import sys
 import tempfile
@@ -27,7 +27,7 @@ def stream_chat(server: Server, model: Path, console: Console) -> list[tuple[int
     """Stream one long chat completion and print it.
 
     Returns:
-        At a few points on the way: (tokens generated, tokens held, evictions, blocks held).
+        A few samples of (tokens generated, tokens held, evictions, blocks held).
     """
     client = OpenAI(base_url=server.url + "/v1", api_key="none")
     stream = client.chat.completions.create(
@@ -60,7 +60,7 @@ def main() -> int:
     """Run the demo.
 
     Returns:
-        The exit code: 1 if the server did not evict as it should have.
+        The exit code, which is 1 if the server did not evict as expected.
     """
     console = Console()
     with tempfile.TemporaryDirectory(prefix="vase-demo-") as directory:
@@ -69,7 +69,7 @@ def main() -> int:
         with Server(model, [*SERVE, *EVICT]) as server:
             with console.status("starting the server"):
                 server.wait_until_ready()
-            console.print(f"\n[bold]A chat of {NUM_TOKENS} tokens (random weights):[/]")
+            console.print(f"\n[bold]A chat completion of {NUM_TOKENS} tokens (random weights):[/]")
             samples = stream_chat(server, model, console)
             bounded, bounded_concurrency = server.max_concurrency()
         console.print("\n[bold]The same server without --kv-eviction, for comparison[/]")
@@ -85,19 +85,19 @@ def main() -> int:
     console.print(f"with eviction:    {bounded}")
     console.print(f"without eviction: {full}")
 
-    # The state blocks hold the newest queries: of four query heads for each KV head in this model.
+    # The state blocks hold the newest queries. This model has four query heads per KV head.
     state_blocks = RingLayout(WINDOW, group_size=4, block_size=BLOCK_SIZE).num_blocks
     max_blocks = -(-(BUDGET + WINDOW) // BLOCK_SIZE) + state_blocks
     evictions, blocks = samples[-1][2], max(sample[3] for sample in samples)
     if evictions < 24 or blocks > max_blocks or bounded_concurrency <= full_concurrency:
         console.print(
-            f"[bold red]The server did not evict as it should: {evictions} evictions, "
-            f"{blocks} blocks (at most {max_blocks} expected)[/]"
+            f"[bold red]The server did not evict as expected: {evictions} evictions, "
+            f"{blocks} blocks (expected at most {max_blocks})[/]"
         )
         return 1
     console.print(
-        f"[bold green]{evictions} evictions; never more than {blocks} blocks; "
-        f"{bounded_concurrency / full_concurrency:.1f} times the concurrency.[/]"
+        f"[bold green]{evictions} evictions, at most {blocks} blocks, and "
+        f"{bounded_concurrency / full_concurrency:.1f} times the maximum concurrency[/]"
     )
     return 0
 

@@ -1,7 +1,7 @@
-"""A small random-weight Qwen3 model, to try and test things with: no download, no GPU, megabytes.
+"""Writes a small Qwen3 model with random weights, for trials and tests without download or GPU.
 
-Tokens are bytes, and a token's id is the byte's value. The weights are random, so the text has no
-meaning, but attention is peaked enough that what is in the KV cache decides what comes out.
+Tokens are bytes, and a token's id is the byte's value. The weights are random, so the generated
+text has no meaning. Attention is peaked enough that the output depends on what is in the KV cache.
 """
 
 from __future__ import annotations
@@ -46,28 +46,24 @@ def make_tiny_model(
     seed: int = 0,
     printable: bool = True,
 ) -> Path:
-    """Write a model and its tokenizer to ``directory``, which vLLM and transformers can load.
+    """Write a model and its tokenizer to a directory that vLLM and transformers can load.
 
-    Parameters
-    ----------
-    directory : str or Path
-        Made when absent; files of an earlier model are overwritten.
-    layers, hidden_size, query_heads, kv_heads, head_dim, intermediate_size : int
-        The shape, in Qwen3's terms.
-    max_position_embeddings : int
-        Longest sequence that vLLM accepts.
-    dtype : str
-        ``bfloat16``, ``float16`` or ``float32``. vLLM runs a float32 model in float32 only when it
-        is told to (``--dtype float32``).
-    seed : int
-        The weights are a function of the seed and the shape.
-    printable : bool
-        Emit printable ASCII only; else any byte. Either way the model never ends a text by itself.
+    Args:
+        directory: is created if it does not exist; files of an earlier model are overwritten.
+        layers, hidden_size, query_heads, kv_heads, head_dim, intermediate_size: the shape of the
+            model, in Qwen3's terms.
+        max_position_embeddings: longest sequence that vLLM accepts, in tokens.
+        dtype: ``bfloat16``, ``float16`` or ``float32``. vLLM runs a float32 model in float32 only
+            with ``--dtype float32``.
+        seed: the weights are a function of the seed and the shape.
+        printable: whether the model generates printable ASCII only, or any byte. In either case it
+            never generates an end-of-sequence token.
 
-    Returns
-    -------
-    Path
+    Returns:
         ``directory``.
+
+    Raises:
+        ValueError: the dtype is unknown, or the query heads are not a multiple of the KV heads.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
@@ -105,7 +101,7 @@ def make_tiny_model(
     fill_weights(model, seed=seed, allowed=PRINTABLE if printable else list(range(BYTES)))
     model.to(getattr(torch, dtype))
 
-    # not model.save_pretrained, which draws a progress bar
+    # model.save_pretrained would print a progress bar.
     config.save_pretrained(directory)
     generation_config.save_pretrained(directory)
     weights = directory / "model.safetensors"
@@ -115,7 +111,7 @@ def make_tiny_model(
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose first 256 ids are the bytes, then the special tokens; it merges nothing."""
+    """Return a tokenizer without merges: ids below 256 are bytes, special tokens follow."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -136,18 +132,23 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Return the character of each byte in a byte-level vocabulary, as GPT-2 defines it."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(BYTES, 2 * BYTES))
     return [chr(byte if byte in plain else next(shifted)) for byte in range(BYTES)]
 
 
 def fill_weights(model: Qwen3ForCausalLM, *, seed: int, allowed: list[int]) -> None:
-    """Draw the weights so that activations keep a scale of about 1 at any width.
+    """Draw the weights such that activations have a scale of about 1 at any width.
 
-    Tokens outside ``allowed`` are ruled out in the weights, which every engine then obeys: the
-    first channel of the residual stream holds the same positive number at every position, for no
-    layer writes to it, and the output head reads it as a bias.
+    The weights themselves rule out the tokens that are not ``allowed``, so that this holds in every
+    engine. The first channel of the residual stream has the same positive value at every position,
+    because no layer writes to it, and the output head uses it as a bias.
+
+    Args:
+        model: the model whose weights are overwritten.
+        seed: seed of the draws.
+        allowed: ids of the tokens that the model may generate.
     """
     import torch
 
@@ -156,10 +157,10 @@ def fill_weights(model: Qwen3ForCausalLM, *, seed: int, allowed: list[int]) -> N
         for weight in model.parameters():
             if weight.dim() == 1:  # RMSNorm
                 weight.fill_(1.0)
-            else:  # [out_features, in_features], and the embedding: [vocab, hidden], scale 1
+            else:  # [out_features, in_features]; the embedding, [vocab, hidden], is scaled below
                 weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator)
 
-        # [vocab, hidden]: a row is one token's vector, not a sum over inputs
+        # [vocab, hidden]: a row is the vector of one token, not a sum over inputs.
         embedding = model.model.embed_tokens.weight.mul_(model.config.hidden_size**0.5)
         embedding[:, 0] = CONSTANT_CHANNEL
         for layer in model.model.layers:

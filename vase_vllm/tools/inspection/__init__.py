@@ -1,1 +1,1 @@
-"""``vase-vllm inspect``: which positions each KV head holds over time."""
+"""``vase-vllm inspect``: shows which positions each KV head holds over time."""

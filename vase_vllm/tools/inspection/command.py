@@ -1,4 +1,4 @@
-"""The `inspect` subcommand: replays one request and shows which positions each KV head holds."""
+"""The `inspect` subcommand: serves one request and shows which positions each KV head holds."""
 
 import argparse
 import json
@@ -22,41 +22,48 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = "vase-inspect"
 NUM_HEADS_DRAWN = 2
 EPILOG = (
-    "All engine arguments of `vllm serve` are taken too, such as --model M, --max-model-len N, "
-    "--kv-eviction vase and --kv-eviction-config.budget 2048. --enforce-eager is on."
+    "All engine arguments of `vllm serve` are accepted as well, such as --model M, "
+    "--max-model-len N, --kv-eviction vase and --kv-eviction-config.budget 2048. "
+    "--enforce-eager is on."
 )
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the request's prompt")
-    prompt.add_argument("--prompt-file", metavar="F", help="a text file with it")
+    prompt.add_argument("--prompt", metavar="TEXT", help="prompt of the request")
+    prompt.add_argument("--prompt-file", metavar="F", help="text file with the prompt")
     add = parser.add_argument
-    add("--chat", action="store_true", help="put the prompt into the model's chat template")
-    add("--max-tokens", type=int, default=2048, metavar="N", help="most tokens of the output")
+    add("--chat", action="store_true", help="apply the model's chat template")
+    add("--max-tokens", type=int, default=2048, metavar="N", help="most generated tokens")
     add("--ignore-eos", action="store_true", help="generate exactly --max-tokens tokens")
-    add("--temperature", type=float, metavar="T", help="None: as in the model's generation config")
-    add("--layers", type=int, nargs="+", metavar="L", help="None: the first, middle and last")
+    add("--temperature", type=float, metavar="T", help="None: as in the generation config")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="L",
+        help="layers to inspect; None: the first, middle and last that evict",
+    )
     add(
         "--kv-heads",
         type=int,
         nargs="+",
         metavar="H",
-        help=f"those with a panel of their own; None: the first {NUM_HEADS_DRAWN}",
+        help=f"KV heads with a panel of their own; None: the first {NUM_HEADS_DRAWN}",
     )
-    add("--output", default=DEFAULT_OUTPUT, metavar="DIR", help="where to write the pictures")
+    add("--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the files to write")
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One request, served under eviction.
+    """One request that was served under eviction.
 
     Attributes:
-        token_ids: of prompt and output.
-        tokens: their texts.
-        prompt_len: how many of them are the prompt.
-        histories: of each layer that was followed.
+        token_ids: token ids of the prompt and the output.
+        tokens: the text of each token.
+        prompt_len: number of prompt tokens.
+        histories: evictions of each inspected layer, by the layer's index.
     """
 
     token_ids: list[int]
@@ -68,9 +75,11 @@ class Replay:
 def run_inspect(args: argparse.Namespace) -> int:
     from vase_vllm.tools.inspection.summary import summarise
 
-    for module, remedy in (("vllm", "vase-vllm[gpu]"), ("matplotlib", "vase-vllm[bench]")):
+    for module, extra in (("vllm", "gpu"), ("matplotlib", "bench")):
         if find_spec(module) is None:
-            raise ValueError(f"inspect needs {module}: pip install '{remedy}'")
+            raise ValueError(
+                f"inspect needs {module}: run pip install '.[{extra}]' in a checkout of vase-vllm"
+            )
     prompt = _read_prompt(args)
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 1")
@@ -98,7 +107,11 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _engine_arguments(arguments: Sequence[str]) -> tuple["EngineArgs", "EvictionConfig"]:
-    """Read vLLM's own arguments, for an engine in this process."""
+    """Parse vLLM's own arguments, for an engine in this process.
+
+    Raises:
+        ValueError: an argument is missing, or is one that `inspect` does not support.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.engine.arg_utils import EngineArgs
@@ -122,18 +135,22 @@ def _engine_arguments(arguments: Sequence[str]) -> tuple["EngineArgs", "Eviction
         if getattr(engine_args, name) > 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} ({getattr(engine_args, name)}): inspect follows the "
-                "evictions of one process; remove it"
+                "evictions of one process only; remove this option"
             )
     config = EvictionConfig.from_additional(engine_args.additional_config)
     if config is None:
-        raise ValueError("--kv-eviction none: there is nothing to inspect; name a policy")
+        raise ValueError("--kv-eviction none: there is nothing to inspect; choose a policy")
     return engine_args, config
 
 
 def _replay(
     engine_args: "EngineArgs", config: "EvictionConfig", prompt: str, args: argparse.Namespace
 ) -> Replay:
-    """Answer one request, and follow its evictions."""
+    """Serve one request and record its evictions.
+
+    Raises:
+        ValueError: the engine rejects its arguments, or nothing was evicted.
+    """
     from pydantic import ValidationError
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -142,14 +159,15 @@ def _replay(
 
     if config.fused is not None and not current_platform.is_cpu():
         print(
-            "The fused kernel does not tell what it keeps: here plain torch evicts, with the same "
-            "policy and the same draws. Rounding may turn a close choice.",
+            "The fused kernel does not report which tokens it keeps. inspect therefore evicts in "
+            "plain torch, with the same policy and the same draws; rounding can change the choice "
+            "between tokens of almost equal priority.",
             file=sys.stderr,
         )
     try:
         llm = LLM.from_engine_args(engine_args)
     except ValidationError as error:
-        # pydantic's own message has many lines.
+        # The message of pydantic itself has many lines.
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     layers = _choose_layers(llm, args.layers)
     _check_kv_heads(llm, args.kv_heads)
@@ -188,7 +206,7 @@ def _choose_layers(llm: "LLM", wanted: Sequence[int] | None) -> list[int]:
         return sorted({evicting[0], evicting[len(evicting) // 2], evicting[-1]})
     if unknown := sorted(set(wanted) - set(evicting)):
         raise ValueError(
-            f"--layers {unknown[0]}: no layer that evicts; those that do are "
+            f"--layers {unknown[0]}: this layer does not evict; the layers that do are "
             f"{', '.join(map(str, evicting))}"
         )
     return sorted(set(wanted))
@@ -202,11 +220,11 @@ def _check_kv_heads(llm: "LLM", wanted: Sequence[int] | None) -> None:
 
 
 def _nothing_evicted(config: "EvictionConfig", prompt_len: int, length: int) -> str:
-
     first = config.schedule.first_eviction(prompt_len)
     return (
-        f"nothing was evicted: the sequence ended with {length} tokens, and its first eviction is "
-        f"after {first}; raise --max-tokens, set --ignore-eos or lower --kv-eviction-config.budget"
+        f"nothing was evicted: the sequence ended with {length} tokens, and its first eviction "
+        f"comes after {first}; raise --max-tokens, set --ignore-eos or lower "
+        "--kv-eviction-config.budget"
     )
 
 
@@ -217,7 +235,7 @@ def _write(
     model: str,
     config: "EvictionConfig",
 ) -> list[Path]:
-    """The raw numbers; docs/inspect.md says what is in which."""
+    """Write the data files, which docs/inspect.md describes, and return their paths."""
     import numpy as np
 
     arrays: dict[str, Any] = {"token_ids": np.array(replay.token_ids, dtype=np.int32)}
@@ -256,7 +274,7 @@ def _draw(
         Status.PROTECTED: "protected",
         Status.RANKED: _how_the_rest_stays(config),
         Status.WINDOW: "window (newest)",
-        Status.ABSENT: "dropped",
+        Status.ABSENT: "evicted",
     }
     files = []
     for layer, history in replay.histories.items():
@@ -297,16 +315,17 @@ def _print(
     )
     console.print(_table(summaries, config))
     console.print(
-        "[dim]After the last eviction, means over KV heads. Overlap of any two heads in what they "
-        "chose: tokens\nthat both hold over tokens that either holds (in brackets: if they chose "
-        "blindly). Large values: the\ntenth of the older tokens with the largest value ranges.[/]"
+        "[dim]All values are means over the KV heads after the last eviction. The overlap of two "
+        "heads is the number\nof tokens that both hold over the number that either holds, without "
+        "sinks and window (in brackets:\nthe overlap of heads that choose uniformly at random). "
+        "Large values are the tenth of the older tokens\nwith the largest value ranges.[/]"
     )
     for path in files:
         console.print(str(path), markup=False)
 
 
 def _table(summaries: dict[int, "LayerSummary"], config: "EvictionConfig") -> "Table":
-    """One column a layer."""
+    """A table with one column per layer."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -1,7 +1,7 @@
-"""Follows which positions every KV head holds, from eviction to eviction.
+"""Records which positions every KV head holds, from eviction to eviction.
 
-An eviction knows slots only. What lies in them follows from the schedule, for new tokens, and from
-``plan_moves``, for survivors; this keeps the account that nothing in the cache needs.
+An eviction works on slots, and the cache itself stores no positions. The position in each slot
+follows from the schedule for new tokens, and from ``plan_moves`` for the tokens that were kept.
 """
 
 from collections.abc import Iterable
@@ -16,30 +16,30 @@ from vase_vllm.policies.candidates import Candidates
 
 
 class Status(IntEnum):
-    """What an eviction made of a position in one KV head."""
+    """Status of a position in one KV head after an eviction."""
 
     ABSENT = 0
-    """Dropped by this eviction or an earlier one, or not there yet."""
+    """Evicted by this eviction or an earlier one, or not in the sequence yet."""
     WINDOW = 1
-    """Among the newest, which always stay."""
+    """One of the newest tokens, which are never evicted."""
     RANKED = 2
-    """Among those that rank highest, by a draw or without."""
+    """One of the tokens of highest priority; the priority may include a random draw."""
     PROTECTED = 3
-    """Of infinite priority: no draw could drop it."""
+    """The priority is infinite, so the token is kept whatever is drawn."""
     SINK = 4
-    """Among the first, which always stay."""
+    """One of the first tokens, which are never evicted."""
 
 
 @dataclass(frozen=True)
 class LayerHistory:
-    """All evictions of one sequence from one layer: E evictions, H KV heads, P positions.
+    """All evictions of one sequence in one layer: E evictions, H KV heads, P positions.
 
     Attributes:
-        positions: [E] int64, the position of the step that each eviction ran just before, which is
-            the number of tokens so far. P is the last of them.
-        status: [E, H, P] uint8, a :class:`Status`.
+        positions: [E] int64, the position of the step that follows each eviction, which is the
+            number of tokens in the sequence at that time. P is the last of them.
+        status: [E, H, P] uint8, a :class:`Status` each.
         value_range: [H, P] fp32, largest minus smallest element of the position's value vector; NaN
-            in the last window, which has never been up for eviction.
+            in the last window, whose tokens have never been candidates.
     """
 
     positions: np.ndarray
@@ -49,10 +49,13 @@ class LayerHistory:
 
 @dataclass
 class _Layer:
-    """What is known of a layer so far.
+    """The evictions of a layer so far.
 
     Attributes:
         slots: [H, budget] int64, the position in each slot after the latest eviction.
+        value_range: [H, P] fp32, see :class:`LayerHistory`.
+        positions: the position of each eviction.
+        status: of each eviction, [H, position] uint8.
     """
 
     slots: torch.Tensor
@@ -62,7 +65,9 @@ class _Layer:
 
 
 class KeptPositions:
-    """An ``EvictionObserver`` that records one sequence at a time, the latest.
+    """An ``EvictionObserver`` that records one sequence at a time.
+
+    The first eviction of another sequence discards what was recorded before.
 
     Args:
         layers: indices of the layers whose evictions are recorded.
@@ -80,7 +85,7 @@ class KeptPositions:
         limits = candidates.limits
         priority, keep = priority.cpu(), keep.cpu()
         num_heads = len(keep)
-        # The position of the step that comes next: everything before it is cached or dropped.
+        # The position of the next step: every earlier position is either cached or evicted.
         position = candidates.first + candidates.eviction_index * limits.window
         if candidates.eviction_index == 0:
             slots = torch.arange(position).repeat(num_heads, 1)
@@ -109,7 +114,7 @@ class KeptPositions:
         layer.slots = slots[:, : limits.budget]
 
     def history(self, layer: int) -> LayerHistory | None:
-        """What happened in a layer, or None if it has not evicted."""
+        """All evictions of a layer, or None if there were none."""
         if layer not in self._layers:
             return None
         known = self._layers[layer]

@@ -1,4 +1,4 @@
-"""Pictures of which positions a layer's KV heads hold over time."""
+"""Draws which positions the KV heads of a layer hold over time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from vase_vllm.tools.inspection.kept_positions import LayerHistory, Status
 
 matplotlib.rcParams["svg.hashsalt"] = "vase-vllm inspect"
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, which is safe for colour-blind readers.
 COLORS = {
     Status.SINK: "#000000",
     Status.PROTECTED: "#d55e00",
@@ -29,18 +29,18 @@ COLORS = {
 NOT_YET = "#ffffff"
 WIDTH, DPI = 11.0, 120
 NUM_SHARP = 1000
-"""Positions up to which every one has a column of pixels to itself; above, they are averaged."""
+"""Up to this many positions, each has its own column of pixels; above, neighbours are averaged."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """What the pictures of one request are called.
+    """The texts in the picture of a layer.
 
     Attributes:
-        title: of the whole.
-        settings: the small print.
-        names: of what a colour means.
-        prompt_len: in tokens; a line is drawn where the output starts.
+        title: title of the figure.
+        settings: policy, budget and window, in smaller print.
+        names: label of each status in the legend.
+        prompt_len: number of prompt tokens; a line is drawn where the output starts.
     """
 
     title: str
@@ -52,14 +52,16 @@ class Captions:
 def draw_layer(
     history: LayerHistory, kv_heads: Sequence[int], captions: Captions, path: Path
 ) -> list[Path]:
-    """Draw one layer: for each of ``kv_heads`` what it holds and the value ranges, then all heads.
+    """Draw one layer: what each of ``kv_heads`` holds, with its value ranges, and all heads.
 
     Args:
-        kv_heads: those that get a panel of their own.
-        path: with .png and .svg in the place of its suffix.
+        history: the evictions of the layer.
+        kv_heads: indices of the KV heads that get a panel of their own.
+        captions: the texts in the picture.
+        path: where to write the picture; its suffix is replaced by .png and .svg.
 
     Returns:
-        The files.
+        The paths of the files that were written.
     """
     rows = 2 * len(kv_heads) + 1
     figure, axes = pyplot.subplots(
@@ -99,7 +101,7 @@ def draw_layer(
 
 
 def _draw_ranges(axis: Axes, history: LayerHistory, head: int) -> None:
-    """Value range of each position, coloured by whether it has been protected for it."""
+    """Draw the value range of each position, coloured by whether it was protected."""
     ranges, status = history.value_range[head], history.status[:, head]
     protected = (status == Status.PROTECTED).any(axis=0)
     sinks = (status == Status.SINK).any(axis=0)
@@ -119,7 +121,7 @@ def _draw_ranges(axis: Axes, history: LayerHistory, head: int) -> None:
 
 
 def _draw_head(axis: Axes, history: LayerHistory, head: int) -> None:
-    """What one head holds, and why, from each eviction to the next."""
+    """Draw the status of each position in one head, one row per eviction."""
     palette = np.array([to_rgba(COLORS[kind]) for kind in sorted(COLORS)])
     image = palette[history.status[:, head]]
     image[_not_yet(history)] = to_rgba(NOT_YET)
@@ -127,7 +129,7 @@ def _draw_head(axis: Axes, history: LayerHistory, head: int) -> None:
 
 
 def _draw_all_heads(axis: Axes, history: LayerHistory) -> None:
-    """How many heads hold each position."""
+    """Draw how many heads hold each position."""
     num_heads = history.status.shape[1]
     colors = pyplot.get_cmap("cividis_r")(np.linspace(0.15, 1, num_heads))
     palette = np.concatenate([[to_rgba(COLORS[Status.ABSENT])], colors])
@@ -145,18 +147,18 @@ def _draw_all_heads(axis: Axes, history: LayerHistory) -> None:
 
 
 def _not_yet(history: LayerHistory) -> np.ndarray:
-    """[E, P] bool, positions that come after each eviction."""
+    """Whether a position comes after an eviction: [E, P] bool."""
     return np.arange(history.status.shape[-1]) >= history.positions[:, None]
 
 
 def _show(axis: Axes, history: LayerHistory, image: np.ndarray) -> None:
-    """``image``: [E, P, 4]. Both axes count tokens; time runs downwards."""
+    """Show ``image``, [E, P, 4]. Both axes count tokens, and time runs downwards."""
     positions = history.positions
     period = int(positions[1] - positions[0]) if len(positions) > 1 else 1
     options: dict[str, Any] = {"interpolation": "nearest"}
     if image.shape[1] > NUM_SHARP:
         options = {"interpolation": "antialiased", "interpolation_stage": "rgba"}
-        # As tall as the picture, so that only neighbours in the sequence are averaged.
+        # Rows are repeated to the full height, so that only neighbouring positions are averaged.
         image = np.repeat(image, -(-DPI * 3 // len(image)), axis=0)
     axis.imshow(
         image,

@@ -1,4 +1,4 @@
-"""What one layer holds after its last eviction, in a few numbers."""
+"""Summarises in a few numbers what one layer holds after its last eviction."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -8,7 +8,7 @@ import numpy as np
 from vase_vllm.tools.inspection.kept_positions import LayerHistory, Status
 
 LARGE_SHARE = 0.1
-"""Share of the positions that counts as having large values."""
+"""Share of the positions whose value ranges count as large."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,15 @@ class LayerSummary:
     """Means over KV heads, after the last eviction of the sequence.
 
     Attributes:
-        sinks, protected, ranked, window: tokens held by a head, by the reason why.
-        mean_age: of the tokens held, in tokens: how far behind the next token they are.
-        overlap: of any two heads in what each chose, sinks and window left out: tokens that both
-            hold over tokens that either holds (Jaccard). None with a single head.
-        overlap_by_chance: the same if each head had chosen uniformly among all earlier tokens.
-        held: share of all tokens older than the window that are held, sinks left out.
-        large_held: the same of the tenth of them with the largest value ranges in that head.
+        sinks, protected, ranked, window: number of tokens that a head holds for this reason.
+        mean_age: mean distance of the tokens held from the next token, in tokens.
+        overlap: Jaccard index of the tokens that two heads hold, without sinks and window, as the
+            mean over all pairs of heads: tokens that both hold over tokens that either holds. None
+            if there is a single head.
+        overlap_by_chance: the same for heads that choose uniformly among all earlier tokens.
+        held: share of all tokens older than the window that are held, without the sinks.
+        large_held: the same share among the tenth of them with the largest value ranges in that
+            head.
     """
 
     sinks: float
@@ -37,12 +39,12 @@ class LayerSummary:
 
 
 def summarise(history: LayerHistory) -> LayerSummary:
-    """Sum up a layer's last eviction."""
+    """Summarise the state of a layer after its last eviction."""
     status = history.status[-1]
     num_heads, num_positions = status.shape
     held = status != Status.ABSENT
     age = num_positions - np.arange(num_positions)
-    # What the policy had to choose among.
+    # The candidates of the policy, without the sinks.
     old = ~np.isin(status[0], (Status.SINK, Status.WINDOW))
     chosen, num_old = held[:, old], int(old.sum())
     num_large = max(1, round(LARGE_SHARE * num_old))
@@ -60,7 +62,7 @@ def summarise(history: LayerHistory) -> LayerSummary:
         window=counts[Status.WINDOW],
         mean_age=float((held * age).sum() / held.sum()),
         overlap=float(np.mean(overlaps)) if overlaps else None,
-        # Two sets of k out of n share k * k / n on average.
+        # Two random sets of k out of n share k * k / n elements on average.
         overlap_by_chance=float(num_chosen / (2 * num_old - num_chosen)),
         held=float(chosen.mean()),
         large_held=float(np.take_along_axis(chosen, large, axis=-1).mean()),

@@ -1,1 +1,1 @@
-"""``vase-vllm plan``: what fits into a GPU and how fast it decodes, before it is bought."""
+"""``vase-vllm plan``: predicts what fits into a GPU and how fast it decodes."""

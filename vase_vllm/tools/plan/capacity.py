@@ -1,9 +1,9 @@
-"""`vase-vllm plan`: what a model's KV cache holds and how fast it decodes, before buying the GPUs.
+"""Predicts how many sequences fit into a model's KV cache, and how fast they decode.
 
 Blocks are counted as vLLM counts them at start-up: ``num_blocks = KV memory // bytes per block``, a
 sequence takes whole blocks, block 0 is the null block, and "Maximum concurrency" is num_blocks over
-the blocks of a sequence of ``max_model_len`` tokens. Speeds are those of a decode step bound by
-memory (:mod:`vase_vllm.tools.plan.cost`).
+the blocks of a sequence of ``max_model_len`` tokens. Speeds are those of decode steps that are
+bound by memory (:mod:`vase_vllm.tools.plan.cost`).
 """
 
 import re
@@ -26,14 +26,17 @@ BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """Bytes, or tokens, of ``80GiB``, ``12G`` (binary, as in vLLM), ``12g``, ``12GB``, ``4096``.
+    """Parse a number of bytes or tokens, such as ``80GiB``, ``12G``, ``12g``, ``12GB`` or ``4096``.
 
-    vLLM's rule: a capital letter is a power of two, a small one a power of ten. ``GiB`` and ``GB``
-    say so themselves.
+    As in vLLM, a capital letter is a power of two and a small letter is a power of ten: ``12G`` is
+    binary. ``GiB`` is always a power of two, and ``GB`` a power of ten.
+
+    Raises:
+        ValueError: ``text`` is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKmMgGtT])(i?[bB])?)?", text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no size: write 80GiB, 12G, 500MB or a plain number")
+        raise ValueError(f"{text!r} is not a size: write 80GiB, 12G, 500MB or a plain number")
     number, unit, suffix = match[1], match[2] or "", (match[3] or "").lower()
     is_binary = unit.isupper() and suffix != "b"
     factor = BINARY_UNITS[unit.upper()] if is_binary or suffix == "ib" else UNITS[unit.lower()]
@@ -42,14 +45,14 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is served, and on what.
+    """The requests that are served, and the memory that serves them.
 
     Attributes:
-        max_model_len: longest sequence, tokens.
+        max_model_len: longest sequence, in tokens.
         block_size: token slots of a block.
         kv_cache_memory: bytes for the KV cache on each GPU.
-        mean_prompt_len: tokens of a prompt.
-        mean_output_len: tokens of an output.
+        mean_prompt_len: mean length of a prompt, in tokens.
+        mean_output_len: mean length of an output, in tokens.
         max_num_seqs: most sequences of a step, or None for as many as fit.
     """
 
@@ -63,23 +66,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits and how fast it is, for the full cache (``budget`` None) or at one budget.
+    """What fits and how fast it decodes, with the full cache or at one budget.
 
     Attributes:
-        budget, window: of the evictions.
+        budget, window: settings of the evictions; None for the full cache.
         state_blocks: blocks of a sequence that hold its query ring.
-        blocks_per_sequence: of a sequence of ``max_model_len`` tokens, the ring's among them.
+        blocks_per_sequence: blocks of a sequence of ``max_model_len`` tokens, including the ring's.
         max_concurrency: vLLM's "Maximum concurrency": ``num_blocks / blocks_per_sequence``.
-        max_sequences: whole sequences that fit beside the null block.
-        mean_blocks: blocks that a sequence holds, the mean over its decode steps.
-        mean_cached: tokens that a sequence's attention reads, the same mean.
-        batch: sequences of a step when memory is full, by ``mean_blocks``.
-        intensity: operations per byte of that step; above the GPU's own ratio (about 300 on an
-            H100) arithmetic binds, and the speed-up is an upper bound.
-        speedup: tokens per second when memory is full, over the full cache's.
-        speedup_equal_batch: the same if both run the full cache's batch.
-        ring_share: part of a sequence's blocks that is the query ring.
-        eviction_traffic: part of a step's bytes at ``batch`` that eviction moves.
+        max_sequences: whole sequences that fit besides the null block.
+        mean_blocks: blocks that a sequence holds, as the mean over its decode steps.
+        mean_cached: tokens that a sequence's attention reads, as the mean over its decode steps.
+        batch: sequences of a step when memory is full and each holds ``mean_blocks``.
+        intensity: operations per byte of that step. Above the GPU's own ratio (about 300 on an
+            H100), the step is bound by arithmetic, and the speed-up is an upper bound.
+        speedup: tokens per second when memory is full, relative to the full cache.
+        speedup_equal_batch: the same if both run with the full cache's batch.
+        ring_share: share of the query ring in a sequence's blocks.
+        eviction_traffic: share of evictions in the bytes that a step moves at ``batch``.
     """
 
     budget: int | None
@@ -100,7 +103,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Plan:
-    """Capacities of one GPU's part of a model; all GPUs of a replica hold the same sequences."""
+    """Capacities of one GPU of a replica; all its GPUs hold their part of the same sequences."""
 
     kv_bytes_per_token: int
     bytes_per_block: int
@@ -120,10 +123,10 @@ def make_plan(
     workload: Workload,
     schedules: Sequence[EvictionSchedule],
 ) -> Plan:
-    """Capacities with the full cache and with each schedule.
+    """Compute the capacities with the full cache and with each schedule.
 
     Raises:
-        ValueError: one line that says what does not fit.
+        ValueError: not even one sequence fits; the message is one line with the remedy.
     """
     shard = Shard(model, tensor_parallel_size)
     bytes_per_block = shard.kv_bytes_per_token * workload.block_size
@@ -133,7 +136,7 @@ def make_plan(
     if num_blocks < 2:
         raise ValueError(
             f"{format_bytes(workload.kv_cache_memory)} of KV cache memory hold no block of "
-            f"{format_bytes(bytes_per_block)} beside the null block: "
+            f"{format_bytes(bytes_per_block)} besides the null block: "
             "raise --gpu-memory or --tensor-parallel-size"
         )
     runs = [_Run(shard, workload, num_blocks, schedule) for schedule in schedules]
@@ -155,7 +158,7 @@ def make_plan(
 
 
 class _Run:
-    """One policy on one workload."""
+    """The full cache, or one eviction schedule, on one workload."""
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class _Run:
         return self.shard.step(batch, self.mean_cached, self.schedule, self.evicting)
 
     def throughput(self, batch: float) -> float:
-        """Tokens per byte moved: tokens per second over the bandwidth."""
+        """Tokens per byte moved, which is tokens per second over the bandwidth."""
         return batch / self.step(batch).num_bytes
 
     def capacity(self, full: "_Run") -> Capacity:
@@ -211,7 +214,7 @@ class _Run:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes with a binary unit: ``144.0 KiB``."""
+    """Format a number of bytes with a binary unit, such as ``144.0 KiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.1f} {unit}" if unit != "B" else f"{num_bytes:.0f} B"

@@ -1,4 +1,4 @@
-"""The `plan` subcommand: its arguments, its table and its JSON."""
+"""The `plan` subcommand: its arguments, its table and its JSON output."""
 
 import argparse
 import json
@@ -33,28 +33,51 @@ H100_INTENSITY = GPUS["h100"].intensity
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="M", help="directory or Hugging Face id; its config.json")
-    add("--gpu-memory", metavar="SIZE", help="memory of one GPU: 80GiB, 80G, 80GB")
-    add("--kv-cache-memory", metavar="SIZE", help="KV cache memory of one GPU, in its place")
-    add("--gpu-memory-utilization", type=float, default=0.9, metavar="F", help="as in vLLM")
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="model directory or Hugging Face id; no weights are loaded",
+    )
+    add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB, 80G or 80GB")
+    add(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="KV cache memory of one GPU, instead of --gpu-memory",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="share of the GPU memory that is used, as in vLLM",
+    )
     add(
         "--other-memory",
         default="2GiB",
         metavar="SIZE",
-        help="activations and graphs of one GPU: an allowance; vLLM measures it at start-up",
+        help="estimate for activations and CUDA graphs on one GPU; vLLM measures it at start-up",
     )
-    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="GPUs of a replica")
-    add("--budget", nargs="+", default=DEFAULT_BUDGETS, metavar="T", help="budgets, in tokens")
-    add("--window", type=int, default=64, metavar="W", help="tokens between evictions")
-    add("--max-model-len", metavar="N", help="longest sequence; None is the config's")
-    add("--block-size", type=int, default=16, metavar="B", help="token slots of a block")
-    add("--dtype", choices=DTYPES, default="auto", help="of weights and KV cache, as in vLLM")
-    add("--mean-prompt-len", metavar="N", default="512", help="tokens of a typical prompt")
+    add("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="GPUs per replica")
     add(
-        "--mean-output-len", metavar="N", help=f"tokens of a typical output; None: {DEFAULT_OUTPUT}"
+        "--budget",
+        nargs="+",
+        default=DEFAULT_BUDGETS,
+        metavar="T",
+        help="budgets to compare, in tokens",
     )
-    add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step; None: no limit")
-    add("--json", action="store_true", help="print JSON")
+    add("--window", type=int, default=64, metavar="W", help="tokens between evictions")
+    add("--max-model-len", metavar="N", help="longest sequence in tokens; None: as in the config")
+    add("--block-size", type=int, default=16, metavar="B", help="token slots per block")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of weights and KV cache")
+    add("--mean-prompt-len", metavar="N", default="512", help="mean prompt length in tokens")
+    add(
+        "--mean-output-len",
+        metavar="N",
+        help=f"mean output length in tokens; None: {DEFAULT_OUTPUT}, within --max-model-len",
+    )
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences per step; None: no limit")
+    add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -112,12 +135,16 @@ def _workload(
 
 
 def kv_cache_memory(gpu_memory: int, utilization: float, other: int, weights: int) -> int:
-    """Bytes that vLLM leaves for the KV cache: ``memory * utilization - other - weights``."""
+    """Bytes that vLLM leaves for the KV cache: ``memory * utilization - other - weights``.
+
+    Raises:
+        ValueError: nothing is left.
+    """
     left = int(gpu_memory * utilization) - other - weights
     if left <= 0:
         raise ValueError(
-            f"the weights do not fit: {format_bytes(weights)} and {format_bytes(other)} for the "
-            f"rest are above {format_bytes(gpu_memory * utilization)} of a GPU; "
+            f"the weights do not fit: {format_bytes(weights)} of weights and {format_bytes(other)} "
+            f"of --other-memory exceed the {format_bytes(gpu_memory * utilization)} of a GPU; "
             "raise --gpu-memory or --tensor-parallel-size"
         )
     return left
@@ -143,7 +170,7 @@ def _schedule(budget: int, window: int, max_model_len: int) -> "EvictionSchedule
 
 
 def _print(plan: Plan, workload: Workload, args: argparse.Namespace) -> None:
-    """The table, in colour where a terminal reads it."""
+    """Print the table, in colour if the output is a terminal."""
     from rich.console import Console
 
     console = Console(
@@ -154,26 +181,28 @@ def _print(plan: Plan, workload: Workload, args: argparse.Namespace) -> None:
         f"[bold]{args.model}[/]: per GPU{f' of {tp}' if tp > 1 else ''} "
         f"{format_bytes(plan.weight_bytes)} of weights, "
         f"{format_bytes(workload.kv_cache_memory)} of KV cache,\n"
-        f"{format_bytes(plan.kv_bytes_per_token)} a token, "
+        f"{format_bytes(plan.kv_bytes_per_token)} per token, "
         f"{plan.num_blocks:,} blocks of {workload.block_size} tokens"
     )
     console.print(_table(plan))
     console.print(
-        f"[dim]Maximum concurrency is vLLM's start-up line at {workload.max_model_len:,} tokens "
-        f"each.\nBatch: sequences of a step when memory is full, at {workload.mean_prompt_len:,} + "
-        f"{workload.mean_output_len:,} tokens.\nSpeed-up: tokens per byte moved, "
-        "B / (weights + B (cached * KV bytes + eviction)), over the\nfull cache's: memory-bound "
-        "decoding (arXiv 2211.05102, section 3), a prediction.[/]"
+        "[dim]The maximum concurrency is the value that vLLM logs at start-up, for sequences of "
+        f"{workload.max_model_len:,} tokens.\nThe batch is the number of sequences per step when "
+        f"memory is full, at {workload.mean_prompt_len:,} + {workload.mean_output_len:,} tokens "
+        "each.\nThe speed-up is a prediction for memory-bound decoding (arXiv 2211.05102, section "
+        "3): the tokens\nper byte moved, B / (weights + B (cached * KV bytes + eviction)), "
+        "relative to the full cache.[/]"
     )
     if any(item.intensity > H100_INTENSITY for item in plan.capacities):
         console.print(
-            f"[yellow]* more operations per byte than an H100 has ({H100_INTENSITY:.0f}): "
-            "arithmetic will bind, the speed-up is an upper bound.[/]"
+            "[yellow]* The step needs more operations per byte than an H100 has "
+            f"({H100_INTENSITY:.0f}): it is bound by\narithmetic, and the speed-up is an upper "
+            "bound.[/]"
         )
 
 
 def _table(plan: Plan) -> "Table":
-    """One column a capacity, so that it fits a terminal of 80 columns."""
+    """A table with one column per capacity, which fits a terminal of 80 columns."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -193,11 +222,11 @@ def _column(item: Capacity) -> dict[str, str]:
     bound = "*" if item.intensity > H100_INTENSITY else ""
     return {
         "blocks per sequence": f"{item.blocks_per_sequence:,}",
-        "  of them query ring": "-" if is_full else f"{item.state_blocks} ({item.ring_share:.1%})",
+        "  of which query ring": "-" if is_full else f"{item.state_blocks} ({item.ring_share:.1%})",
         "maximum concurrency": f"{item.max_concurrency:.2f}x",
         "sequences that fit": f"{item.max_sequences:,}",
         "batch": f"{item.batch:.1f}",
         "speed-up, memory full": f"{item.speedup:.2f}x{bound}",
         "speed-up, equal batch": f"{item.speedup_equal_batch:.2f}x",
-        "traffic of evicting": "-" if is_full else f"{item.eviction_traffic:.1%}",
+        "eviction traffic": "-" if is_full else f"{item.eviction_traffic:.1%}",
     }

@@ -1,15 +1,16 @@
-"""What one decode step costs, counted: bytes moved and operations, per GPU.
+"""Counts what one decode step costs: the bytes moved and the operations, per GPU.
 
-Decoding reads every weight and every cached byte once a step, and does little arithmetic with them
-(Pope et al., Efficiently Scaling Transformer Inference, arXiv 2211.05102, section 3). A step is a
-sequence of three parts, the linear layers, attention and eviction, each bound by memory or by
-arithmetic (the roofline: Williams et al., CACM 52(4), 2009)::
+A decode step reads all weights and all cached bytes once, and does little arithmetic with them
+(Pope et al., Efficiently Scaling Transformer Inference, arXiv 2211.05102, section 3). It has three
+parts, the linear layers, attention and eviction. Each is bound by memory or by arithmetic (the
+roofline model: Williams et al., CACM 52(4), 2009)::
 
     time = overhead + sum over parts of max(bytes / bandwidth, operations / peak) + communication
 
-Symbols of the formulas: B batch, n cached tokens of a sequence (a mean), l layers, H KV heads and
-Q query heads *of one GPU*, D head size, e bytes of an element, T budget, W window.
-Nothing here imports vLLM or torch.
+Symbols of the formulas: B batch, n mean number of cached tokens of a sequence, l layers, H KV heads
+and Q query heads *of one GPU*, D head size, e bytes of an element, T budget, W window.
+
+This module imports neither vLLM nor torch.
 """
 
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ class ModelShape:
         element_size: bytes of an element of the KV cache and of the activations (e).
         num_params: parameters.
         weight_bytes: bytes of all weights.
-        lookup_fraction: part of the weights that a step only looks a row up in: the input
+        lookup_fraction: share of the weights of which a step reads single rows only: the input
             embedding, unless it is tied to the output head.
-        expert_fraction: part of the weights that belongs to routed experts.
+        expert_fraction: share of the weights that belongs to routed experts.
         num_experts: routed experts of a layer, 0 in a dense model.
-        num_experts_per_token: how many of them a token visits.
+        num_experts_per_token: routed experts per token.
     """
 
     num_layers: int
@@ -54,12 +55,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU can do, and what a step costs that no byte and no operation explains.
+    """Speeds of a GPU, and the fixed costs of a step.
 
     Attributes:
         bandwidth: bytes per second from and to memory.
-        peak: operations per second of the matrix units, a multiply-add being two.
-        overhead: seconds of a step.
+        peak: operations per second of the matrix units; a multiply-add counts as two.
+        overhead: seconds of a step that are independent of bytes and operations.
         link_bandwidth: bytes per second to other GPUs, in each direction.
         link_latency: seconds of one small all-reduce.
     """
@@ -73,7 +74,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step: bytes through memory and operations."""
+    """A part of a step: the bytes that it moves from and to memory, and its operations."""
 
     num_bytes: float = 0.0
     operations: float = 0.0
@@ -87,11 +88,11 @@ class Step:
     """A decode step on one GPU.
 
     Attributes:
-        linear: everything but attention: reading the weights.
-        attention: reading the KV cache.
-        eviction: an eviction's share of a step; there is one every W steps.
-        all_reduces: of activations between GPUs.
-        all_reduce_bytes: bytes that one of them sends and receives.
+        linear: the linear layers, which read the weights.
+        attention: attention, which reads the KV cache.
+        eviction: the evictions' share of a step; a sequence evicts every W steps.
+        all_reduces: number of all-reduces of activations between GPUs.
+        all_reduce_bytes: bytes that one all-reduce sends and receives.
     """
 
     linear: Part
@@ -120,10 +121,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Shard:
-    """One GPU's part of a model under tensor parallelism: heads and weights are split.
+    """One GPU's part of a model under tensor parallelism, which splits heads and weights.
 
-    More GPUs than KV heads keep a copy of a KV head each, as in vLLM; the few weights that vLLM
-    copies to every GPU (norms, those KV heads) are counted as split.
+    With more GPUs than KV heads, the KV heads are replicated, as in vLLM. The few weights that vLLM
+    replicates on every GPU (norms, and those KV heads) are counted as split.
+
+    Raises:
+        ValueError: the heads cannot be split over so many GPUs.
     """
 
     model: ModelShape
@@ -174,7 +178,7 @@ class Shard:
     def weight_bytes_read(self, batch: float) -> float:
         """Bytes of weights that a step reads.
 
-        An expert is read if any token visits it; with even routing that is
+        An expert is read if at least one token is routed to it. With even routing, that is
         ``1 - (1 - k / E)^B`` of E experts at k per token.
         """
         model = self.model
@@ -185,7 +189,7 @@ class Shard:
         return (always + visited * model.expert_fraction) * self.weight_bytes
 
     def linear_operations(self, batch: float) -> float:
-        """Two per parameter that a token meets."""
+        """Operations of the linear layers: two per token and parameter that it uses."""
         model = self.model
         met = 1 - model.lookup_fraction - model.expert_fraction
         if model.num_experts:
@@ -199,14 +203,16 @@ class Shard:
         schedule: EvictionSchedule | None = None,
         evicting: float = 1.0,
     ) -> Step:
-        """A decode step of ``batch`` sequences that attend to ``num_cached`` tokens on average.
+        """Count a decode step of ``batch`` sequences.
 
-        Attention reads ``B n`` tokens, writes B, and does ``4 n l Q D`` operations per sequence
-        (scores and values, a multiply-add each). Eviction also stores each step's queries.
+        Attention reads ``B n`` tokens, writes B, and takes ``4 n l Q D`` operations per sequence: a
+        multiply-add each for scores and values. Eviction also stores the queries of every step.
 
         Args:
-            schedule: of the evictions, or None for the full cache.
-            evicting: part of the sequences whose evictions have begun.
+            batch: number of sequences.
+            num_cached: mean number of tokens that a sequence attends to.
+            schedule: schedule of the evictions, or None for the full cache.
+            evicting: share of the sequences that have reached their first eviction.
         """
         tp, model = self.tensor_parallel_size, self.model
         per_cached = 4 * model.num_layers * self.num_query_heads * model.head_size
@@ -228,10 +234,10 @@ class Shard:
         )
 
     def prefill(self, num_tokens: int) -> Part:
-        """Prefill of a prompt beside a decode step, which reads the weights anyway.
+        """Count the prefill of a prompt in the same step as decodes, which read the weights.
 
-        Operations: the linear layers' and ``2 n^2 l Q D`` of causal attention. Bytes: the KV
-        cache is written.
+        The operations are those of the linear layers and ``2 n^2 l Q D`` of causal attention. The
+        bytes are those of the KV cache that is written.
         """
         model = self.model
         attention = 2 * num_tokens**2 * model.num_layers * self.num_query_heads * model.head_size
@@ -240,11 +246,12 @@ class Shard:
         )
 
     def eviction(self, schedule: EvictionSchedule) -> Part:
-        """One eviction of one sequence in the steady state: T candidates, W survivors copied.
+        """Count one eviction of one sequence in the steady state, with T candidates.
 
-        Bytes: the keys of the candidates twice and their values once, ``3/2 T`` tokens; the W
-        newest are read and written; the ring's W queries are read. Operations: the W queries
-        times the keys, twice: ``2 * 2 W T D`` per query head and layer.
+        The keys of the candidates are read twice and their values once, which is ``3/2 T`` tokens.
+        The W newest are copied, that is read and written, and the ring's W queries are read. These
+        queries are multiplied with the keys twice: ``2 * 2 W T D`` operations per query head and
+        layer.
         """
         budget, window = schedule.budget, schedule.window
         num_bytes = (1.5 * budget + 2 * window) * self.kv_bytes_per_token
@@ -254,9 +261,14 @@ class Shard:
 
 
 def mean_cached(prompt: int, output: int, schedule: EvictionSchedule | None = None) -> float:
-    """Tokens that a sequence has cached at a decode step, the mean over its ``output`` steps.
+    """Mean number of tokens that a sequence attends to, over its ``output`` decode steps.
 
-    The step of position p attends to p + 1 tokens, or to its slot + 1 once it has evicted.
+    The step of position p attends to p + 1 tokens, or to its slot + 1 tokens after an eviction.
+
+    Args:
+        prompt: prompt tokens.
+        output: generated tokens.
+        schedule: schedule of the evictions, or None for the full cache.
     """
     first = prompt + output if schedule is None else schedule.first_eviction(prompt)
     growing = min(output, max(first - prompt, 0))
@@ -269,7 +281,7 @@ def mean_cached(prompt: int, output: int, schedule: EvictionSchedule | None = No
 
 
 def evicting_fraction(prompt: int, output: int, schedule: EvictionSchedule) -> float:
-    """Part of a sequence's decode steps that come after its first eviction."""
+    """Share of a sequence's decode steps that come after its first eviction."""
     return max(0, prompt + output - schedule.first_eviction(prompt)) / output
 
 
@@ -280,11 +292,14 @@ def num_blocks_held(
     num_state_blocks: int = 0,
     first: int = 0,
 ) -> int:
-    """KV cache blocks of a sequence whose next step ends at ``num_tokens`` tokens.
+    """Number of KV cache blocks of a sequence whose next step ends at ``num_tokens`` tokens.
 
     Args:
-        num_state_blocks: blocks of its query ring.
-        first: position of its first eviction; 0 for that of a prompt within the budget.
+        num_tokens: tokens of the sequence after the step.
+        block_size: token slots of a block.
+        schedule: schedule of the evictions, or None for the full cache.
+        num_state_blocks: blocks of the sequence's query ring.
+        first: position of the first eviction; 0 stands for that of a prompt within the budget.
     """
     num_slots = num_tokens
     if schedule is not None and num_tokens > (first or schedule.bound):

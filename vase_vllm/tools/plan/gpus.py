@@ -1,4 +1,4 @@
-"""What GPUs can do, from NVIDIA's data sheets, and how much of it a step is assumed to reach."""
+"""NVIDIA's data sheets of GPUs, and the share of them that a step is assumed to reach."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from vase_vllm.tools.plan.cost import Machine
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet.
+    """The data sheet of a GPU.
 
     Attributes:
         memory: bytes.
-        bandwidth: bytes per second.
+        bandwidth: of the memory, bytes per second.
         peak: dense bf16 operations per second, without sparsity.
-        link_bandwidth: NVLink, bytes per second in each direction.
+        link_bandwidth: of NVLink, bytes per second in each direction.
     """
 
     memory: float
@@ -23,7 +23,7 @@ class Gpu:
 
     @property
     def intensity(self) -> float:
-        """Operations per byte; a step with more of them is bound by arithmetic."""
+        """Operations per byte; a step that needs more of them is bound by arithmetic."""
         return self.peak / self.bandwidth
 
     def machine(
@@ -33,12 +33,14 @@ class Gpu:
         overhead: float = 2e-3,
         link_latency: float = 1e-5,
     ) -> Machine:
-        """The data sheet, discounted. The four defaults are assumptions, not measurements.
+        """What a step reaches of the data sheet.
+
+        The four defaults are assumptions, not measurements.
 
         Args:
-            bandwidth_reached: part of the bandwidth that kernels reach.
-            peak_reached: part of the peak that they reach.
-            overhead: seconds of a step for scheduling, sampling and launches.
+            bandwidth_reached: share of the bandwidths that kernels reach.
+            peak_reached: share of the peak that kernels reach.
+            overhead: seconds of a step for scheduling, sampling and kernel launches.
             link_latency: seconds of a small all-reduce.
         """
         return Machine(

@@ -1,4 +1,4 @@
-"""The shape of a model, from its config alone: no weights are loaded, and none are needed."""
+"""Reads the shape of a model from its config, without loading weights."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,23 @@ DTYPES = ("auto", *ELEMENT_SIZES)
 
 
 def read_model_shape(model: str, dtype: str = "auto") -> tuple[ModelShape, int]:
-    """Read a model's config.
+    """Read the shape of a model from its config.
 
-    Parameters are counted on an instance without storage. Weights take the bytes that their
-    safetensors files say, if they lie beside the config in the dtype that is asked for, else the
-    parameters times the dtype.
+    Parameters are counted on an instance on the meta device, which has no storage. The size of the
+    weights is that of the safetensors files next to the config, if these have the served dtype or
+    are quantized; otherwise it is the number of parameters times the size of the dtype.
 
     Args:
-        model: a local directory, or an id on the Hugging Face hub.
-        dtype: of weights and KV cache; ``auto`` is the config's, bfloat16 in place of float32, as
-            in vLLM.
+        model: a local directory, or an id on the Hugging Face Hub.
+        dtype: dtype of weights and KV cache. ``auto`` is the dtype of the config, with bfloat16
+            instead of float32, as in vLLM.
 
     Returns:
-        The shape, and the longest sequence that the config allows.
+        The shape, and the length of the longest sequence that the config allows.
 
     Raises:
-        ValueError: one line that says what cannot be planned for.
+        ValueError: the config cannot be read, or the model is not supported; the message is one
+            line.
     """
     config = _load_config(model)
     text = config.get_text_config()
@@ -38,7 +39,9 @@ def read_model_shape(model: str, dtype: str = "auto") -> tuple[ModelShape, int]:
     stored = str(getattr(text, "dtype", None) or "float32").removeprefix("torch.")
     served = dtype if dtype != "auto" else {"float32": "bfloat16"}.get(stored, stored)
     if served not in ELEMENT_SIZES:
-        raise ValueError(f"{model}: dtype {served} is none of {', '.join(ELEMENT_SIZES)}")
+        raise ValueError(
+            f"{model}: dtype {served} is not supported: use {', '.join(ELEMENT_SIZES)}"
+        )
     counts = _count_params(model, config)
     weight_bytes = _weight_bytes(model, config, counts["all"], stored, served)
     num_query_heads = text.num_attention_heads
@@ -70,11 +73,11 @@ def _load_config(model: str) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), "unknown reason")
-        raise ValueError(f"{model}: no config to read: {reason}") from None
+        raise ValueError(f"{model}: the config cannot be read: {reason}") from None
 
 
 def _unsupported(config: "PretrainedConfig", text: "PretrainedConfig") -> str | None:
-    """Why a model cannot be planned for, or None."""
+    """Return why a model is not supported, or None if it is."""
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder models are not supported"
     if getattr(text, "kv_lora_rank", None):
@@ -88,12 +91,12 @@ def _unsupported(config: "PretrainedConfig", text: "PretrainedConfig") -> str | 
         return f"the config has no {missing[0]}"
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
-        return f"only full-attention layers are planned for, this has {', '.join(sorted(kinds))}"
+        return f"only full-attention layers are supported, this has {', '.join(sorted(kinds))}"
     return None
 
 
 def _count_params(model: str, config: "PretrainedConfig") -> dict[str, int]:
-    """Parameters: all, those of the input embedding if only looked up, those of experts."""
+    """Count all parameters, those of an untied input embedding, and those of routed experts."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,14 +124,14 @@ def _weight_bytes(
         return on_disk
     if quantized:
         raise ValueError(
-            f"{model}: the weights are quantized and their files are not here, so that their "
-            "size is unknown: download the model and give its directory"
+            f"{model}: the weights are quantized, so their size is unknown without their files: "
+            "download the model and give its directory"
         )
     return num_params * ELEMENT_SIZES[served]
 
 
 def _safetensors_bytes(directory: Path) -> int:
-    """Bytes of the weights beside a config, or 0; the index says it, else the files do."""
+    """Bytes of the safetensors files in a directory, from their index if there is one; else 0."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         return int(json.loads(index.read_text()).get("metadata", {}).get("total_size", 0))
@@ -136,7 +139,7 @@ def _safetensors_bytes(directory: Path) -> int:
 
 
 def _tensor_bytes(path: Path) -> int:
-    """Bytes of a safetensors file after its header, whose length the first 8 bytes hold."""
+    """Bytes of a safetensors file without its header, whose length is in the first 8 bytes."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     return path.stat().st_size - 8 - header
