@@ -54,6 +54,19 @@ class ModelZoo:
         }
         return self._make(Gemma3TextConfig, Gemma3ForCausalLM, changes)
 
+    def llama4(self) -> Path:
+        """Chunked local attention in three of four layers."""
+        from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+        changes = {
+            "num_hidden_layers": 4,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 2,
+            "attention_chunk_size": 64,
+            "pad_token_id": 0,
+        }
+        return self._make(Llama4TextConfig, Llama4ForCausalLM, changes)
+
     def bloom(self) -> Path:
         from transformers import BloomConfig, BloomForCausalLM
 

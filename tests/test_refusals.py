@@ -161,8 +161,12 @@ def test_a_misspelt_key_is_said_to_switch_nothing_on(models, monkeypatch, key):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
-    [("gemma2", {}, "caps its attention logits"), ("bloom", {}, "ALiBi")],
-    ids=["soft-cap", "alibi"],
+    [
+        ("gemma2", {}, "caps its attention logits"),
+        ("bloom", {}, "ALiBi"),
+        ("llama4", {}, "KV cache of the kind ChunkedLocalAttention"),
+    ],
+    ids=["soft-cap", "alibi", "chunked-local"],
 )
 def test_unsupported_layers(models, family, changes, reason):
     from tests.support.engines import engine

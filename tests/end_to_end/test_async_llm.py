@@ -5,7 +5,9 @@ import asyncio
 import pytest
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.support.engines import random_prompt
@@ -15,13 +17,19 @@ pytestmark = pytest.mark.slow
 
 async def generate(engine, request_id, prompt, num_tokens):
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
-    outputs = [
-        output
-        async for output in engine.generate(
-            TokensPrompt(prompt_token_ids=prompt), params, request_id
-        )
-    ]
+    if isinstance(prompt, list):
+        prompt = TokensPrompt(prompt_token_ids=prompt)
+    else:
+        # Of a session vLLM wants what is new.
+        params.output_kind = RequestOutputKind.DELTA
+    outputs = [output async for output in engine.generate(prompt, params, request_id)]
     return outputs[-1].outputs[0].token_ids
+
+
+async def session(turns):
+    """A prompt that grows while its request runs."""
+    for turn in turns:
+        yield StreamingInput(prompt=TokensPrompt(prompt_token_ids=turn))
 
 
 async def run(model):
@@ -44,6 +52,8 @@ async def run(model):
         )
         with pytest.raises(VLLMValidationError, match="KV cache blocks until its first eviction"):
             await generate(engine, "too long", random_prompt(1900, 0), 5)
+        with pytest.raises(VLLMValidationError, match="Streaming-input sessions are not supported"):
+            await generate(engine, "session", session(prompts), 5)
         alone = [await generate(engine, f"alone{i}", p, 120) for i, p in enumerate(prompts)]
         (stats,) = await engine.collective_rpc("get_kv_eviction_stats")
         return together, alone, stats

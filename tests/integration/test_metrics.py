@@ -35,8 +35,8 @@ def stat_logger(additional_config):
 def finished(*lengths):
     stats = IterationStats()
     stats.finished_requests = [
-        FinishedRequestStats("length", num_prompt_tokens=prompt, num_generation_tokens=answer)
-        for prompt, answer in lengths
+        FinishedRequestStats("length", num_prompt_tokens=prompt, num_generation_tokens=output)
+        for prompt, output in lengths
     ]
     return stats
 

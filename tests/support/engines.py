@@ -30,12 +30,15 @@ def engine(model: Path | str, eviction: dict[str, Any] | None, **options: Any) -
     }
     if eviction is not None:
         settings["additional_config"] = {"kv_eviction": {"policy": "vase", **eviction}}
-    llm = LLM(str(model), **(settings | options))
     try:
-        yield llm
+        llm = LLM(str(model), **(settings | options))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        # An engine that refuses to start leaves its process groups behind as well.
         gc.collect()
         cleanup_dist_env_and_memory()
 

@@ -10,8 +10,8 @@ EngineArgs.add_cli_args             a plugin's own flags          plugin hooks f
 EngineArgs.from_cli_args            flags -> additional_config    the same
 EngineArgs.create_engine_config     choose our worker and         a hook for plugins on the
                                     scheduler, refuse the rest    engine's config
-InputProcessor._validate_prompt_len reject with HTTP 400 a prompt a KV manager's say in request
-                                    that the pool can never hold  validation
+InputProcessor.process_inputs       reject with HTTP 400 what can a KV manager's say in request
+                                    never be served               validation
 async_llm.load_stat_logger_         our metrics at /metrics, but  stat logger plugins that do not
     plugin_factories                only where eviction is on     overrule --disable-log-stats
 =================================== ============================= ===============================
@@ -40,6 +40,7 @@ from vase_vllm.errors import EvictionError
 # vLLM loads the plugin in every process, with eviction or without: what only eviction needs is
 # imported where it is asked for.
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
 logger = init_logger("vllm.vase_vllm")
@@ -58,9 +59,8 @@ def _apply_to_requests() -> None:
     """Patch the check of requests, in a process that makes an engine's config with eviction."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor._validate_prompt_len
-    if not _is_patched(original):
-        InputProcessor._validate_prompt_len = _validate_prompt_len(original)
+    if not _is_patched(InputProcessor.process_inputs):
+        InputProcessor.process_inputs = _process_inputs(InputProcessor.process_inputs)
 
 
 def _apply_to_metrics() -> None:
@@ -145,18 +145,21 @@ def _warn_of_misspelt_key(additional_config: Iterable[str]) -> None:
         )
 
 
-def _validate_prompt_len(original: Callable[..., None]) -> Callable[..., None]:
+def _process_inputs(
+    original: Callable[..., "EngineCoreRequest"],
+) -> Callable[..., "EngineCoreRequest"]:
     @functools.wraps(original)
-    def validate_prompt_len(self: "InputProcessor", prompt_len: int, prompt_type: str) -> None:
+    def process_inputs(self: "InputProcessor", *args: Any, **kwargs: Any) -> "EngineCoreRequest":
         from vllm.exceptions import VLLMValidationError
 
-        from vase_vllm.integration.prompt_check import reason_to_reject
+        from vase_vllm.integration.request_check import reason_to_reject
 
-        original(self, prompt_len, prompt_type)
-        if reason := reason_to_reject(self.vllm_config, prompt_len):
+        request = original(self, *args, **kwargs)
+        if reason := reason_to_reject(self.vllm_config, request):
             raise VLLMValidationError(reason)
+        return request
 
-    return validate_prompt_len
+    return process_inputs
 
 
 def _load_stat_logger_plugin_factories(

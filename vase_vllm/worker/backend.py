@@ -18,7 +18,12 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
@@ -128,9 +133,26 @@ class EvictionImplMixin(AttentionImpl):
 
 
 def full_attention_layers(vllm_config: Any) -> dict[str, Attention]:
-    """The layers that evict, by name. Layers with a sliding window or of another kind do not."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    return {name: layer for name, layer in layers.items() if layer.sliding_window is None}
+    """The layers that evict, by name: those whose KV cache spec is plainly full attention.
+
+    Sliding-window layers, and layers without a KV cache, stay as they are.
+
+    Raises:
+        EvictionError: a layer's KV cache is of another kind, whose slots eviction does not know.
+    """
+    found = {}
+    for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items():
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is None or type(spec) is SlidingWindowSpec:
+            continue
+        if type(spec) not in (FullAttentionSpec, EvictionSpec):
+            kind = type(spec).__name__.removesuffix("Spec")
+            raise EvictionError(
+                f"--kv-eviction: layer {name} has a KV cache of the kind {kind}, which is not "
+                "supported; remove --kv-eviction"
+            )
+        found[name] = layer
+    return found
 
 
 def wrap_layers(context: StepContext) -> None:

@@ -1,24 +1,41 @@
-"""Which prompts can never be served: they are rejected before they are scheduled."""
+"""Which requests can never be served: they are rejected before they are scheduled."""
 
 from vllm.config import VllmConfig
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine import EngineCoreRequest
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 
 
-def reason_to_reject(vllm_config: VllmConfig, prompt_len: int) -> str | None:
-    """Why a prompt can never be served, or None.
+def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str | None:
+    """Why a request can never be served under eviction, in one line, or None."""
+    config = EvictionConfig.from_vllm(vllm_config)
+    if config is None:
+        return None
+    if request.resumable:
+        # Its prompt grows while it runs, and a row's header is fixed when the row is made.
+        return (
+            "Streaming-input sessions are not supported with --kv-eviction: send each turn as a "
+            "request of its own, or serve without --kv-eviction."
+        )
+    prompt_len = length_from_prompt_token_ids_or_embeds(
+        request.prompt_token_ids, request.prompt_embeds
+    )
+    return _reason_not_to_fit(vllm_config, config, prompt_len)
+
+
+def _reason_not_to_fit(
+    vllm_config: VllmConfig, config: EvictionConfig, prompt_len: int
+) -> str | None:
+    """Why a prompt of ``prompt_len`` tokens can never fit, or None.
 
     Prefill is dense: until its first eviction a sequence needs a block for every token of its
     prompt, and if the whole pool has fewer, the request would wait for ever.
-
-    Args:
-        prompt_len: in tokens.
     """
-    config = EvictionConfig.from_vllm(vllm_config)
     num_blocks = vllm_config.cache_config.num_gpu_blocks
-    if config is None or not num_blocks:
+    if not num_blocks:
         return None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size

@@ -1,0 +1,56 @@
+"""Which requests are rejected before they are scheduled, and with which words."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vase_vllm.integration.request_check import reason_to_reject
+
+EVICTION = {"kv_eviction": {"policy": "vase", "budget": 96, "window": 16}}
+
+
+def engine_config(num_blocks, additional_config=EVICTION):
+    return SimpleNamespace(
+        additional_config=additional_config,
+        cache_config=SimpleNamespace(num_gpu_blocks=num_blocks, block_size=32),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+        model_config=SimpleNamespace(
+            max_model_len=2048,
+            get_num_attention_heads=lambda _: 4,
+            get_num_kv_heads=lambda _: 2,
+        ),
+    )
+
+
+def request(prompt_len, resumable=False):
+    return SimpleNamespace(
+        prompt_token_ids=[2] * prompt_len, prompt_embeds=None, resumable=resumable
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "num_required"),
+    # A prompt of 200 evicts first at 208; 7 blocks hold that, and one its queries.
+    [(200, 8), (1, 5)],
+)
+def test_a_prompt_that_can_never_fit(prompt_len, num_required):
+    # Block 0 of the pool is the null block.
+    assert reason_to_reject(engine_config(num_required + 1), request(prompt_len)) is None
+    reason = reason_to_reject(engine_config(num_required), request(prompt_len))
+    assert reason.startswith(f"The prompt ({prompt_len} tokens) needs {num_required} KV cache")
+    assert "\n" not in reason
+
+
+def test_the_pool_may_not_be_known_yet():
+    assert reason_to_reject(engine_config(None), request(2000)) is None
+
+
+def test_a_streaming_input_session():
+    reason = reason_to_reject(engine_config(100), request(5, resumable=True))
+    assert reason.startswith("Streaming-input sessions are not supported with --kv-eviction: send")
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_without_eviction_nothing_is_rejected(resumable):
+    assert reason_to_reject(engine_config(2, {}), request(2000, resumable)) is None
