@@ -1,10 +1,15 @@
 """How an eviction is cut into programs: tiles, splits and launches, from counted costs."""
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
+
+from vase_vllm.layout.arithmetic import cdiv
 
 from .scoring import MAX_SPLITS
 
@@ -80,6 +85,13 @@ class Launch:
         self.kernel[(self.num_programs,)](**self.arguments)
 
 
+def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
+    """Run launches in order; Triton launches on torch's current device, which becomes this one."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for launch in launches:
+            launch.run()
+
+
 @lru_cache
 def device_limits(device: torch.device) -> DeviceLimits:
     """Limits of a CUDA device; made-up ones for the interpreter."""
@@ -91,11 +103,6 @@ def device_limits(device: torch.device) -> DeviceLimits:
         properties.shared_memory_per_block_optin,
         properties.major,
     )
-
-
-def power_of_two(n: int) -> int:
-    """Smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 @lru_cache
@@ -113,12 +120,12 @@ def scoring_tile(
         num_rows: query rows of a KV head, G * W.
     """
     largest = 256 if limits.shared_memory >= 200 * 1024 else 128
-    queries = min(largest, max(16, power_of_two(num_rows)))
+    queries = min(largest, max(16, triton.next_power_of_2(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
         return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1)
     while True:
-        needed = (queries + 2 * KEY_TILE) * power_of_two(head_size) * element_size + 1024
+        needed = (queries + 2 * KEY_TILE) * triton.next_power_of_2(head_size) * element_size + 1024
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
@@ -139,8 +146,8 @@ def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
     """
 
     def cost(splits: int) -> int:
-        waves = -(-num_tasks * splits // num_slots)
-        return waves * (-(-num_tiles // splits) + SPLIT_OVERHEAD)
+        waves = cdiv(num_tasks * splits, num_slots)
+        return waves * (cdiv(num_tiles, splits) + SPLIT_OVERHEAD)
 
     return min(range(1, min(MAX_SPLITS, num_tiles) + 1), key=cost)
 
@@ -160,7 +167,7 @@ def plan_launch(
         ValueError: if the scratch of a single head does not fit.
     """
     # A multiple of 16, so that every part of the scratch memory is aligned to 16 bytes.
-    capacity = -(-max_candidates // 16) * 16
+    capacity = cdiv(max_candidates, 16) * 16
     per_task = 8 * (capacity + MAX_SPLITS * num_rows)
     tasks_per_launch = min(num_tasks, scratch_bytes // per_task)
     if tasks_per_launch == 0:
@@ -168,12 +175,12 @@ def plan_launch(
             f"scratch of {scratch_bytes} bytes is too small for {max_candidates} candidates: "
             f"{per_task} are needed"
         )
-    num_launches = -(-num_tasks // tasks_per_launch)
-    tasks_per_launch = -(-num_tasks // num_launches)
+    num_launches = cdiv(num_tasks, tasks_per_launch)
+    tasks_per_launch = cdiv(num_tasks, num_launches)
     return LaunchPlan(tasks_per_launch, capacity, tasks_per_launch * per_task)
 
 
 def plan_splits(plan: LaunchPlan, tile: ScoringTile, limits: DeviceLimits) -> int:
     """Counted best number of programs that share the candidates of one task."""
     num_slots = limits.num_sms * tile.programs_per_sm
-    return choose_splits(plan.tasks_per_launch, -(-plan.capacity // tile.keys), num_slots)
+    return choose_splits(plan.tasks_per_launch, cdiv(plan.capacity, tile.keys), num_slots)

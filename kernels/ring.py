@@ -13,7 +13,7 @@ Safe inside a CUDA graph: one program per token of the padded batch, all of them
 device. A token beyond ``query_start_loc[R]`` and a row with ``first`` of 0 write nothing.
 """
 
-from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from vase_vllm.layout.block_table_row import BlockTableRow
 
 from .checks import check_block_table, check_cache, check_ring, check_tensor
-from .launch import Launch, power_of_two
+from .launch import Launch, run_launches
 from .paged import ring_pointers
 
 
@@ -87,102 +87,93 @@ def store_ring(
             tl.store(target[:, None] + dims[None, :], vectors, mask=mask)
 
 
-def store_queries(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_cache: torch.Tensor,
-    *,
-    window: int,
-    num_state_blocks: int,
-) -> None:
-    """Write the queries of a batch of tokens into the rings of their sequences.
+@dataclass(frozen=True, eq=False)
+class TritonRingWrite:
+    """Where the queries of a batch of tokens go in the rings of their sequences, in every layer.
 
-    Args:
-        query: [tokens, Hq, D], post-RoPE, in the cache's dtype; the last dimension contiguous.
+    Attributes:
         positions: [tokens] int32 or int64, true positions.
         query_start_loc: [R + 1] int32, first token of each sequence, non-decreasing.
         seq_lens: [R] int32, tokens of each sequence after this step: true lengths, not cached ones.
         block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
-        kv_cache: [num_blocks, H, block_size, 2 * D] of this layer, changed in its state blocks.
         window: entries of the ring.
         num_state_blocks: state blocks in each row.
-
-    Raises:
-        ValueError: names the argument whose shape, dtype, device or stride is not supported.
     """
-    check_cache(kv_cache)
-    check_block_table(block_table, kv_cache.device)
-    _, num_kv_heads, block_size, pair_size = kv_cache.shape
-    num_tokens, num_rows, device = query.shape[0], block_table.shape[0], kv_cache.device
-    if query.dim() != 3 or query.shape[2] != pair_size // 2 or query.shape[1] % num_kv_heads:
-        raise ValueError(
-            f"query must be [tokens, multiple of {num_kv_heads} heads, {pair_size // 2}], "
-            f"got {tuple(query.shape)}"
-        )
-    if query.dtype != kv_cache.dtype or query.device != device or query.stride(2) != 1:
-        raise ValueError(
-            f"query must be {kv_cache.dtype} on {device} with a contiguous last dimension, "
-            f"got {query.dtype} on {query.device}"
-        )
-    group_size = query.shape[1] // num_kv_heads
-    check_ring(window, group_size, block_size, block_table.shape[1], num_state_blocks)
-    integers = (torch.int32, torch.int64)
-    check_tensor("positions", positions, (num_tokens,), integers, device)
-    check_tensor("query_start_loc", query_start_loc, (num_rows + 1,), (torch.int32,), device)
-    check_tensor("seq_lens", seq_lens, (num_rows,), (torch.int32,), device)
-    if num_tokens == 0:
-        return
-    launch = ring_launch(
-        query,
-        positions,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        kv_cache,
-        window=window,
-    )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.run()
 
+    positions: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    _: KW_ONLY
+    window: int
+    num_state_blocks: int
 
-def ring_launch(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    kv_cache: torch.Tensor,
-    *,
-    window: int,
-) -> Launch:
-    """The launch of :func:`store_queries`, whose arguments these are."""
-    num_tokens, num_query_heads, head_size = query.shape
-    arguments = dict(
-        query=query,
-        kv_cache=kv_cache,
-        positions=positions,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        block_table=block_table,
-        num_rows=block_table.shape[0],
-        query_token_stride=query.stride(0),
-        query_head_stride=query.stride(1),
-        table_stride=block_table.stride(0),
-        block_stride=kv_cache.stride(0),
-        head_stride=kv_cache.stride(1),
-        slot_stride=kv_cache.stride(2),
-        STATE_COLUMN=BlockTableRow.NUM_HEADER,
-        WINDOW=window,
-        GROUP=num_query_heads // kv_cache.shape[1],
-        NUM_QUERY_HEADS=num_query_heads,
-        HEADS_PADDED=power_of_two(num_query_heads),
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=power_of_two(head_size),
-        BLOCK_SIZE=kv_cache.shape[2],
-        ROWS_TILE=1024,
-        num_warps=4,
-    )
-    return Launch(store_ring, num_tokens, arguments)
+    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
+        """Write one layer's queries: one launch, safe inside a CUDA graph.
+
+        Args:
+            kv_cache: [num_blocks, H, block_size, 2 * D] of the layer, changed in its state blocks.
+            query: [tokens or more, Hq, D], post-RoPE, in the cache's dtype; the last dimension
+                contiguous. What lies beyond ``tokens`` is padding.
+
+        Raises:
+            ValueError: names the argument whose shape, dtype, device or stride is not supported.
+        """
+        query = query[: len(self.positions)]
+        self.check(kv_cache, query)
+        if len(query):
+            run_launches([self.launch(kv_cache, query)], kv_cache.device)
+
+    def check(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
+        """Check every argument of :meth:`store`, which says what it raises."""
+        check_cache(kv_cache)
+        check_block_table(self.block_table, kv_cache.device)
+        _, num_kv_heads, block_size, pair_size = kv_cache.shape
+        (num_rows, num_columns), device = self.block_table.shape, kv_cache.device
+        if query.dim() != 3 or query.shape[2] != pair_size // 2 or query.shape[1] % num_kv_heads:
+            raise ValueError(
+                f"query must be [tokens, multiple of {num_kv_heads} heads, {pair_size // 2}], "
+                f"got {tuple(query.shape)}"
+            )
+        if query.dtype != kv_cache.dtype or query.device != device or query.stride(2) != 1:
+            raise ValueError(
+                f"query must be {kv_cache.dtype} on {device} with a contiguous last dimension, "
+                f"got {query.dtype} on {query.device}"
+            )
+        group_size = query.shape[1] // num_kv_heads
+        check_ring(self.window, group_size, block_size, num_columns, self.num_state_blocks)
+        integers = (torch.int32, torch.int64)
+        check_tensor("positions", self.positions, (len(query),), integers, device)
+        starts = self.query_start_loc
+        check_tensor("query_start_loc", starts, (num_rows + 1,), (torch.int32,), device)
+        check_tensor("seq_lens", self.seq_lens, (num_rows,), (torch.int32,), device)
+
+    def launch(self, kv_cache: torch.Tensor, query: torch.Tensor) -> Launch:
+        """One program a token."""
+        num_tokens, num_query_heads, head_size = query.shape
+        arguments = dict(
+            query=query,
+            kv_cache=kv_cache,
+            positions=self.positions,
+            query_start_loc=self.query_start_loc,
+            seq_lens=self.seq_lens,
+            block_table=self.block_table,
+            num_rows=len(self.block_table),
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            table_stride=self.block_table.stride(0),
+            block_stride=kv_cache.stride(0),
+            head_stride=kv_cache.stride(1),
+            slot_stride=kv_cache.stride(2),
+            STATE_COLUMN=BlockTableRow.NUM_HEADER,
+            WINDOW=self.window,
+            GROUP=num_query_heads // kv_cache.shape[1],
+            NUM_QUERY_HEADS=num_query_heads,
+            HEADS_PADDED=triton.next_power_of_2(num_query_heads),
+            HEAD_SIZE=head_size,
+            HEAD_PADDED=triton.next_power_of_2(head_size),
+            BLOCK_SIZE=kv_cache.shape[2],
+            ROWS_TILE=1024,
+            num_warps=4,
+        )
+        return Launch(store_ring, num_tokens, arguments)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
@@ -171,7 +171,7 @@ class Pool:
         arrival = self.arrival
         if arrival is not None:
             arrival = arrival[rows, : max_num_cached - case.parameters.window].contiguous()
-        evict_paged(
+        PagedEviction(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
             self.caches[0],
             torch.tensor(case.layers, dtype=torch.int32),
@@ -187,7 +187,7 @@ class Pool:
             scratch=scratch,
             num_splits=case.num_splits,
             arrival=arrival,
-        )
+        ).run()
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:
         """The caches after the eviction, by the reference; whether no choice hung on rounding."""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vase_vllm.kernels.evict import evict_paged, eviction_launches
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
     DeviceLimits,
@@ -122,13 +122,13 @@ def arguments():
 def test_refuses_by_name(changes, message, monkeypatch):
     monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: True)
     with pytest.raises(ValueError, match=message):
-        evict_paged(**(arguments() | changes))
+        PagedEviction(**(arguments() | changes)).run()
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: False)
     with pytest.raises(ValueError, match="kv_cache must be on a GPU"):
-        evict_paged(**arguments())
+        PagedEviction(**arguments()).run()
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,10 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     ids=["attention", "uniform", "age"],
 )
 def test_attention_alone_is_scored(changes, num_scoring):
-    others = dict(first_kv_head=0, scratch=None, num_splits=None, arrival=None, limits=H200)
-    launches = list(eviction_launches(**(arguments() | others | changes)))
+    launches = list(PagedEviction(**(arguments() | changes)).launches(H200))
     assert len(launches) == num_scoring + 1
     assert launches[-1].kernel is select_and_move
 
 
 def test_nothing_due_is_nothing_launched():
-    evict_paged(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32))))
+    PagedEviction(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32)))).run()

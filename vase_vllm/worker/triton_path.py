@@ -6,47 +6,20 @@ decide again from the block table. All tensors that a CUDA graph may hold on to 
 own two buffers and vLLM's.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.kernels.evict import evict_paged
-from vase_vllm.kernels.remap import remap_batch
-from vase_vllm.kernels.ring import store_queries
+from vase_vllm.kernels.evict import PagedEviction
+from vase_vllm.kernels.remap import BatchRemap
+from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.policies.streaming import slot_positions
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.step import PreparedStep, StepContext
-
-
-@dataclass(frozen=True)
-class TritonRingWrite:
-    """The persistent tensors from which the ring launch finds where each query goes."""
-
-    positions: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    window: int
-    num_state_blocks: int
-
-    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
-        """Write one layer's queries; one launch, safe inside a CUDA graph."""
-        store_queries(
-            query[: len(self.positions)],
-            self.positions,
-            self.query_start_loc,
-            self.seq_lens,
-            self.block_table,
-            kv_cache,
-            window=self.window,
-            num_state_blocks=self.num_state_blocks,
-        )
 
 
 class TritonPath:
@@ -93,7 +66,7 @@ class TritonPath:
             self._launch(rows, nothing, nothing, nothing, num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
-        remap_batch(
+        BatchRemap(
             query_start_loc,
             seq_lens,
             rows,
@@ -104,7 +77,7 @@ class TritonPath:
             window=self.spec.schedule.window,
             block_size=self.spec.block_size,
             num_state_blocks=self.spec.num_state_blocks,
-        )
+        ).run()
         num_cached = self._evict(common, rows)
         # A graph must be right for the longest sequence that any replay will see.
         max_seq_len = common.max_seq_len if capturing else int(num_cached.max(initial=0))
@@ -169,7 +142,7 @@ class TritonPath:
             arrival = self._to_device(self._arrival(starts, first, num_candidates))
         kv_caches = [layer.kv_cache for layer in self.layers.values()]
         due = self._to_device(due_rows.astype(np.int32))
-        evict_paged(
+        PagedEviction(
             self._kv_pointers(kv_caches),
             kv_caches[0],
             self._layer_indices,
@@ -183,7 +156,7 @@ class TritonPath:
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
             arrival=arrival,
-        )
+        ).run()
 
     def _arrival(self, starts: np.ndarray, first: np.ndarray, num_candidates: int) -> np.ndarray:
         """Positions of the due rows' candidates, where the newest always stay: [due, n] int32."""
