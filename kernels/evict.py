@@ -265,7 +265,6 @@ class PagedEviction:
         return dict(
             num_splits=num_splits,
             scale=self.softmax_scale / self.parameters.temperature * math.log2(math.e),
-            STATE_COLUMN=BlockTableRow.NUM_HEADER,
             # The interpreter multiplies bf16 wrongly.
             EXACT=dtype == torch.float32 or device.type == "cpu",
             HEAD_PADDED=triton.next_power_of_2(self._head_size),

@@ -19,11 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vase_vllm.layout.block_table_row import BlockTableRow
-
 from .checks import check_block_table, check_cache, check_ring, check_tensor
 from .launch import Launch, run_launches
-from .paged import ring_pointers
+from .paged import Pages, ring_pointers
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -41,7 +39,6 @@ def store_ring(
     block_stride,
     head_stride,
     slot_stride,
-    STATE_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_QUERY_HEADS: tl.constexpr,
@@ -71,19 +68,10 @@ def store_ring(
             mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
             source = query + token.to(tl.int64) * query_token_stride + heads * query_head_stride
             vectors = tl.load(source[:, None] + dims[None, :], mask=mask)
-            target = ring_pointers(
-                kv_cache + (heads // GROUP).to(tl.int64) * head_stride,
-                table_row,
-                position % WINDOW + tl.zeros_like(heads),
-                heads % GROUP,
-                live,
-                STATE_COLUMN,
-                block_stride,
-                slot_stride,
-                GROUP,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-            )
+            base = kv_cache + (heads // GROUP).to(tl.int64) * head_stride
+            pages = Pages(base, table_row, block_stride, slot_stride, BLOCK_SIZE)
+            entries = position % WINDOW + tl.zeros_like(heads)
+            target = ring_pointers(pages, entries, heads % GROUP, live, GROUP, HEAD_SIZE)
             tl.store(target[:, None] + dims[None, :], vectors, mask=mask)
 
 
@@ -165,7 +153,6 @@ class TritonRingWrite:
             block_stride=kv_cache.stride(0),
             head_stride=kv_cache.stride(1),
             slot_stride=kv_cache.stride(2),
-            STATE_COLUMN=BlockTableRow.NUM_HEADER,
             WINDOW=self.window,
             GROUP=num_query_heads // kv_cache.shape[1],
             NUM_QUERY_HEADS=num_query_heads,

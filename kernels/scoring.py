@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .paged import head_base, load_task, ring_pointers, slot_pointers
+from .paged import Batch, load_task, load_vectors, ring_pointers, slot_pointers, task_pages
 from .selection import HIGHEST, ordered_bits
 
 MAX_SPLITS = 16
@@ -15,36 +15,17 @@ _VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]
 
 @triton.jit
 def load_queries(
-    base,
-    table_row,
+    pages,
     index,
-    block_stride,
-    slot_stride,
-    STATE_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
 ):
     """Query rows [len(index), HEAD_PADDED] of the ring; row = entry * G + head, zeros beyond."""
     live = index < GROUP * WINDOW
-    dims = tl.arange(0, HEAD_PADDED)
-    pointers = ring_pointers(
-        base,
-        table_row,
-        index // GROUP,
-        index % GROUP,
-        live,
-        STATE_COLUMN,
-        block_stride,
-        slot_stride,
-        GROUP,
-        HEAD_SIZE,
-        BLOCK_SIZE,
-    )
-    mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-    return tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+    pointers = ring_pointers(pages, index // GROUP, index % GROUP, live, GROUP, HEAD_SIZE)
+    return load_vectors(pointers, live, 0, HEAD_SIZE, HEAD_PADDED)
 
 
 @triton.jit
@@ -53,6 +34,24 @@ def multiply(a, b, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b)
+
+
+@triton.jit
+def tile_logits(
+    queries,
+    pages,
+    slots,
+    live,
+    scale,
+    TOKEN_COLUMN: tl.constexpr,
+    EXACT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+):
+    """Logits [queries, slots] of one K tile; 0 where not live."""
+    cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+    keys = load_vectors(cells, live, 0, HEAD_SIZE, HEAD_PADDED)
+    return multiply(queries, tl.trans(keys), EXACT) * scale
 
 
 @triton.jit
@@ -82,7 +81,6 @@ def row_statistics(
     head_stride,
     slot_stride,
     TOKEN_COLUMN: tl.constexpr,
-    STATE_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -99,47 +97,23 @@ def row_statistics(
     split = program % num_splits
     chunk = program // num_splits % NUM_CHUNKS
     local_task = program // (num_splits * NUM_CHUNKS)
-    table_row, layer, head, candidates, _ = load_task(
-        local_task + task_offset,
-        rows,
-        positions,
-        block_table,
-        table_stride,
-        num_layers,
-        num_kv_heads,
-        budget,
-        capacity,
-        WINDOW,
-    )
-    if candidates > 0:
-        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
-        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(
-            base,
-            table_row,
-            index,
-            block_stride,
-            slot_stride,
-            STATE_COLUMN,
-            WINDOW,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PADDED,
-            BLOCK_SIZE,
+    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
-        dims = tl.arange(0, HEAD_PADDED)
+        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE, HEAD_PADDED)
         maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
-        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            pointers = slot_pointers(
-                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            logits = tile_logits(
+                queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE, HEAD_PADDED
             )
-            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
-            logits = multiply(queries, tl.trans(keys), EXACT) * scale
             logits = tl.where(live[None, :], logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
             # A row may have seen only -inf so far: do not subtract infinities.
@@ -197,7 +171,6 @@ def candidate_scores(
     head_stride,
     slot_stride,
     TOKEN_COLUMN: tl.constexpr,
-    STATE_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -213,58 +186,26 @@ def candidate_scores(
     program = tl.program_id(0)
     split = program % num_splits
     local_task = program // num_splits
-    table_row, layer, head, candidates, _ = load_task(
-        local_task + task_offset,
-        rows,
-        positions,
-        block_table,
-        table_stride,
-        num_layers,
-        num_kv_heads,
-        budget,
-        capacity,
-        WINDOW,
-    )
-    if candidates > 0:
-        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
+    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
         dims = tl.arange(0, HEAD_PADDED)
         out = local_task.to(tl.int64) * capacity
-        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         if chunk == 0:
             for start in tl.range(begin, end, KEY_TILE, num_stages=3):
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
-                pointers = slot_pointers(
-                    base,
-                    table_row,
-                    slots,
-                    live,
-                    TOKEN_COLUMN,
-                    block_stride,
-                    slot_stride,
-                    BLOCK_SIZE,
-                )
-                mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-                values = tl.load(
-                    pointers[:, None] + (HEAD_SIZE + dims)[None, :], mask=mask, other=0.0
-                )
+                cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+                values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE, HEAD_PADDED)
                 bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
                 bits = tl.where(slots < sinks, HIGHEST, bits)
                 tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(
-            base,
-            table_row,
-            index,
-            block_stride,
-            slot_stride,
-            STATE_COLUMN,
-            WINDOW,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PADDED,
-            BLOCK_SIZE,
-        )
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE, HEAD_PADDED)
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
@@ -272,12 +213,9 @@ def candidate_scores(
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            pointers = slot_pointers(
-                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
+            logits = tile_logits(
+                queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE, HEAD_PADDED
             )
-            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
-            logits = multiply(queries, tl.trans(keys), EXACT) * scale
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
             score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + out + slots, score, mask=live)

@@ -8,7 +8,7 @@ at the threshold go to the lower slot, by a prefix count.
 import triton
 import triton.language as tl
 
-from .paged import head_base, load_task, slot_pointers
+from .paged import Batch, load_task, slot_pointers, task_pages
 
 DIGIT_BITS = tl.constexpr(2)
 HIGHEST = tl.constexpr(0xFFFFFFFF)
@@ -159,18 +159,9 @@ def select_and_move(
     limit = capacity
     if SCORING == "age":
         limit = tl.minimum(capacity, num_arrivals)
-    table_row, layer, head, candidates, eviction = load_task(
-        local_task + task_offset,
-        rows,
-        positions,
-        block_table,
-        table_stride,
-        num_layers,
-        num_kv_heads,
-        budget,
-        limit,
-        WINDOW,
-    )
+    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, budget, limit, WINDOW)
+    candidates = task.candidates
     if candidates > 0:
         scores += local_task.to(tl.int64) * capacity
         ordered += local_task.to(tl.int64) * capacity
@@ -181,8 +172,8 @@ def select_and_move(
         if SCORING == "age":
             due = (local_task + task_offset) // (num_kv_heads * num_layers)
             arrival += due.to(tl.int64) * num_arrivals
-        key = tl.load(table_row + 1)
-        stream = tl.load(layer_indices + layer) * 65536 + first_kv_head + head
+        key = tl.load(task.table_row + 1)
+        stream = tl.load(layer_indices + task.layer) * 65536 + first_kv_head + task.head
         ties_seen = 0
         for start in range(0, candidates, TILE):
             slots = start + tl.arange(0, TILE)
@@ -196,7 +187,7 @@ def select_and_move(
                 kept = slots < protected
                 priority = tl.full(slots.shape, 1.0, tl.float32)
             if GUMBEL:
-                noise = gumbel_noise(seed_low, seed_high, slots, eviction, stream, key)
+                noise = gumbel_noise(seed_low, seed_high, slots, task.eviction, stream, key)
                 priority = tl.log(priority) + noise
             if SCORING == "age":
                 bits = ordered_positions(tl.load(arrival + slots, mask=live, other=0))
@@ -224,7 +215,9 @@ def select_and_move(
 
         # The i-th survivor above the budget, the window last, fills the i-th freed slot. Sources
         # and destinations are disjoint.
-        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
         dims = tl.arange(0, PAIR_PADDED)
         num_moved = 0
         for start in range(budget, candidates + WINDOW, MOVE_TILE):
@@ -237,19 +230,8 @@ def select_and_move(
             rank = num_moved + tl.cumsum(count, axis=0) - count
             num_moved += tl.sum(count, axis=0)
             target_slots = tl.load(freed + rank, mask=kept, other=0)
-            source = slot_pointers(
-                base, table_row, slots, kept, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
-            )
-            target = slot_pointers(
-                base,
-                table_row,
-                target_slots,
-                kept,
-                TOKEN_COLUMN,
-                block_stride,
-                slot_stride,
-                BLOCK_SIZE,
-            )
+            source = slot_pointers(pages, slots, kept, TOKEN_COLUMN)
+            target = slot_pointers(pages, target_slots, kept, TOKEN_COLUMN)
             mask = kept[:, None] & (dims < 2 * HEAD_SIZE)[None, :]
             cells = tl.load(source[:, None] + dims[None, :], mask=mask)
             tl.store(target[:, None] + dims[None, :], cells, mask=mask)
