@@ -127,7 +127,7 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         softmax_scale=head_size**-0.5,
         num_state_blocks=num_state_blocks,
         max_num_cached=parameters.budget + window,
-        arrival=empty(1, parameters.budget) if configuration.scoring == "age" else None,
+        slot_priority=empty(1, parameters.budget) if configuration.scoring == "age" else None,
     ).launches(limits)
     if not attention:
         # No queries are stored, and the remapping is the same.

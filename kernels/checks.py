@@ -82,26 +82,27 @@ def check_ring(
         raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
 
 
-def check_arrival(
-    arrival: torch.Tensor | None,
+def check_slot_priority(
+    slot_priority: torch.Tensor | None,
     scoring: Scoring,
     num_due: int,
     num_candidates: int,
     device: torch.device,
 ) -> None:
-    """Refuse positions of another shape, and positions missing or given in vain."""
-    if arrival is None:
+    """Refuse priorities of another shape, missing priorities, and priorities that nothing reads."""
+    if slot_priority is None:
         if scoring == "age":
-            raise ValueError("arrival must be given with scoring 'age'")
+            raise ValueError("slot_priority must be given with scoring 'age'")
         return
     if scoring != "age":
-        raise ValueError(f"arrival must be None with scoring {scoring!r}")
-    if arrival.dim() != 2 or arrival.shape[1] < num_candidates:
+        raise ValueError(f"slot_priority must be None with scoring {scoring!r}")
+    if slot_priority.dim() != 2 or slot_priority.shape[1] < num_candidates:
         raise ValueError(
-            f"arrival must have shape ({num_due}, {num_candidates} or more), "
-            f"got {tuple(arrival.shape)}"
+            f"slot_priority must have shape ({num_due}, {num_candidates} or more), "
+            f"got {tuple(slot_priority.shape)}"
         )
-    check_tensor("arrival", arrival, (num_due, arrival.shape[1]), (torch.int32,), device)
+    shape = num_due, slot_priority.shape[1]
+    check_tensor("slot_priority", slot_priority, shape, (torch.int32,), device)
 
 
 def interpreted() -> bool:

@@ -52,7 +52,7 @@ import triton.language as tl
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 
-from .checks import check_arrival, check_block_table, check_cache, check_ring, check_tensor
+from .checks import check_block_table, check_cache, check_ring, check_slot_priority, check_tensor
 from .launch import (
     DeviceLimits,
     Launch,
@@ -107,9 +107,9 @@ class PagedEviction:
             than fit are launched one part after the other.
         num_splits: programs that share a head's candidates in the scoring of attention, else the
             counted best.
-        arrival: [due, n] int32, for scoring by age: the position of the token in each slot, one
-            row for each of ``rows``; all layers and heads share it, for they evict alike. n is at
-            least ``max_num_cached - window``.
+        slot_priority: [due, n] int32, for scoring by age: the number that ranks each slot, such as
+            the position of its token, one row for each of ``rows``; all layers and heads share it.
+            n is at least ``max_num_cached - window``.
     """
 
     kv_pointers: torch.Tensor
@@ -127,7 +127,7 @@ class PagedEviction:
     first_kv_head: int = 0
     scratch: torch.Tensor | None = None
     num_splits: int | None = None
-    arrival: torch.Tensor | None = None
+    slot_priority: torch.Tensor | None = None
 
     def run(self) -> None:
         """Evict. Nothing synchronises with the host.
@@ -160,7 +160,7 @@ class PagedEviction:
         if self._scores_attention:
             check_ring(window, self.group_size, block_size, num_columns, self.num_state_blocks)
         scoring = self.parameters.scoring
-        check_arrival(self.arrival, scoring, num_due, self._max_candidates, device)
+        check_slot_priority(self.slot_priority, scoring, num_due, self._max_candidates, device)
         num_token_blocks = num_columns - BlockTableRow.NUM_HEADER - self.num_state_blocks
         if self.max_num_cached > num_token_blocks * block_size:
             raise ValueError(
@@ -281,8 +281,8 @@ class PagedEviction:
         padded = triton.next_power_of_2(2 * self._head_size)
         return dict(
             layer_indices=self.layer_indices,
-            arrival=self.arrival,
-            num_arrivals=0 if self.arrival is None else self.arrival.shape[1],
+            slot_priority=self.slot_priority,
+            num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
             protected=parameters.protected,
             seed_low=_signed(parameters.seed),
             seed_high=_signed(parameters.seed >> 32),

@@ -39,7 +39,8 @@ class EvictionParameters:
         seed: 64-bit seed of the counter-based generator.
         scoring: what ranks the candidates that are not protected. ``attention``: what the window's
             queries pay them. ``uniform``: nothing, all have score 1, so that the draw is uniform.
-            ``age``: their positions, the newest survive. The last two protect the sinks alone.
+            ``age``: a number that the caller gives for each slot, such as the position of its
+            token; the largest survive. The last two protect the sinks alone.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.

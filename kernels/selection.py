@@ -111,7 +111,7 @@ def pooled_scores(scores, slots, live, length, SMOOTHING: tl.constexpr):
         "seed_low",
         "seed_high",
         "first_kv_head",
-        "num_arrivals",
+        "num_priorities",
     ]
 )
 def select_and_move(
@@ -122,7 +122,7 @@ def select_and_move(
     positions,  # [R] int32 or int64
     scores,  # [tasks, capacity] fp32, in for "attention"; reused for the list of freed slots
     ordered,  # [tasks, capacity] int32; ranges in, overwritten with the priorities
-    arrival,  # [due, num_arrivals] int32, position of the token in each slot; None unless "age"
+    slot_priority,  # [due, num_priorities] int32, what ranks each slot; None unless "age"
     task_offset,
     capacity,
     budget,
@@ -136,7 +136,7 @@ def select_and_move(
     block_stride,
     head_stride,
     slot_stride,
-    num_arrivals,
+    num_priorities,
     TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     SCORING: tl.constexpr,
@@ -153,12 +153,12 @@ def select_and_move(
     """Choose the survivors of one head and copy those above the budget into freed slots.
 
     Priority by SCORING: the logarithm of the attention ("attention") or of 1 ("uniform"), with
-    Gumbel noise if GUMBEL, else the score itself; the token's position ("age").
+    Gumbel noise if GUMBEL, else the score itself; the number given for the slot ("age").
     """
     local_task = tl.program_id(0)
     limit = capacity
     if SCORING == "age":
-        limit = tl.minimum(capacity, num_arrivals)
+        limit = tl.minimum(capacity, num_priorities)
     batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
     task = load_task(batch, local_task + task_offset, budget, limit, WINDOW)
     candidates = task.candidates
@@ -171,7 +171,7 @@ def select_and_move(
             threshold, ties = kth_largest(ordered, candidates, protected, TILE)
         if SCORING == "age":
             due = (local_task + task_offset) // (num_kv_heads * num_layers)
-            arrival += due.to(tl.int64) * num_arrivals
+            slot_priority += due.to(tl.int64) * num_priorities
         key = tl.load(task.table_row + 1)
         stream = tl.load(layer_indices + task.layer) * 65536 + first_kv_head + task.head
         ties_seen = 0
@@ -190,7 +190,7 @@ def select_and_move(
                 noise = gumbel_noise(seed_low, seed_high, slots, task.eviction, stream, key)
                 priority = tl.log(priority) + noise
             if SCORING == "age":
-                bits = ordered_positions(tl.load(arrival + slots, mask=live, other=0))
+                bits = ordered_positions(tl.load(slot_priority + slots, mask=live, other=0))
             else:
                 bits = ordered_bits(priority)
             bits = tl.where(kept, HIGHEST, bits)

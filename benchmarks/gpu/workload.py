@@ -129,7 +129,7 @@ class Workload:
             num_state_blocks=self.shape.num_state_blocks,
             max_num_cached=self.shape.num_cached,
             num_splits=num_splits,
-            arrival=self.arrival if parameters.scoring == "age" else None,
+            slot_priority=self.arrival if parameters.scoring == "age" else None,
         ).run()
 
     def cells(self, layer: int, row: int) -> torch.Tensor:

@@ -74,6 +74,10 @@ UNIFORM = EvictionParameters(40, 8, 4, scoring="uniform")
 AGED = dict(parameters=EvictionParameters(40, 8, 4, sampling="greedy", scoring="age"))
 
 
+def priorities(*shape, dtype=torch.int32):
+    return dict(slot_priority=torch.zeros(shape, dtype=dtype))
+
+
 def arguments():
     return dict(
         kv_pointers=torch.zeros(1, dtype=torch.int64),
@@ -110,12 +114,12 @@ def arguments():
         (dict(max_num_cached=100), "max_num_cached .100. is more than a row"),
         (dict(num_splits=17), "num_splits must be in"),
         (dict(scratch=torch.zeros(10)), "scratch must be torch.uint8"),
-        (dict(arrival=torch.zeros(1, 40).int()), "arrival must be None with scoring 'attention'"),
-        (AGED | dict(arrival=None), "arrival must be given with scoring 'age'"),
-        (AGED | dict(arrival=torch.zeros(40).int()), "arrival must have shape .1, 40 or more"),
-        (AGED | dict(arrival=torch.zeros(1, 39).int()), "arrival must have shape .1, 40 or more"),
-        (AGED | dict(arrival=torch.zeros(2, 40).int()), "arrival must have shape .1, 40."),
-        (AGED | dict(arrival=torch.zeros(1, 40)), "arrival must be torch.int32"),
+        (priorities(1, 40), "slot_priority must be None with scoring 'attention'"),
+        (AGED, "slot_priority must be given with scoring 'age'"),
+        (AGED | priorities(40), "slot_priority must have shape .1, 40 or more"),
+        (AGED | priorities(1, 39), "slot_priority must have shape .1, 40 or more"),
+        (AGED | priorities(2, 40), "slot_priority must have shape .1, 40."),
+        (AGED | priorities(1, 40, dtype=torch.float32), "slot_priority must be torch.int32"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -136,7 +140,7 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     [
         ({}, 2),
         (dict(parameters=UNIFORM, num_state_blocks=0), 0),
-        (AGED | dict(arrival=torch.zeros(1, 40).int()), 0),
+        (AGED | priorities(1, 40), 0),
     ],
     ids=["attention", "uniform", "age"],
 )

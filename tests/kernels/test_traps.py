@@ -36,8 +36,8 @@ class Worker:
     The pool's sequences are running requests of runner V2, which numbers them from the end.
     """
 
-    def __init__(self, sequences, max_rows=6):
-        case = Case(CONFIG.fused, tuple(sequences), layers=(3, 5))
+    def __init__(self, sequences, max_rows=6, config=CONFIG):
+        case = Case(config.fused, tuple(sequences), layers=(3, 5))
         self.case, self.pool = case, Pool(case)
         self.max_rows = max_rows
         names = [f"request {row}" for row in range(len(sequences))]
@@ -53,7 +53,7 @@ class Worker:
         first_evictions.observe(message, group=0)
         self.counters = EvictionCounters(num_layers=len(case.layers))
         context = SimpleNamespace(
-            config=CONFIG,
+            config=config,
             vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_rows)),
             device=torch.device("cpu"),
             counters=self.counters,
@@ -269,3 +269,16 @@ def test_two_requests_that_swap_rows_between_steps(swap):
     step = worker.path.prepare(common, capturing=False)
     assert_pages(worker.pool.caches, expected)
     assert step.seq_lens.tolist() == ([22, 41] if swap else [41, 22])
+
+
+def test_a_policy_that_gives_the_kernel_its_ranking():
+    """The path asks the policy for the numbers of the rows that are due, and passes them on."""
+    settings = {"policy": "streaming", "budget": 40, "window": 8, "sinks": 4}
+    # Before its first eviction a sequence's tokens lie in order: no number has to be made up.
+    sequences = (DUE[0], NOT_DUE[0], Sequence(FIRST + 16, FIRST + 16, 5))
+    worker = Worker(sequences, config=EvictionConfig.parse(settings))
+    expected, separated = worker.pool.expected()
+    assert separated
+    worker.path.prepare(worker.decode_step(5), capturing=False)
+    assert worker.counters.as_dict()["evictions"] == 2
+    assert_pages(worker.pool.caches, expected)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +47,31 @@ class Policy(BaseModel, ABC):
         """The same ranking as the fused GPU kernel knows it, or None where it does not.
 
         Without it a GPU runs :meth:`priority` in plain torch, sequence by sequence.
+        """
+        return None
+
+    def slot_priority(
+        self,
+        limits: EvictionLimits,
+        first: np.ndarray,
+        eviction_index: np.ndarray,
+        num_candidates: int,
+    ) -> np.ndarray | None:
+        """The ranking where it follows from the schedule alone, for the fused kernel to read.
+
+        A policy that is :meth:`fused` with scoring ``age`` returns it before each launch, and the
+        worker copies it to the device; all layers and KV heads of a sequence share it.
+
+        Args:
+            limits: budget, window, sinks and seed.
+            first: [due] int64, position of each sequence's first eviction; 0 in a row that never
+                evicts, whose numbers are not read.
+            eviction_index: [due] int64, evictions that each sequence has had before.
+            num_candidates: n, the most that any of the sequences has.
+
+        Returns:
+            [due, n] int32, the priority of each candidate in slot order; None with any other
+            scoring, where the kernel ranks by what it reads and draws itself.
         """
         return None
 

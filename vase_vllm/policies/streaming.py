@@ -26,6 +26,22 @@ class StreamingPolicy(Policy):
         """See :meth:`Policy.fused`."""
         return EvictionParameters.of(limits, sampling="greedy", scoring="age")
 
+    def slot_priority(
+        self,
+        limits: EvictionLimits,
+        first: np.ndarray,
+        eviction_index: np.ndarray,
+        num_candidates: int,
+    ) -> np.ndarray:
+        """The positions of the candidates; see :meth:`Policy.slot_priority`."""
+        priority = np.zeros((len(first), num_candidates), dtype=np.int32)
+        sequences = zip(priority, first.tolist(), eviction_index.tolist(), strict=True)
+        for row, first_eviction, index in sequences:
+            if first_eviction:
+                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
+                row[: len(positions)] = positions
+        return priority
+
 
 _KNOWN: LRUCache[tuple[EvictionLimits, int, int], np.ndarray] = LRUCache(maxsize=2048)
 """Results of :func:`slot_positions`: more than the sequences that may run at once."""

@@ -16,7 +16,6 @@ from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.query_ring import RingLayout
-from vase_vllm.policies.streaming import slot_positions
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.step import PreparedStep, StepContext
@@ -134,12 +133,15 @@ class TritonPath:
         max_num_cached: int,
     ) -> None:
         """One fused eviction of ``due_rows``, whose next positions and schedules these are."""
-        parameters = self.context.config.fused
+        config = self.context.config
+        parameters = config.fused
         assert parameters is not None
-        arrival = None
-        if parameters.scoring == "age":
-            num_candidates = max_num_cached - parameters.window
-            arrival = self._to_device(self._arrival(starts, first, num_candidates))
+        slot_priority = config.policy.slot_priority(
+            config.limits,
+            first,
+            (starts - first) // parameters.window,
+            max_num_cached - parameters.window,
+        )
         kv_caches = [layer.kv_cache for layer in self.layers.values()]
         due = self._to_device(due_rows.astype(np.int32))
         PagedEviction(
@@ -155,21 +157,8 @@ class TritonPath:
             num_state_blocks=self.spec.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
-            arrival=arrival,
+            slot_priority=None if slot_priority is None else self._to_device(slot_priority),
         ).run()
-
-    def _arrival(self, starts: np.ndarray, first: np.ndarray, num_candidates: int) -> np.ndarray:
-        """Positions of the due rows' candidates, where the newest always stay: [due, n] int32."""
-        limits = self.context.config.limits
-        arrival = np.zeros((len(starts), num_candidates), dtype=np.int32)
-        for into, start, first_eviction in zip(
-            arrival, starts.tolist(), first.tolist(), strict=True
-        ):
-            if first_eviction:
-                index = (start - first_eviction) // limits.window
-                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
-                into[: len(positions)] = positions
-        return arrival
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
         """A copy on the device that nobody waits for."""
