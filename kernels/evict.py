@@ -7,37 +7,39 @@ Per due sequence, layer and KV head (G query heads, head size D, W window querie
     protected = the P largest r (the sinks first); of the rest the largest log a + Gumbel noise stay
     survivors above the budget T are copied into the freed slots below it
 
-Three launches cover all sequences, layers and heads:
+Three kernels cover all sequences, layers and heads:
 
 1. ``row_statistics``: maximum and sum of exponentials of every query row, over a split of the
    candidates. The mean of softmaxes needs them before it can weigh a single key.
 2. ``candidate_scores``: merges the splits' statistics, computes the logits again and writes a and
-   r: 8 bytes of scratch per candidate. Launched once for every 256 query rows.
-3. ``select_and_move``: one program a head; thresholds by digit search, no sort.
+   r: 8 bytes of scratch per candidate. It is launched once per tile of query rows (256 on an H200).
+3. ``select_and_move``: one program per head; thresholds by digit search, without a sort.
 
 That is scoring by attention. The two other kinds (``EvictionParameters.scoring``) read no K, V or
-queries and are the third launch alone: ``uniform`` gives every candidate a score of 1, so that
-Gumbel noise draws uniformly; ``age`` ranks by position, which the caller passes. Both protect the
+queries and need the third kernel alone: ``uniform`` gives every candidate a score of 1, so that
+Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
-Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
-twice: 3 MiB. Each pass multiplies 2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials.
-On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 a cycle each at 1.8 GHz) that is 0.66 us of
-memory, 0.54 us of tensor cores and 0.55 us of exponentials a head. They are balanced, so they have
-to overlap: two programs of 8 warps share an SM (at most 128 registers a thread and 97 KiB of shared
-memory each: 256 query rows stay, two K tiles are in flight). Selection reads 37 rows of 16 KiB from
-L1 or L2; the moves are W cells in the steady state.
+Cost of one head at n = T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
+twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 256 * 128 * 4096 = 268 MFLOP
+and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 per
+cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and 0.55 us of
+exponentials. They are balanced, so they have to overlap: two programs of 8 warps share an SM (at
+most 128 registers per thread and 97 KiB of shared memory each: 256 query rows stay, two K tiles are
+in flight). Selection reads the ordered bits 36 times (two searches of 17 sweeps, the priorities,
+the survivors) and the scores 5 times (once per slot of the pooling): 41 rows of 16 KiB from L1 or
+L2. The moves are W cells in the steady state.
 
-What would avoid the second product costs more: writing the logits out is 4 MiB of traffic, 0.9 us;
-keeping them on chip between the passes takes 4 MiB of registers a head, so that 8 heads fill the
-GPU and every 5 us of work ends in a barrier across programs. One pass alone cannot weigh the
-queries, for their denominators differ, unless a number per query and key is kept.
+What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
+them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
+that 8 heads fill the GPU and every 5 us of work ends in a barrier across programs. One pass alone
+cannot weigh the queries, for their denominators differ, unless a number per query and key is kept.
 
-Why candidates are split: one due sequence of Qwen3-8B is 36 x 8 = 288 heads for 264 program slots,
+Why candidates are split: one due sequence of Qwen3-8B is 36 * 8 = 288 heads for 264 program slots,
 two waves of which the second is 9 % full. Counted in K tiles and waves (``choose_splits``), one
-program a head takes 132 tile times, 4 splits take 90, and 70 would be perfect. At 64 due sequences
-one program a head is within 4 % of perfect, and is what is chosen. No launch has been timed yet:
-``benchmarks/gpu/eviction.py`` times the splits beside one another.
+program per head takes 132 tile times, 4 splits take 90, and 70 would be perfect. At 64 due
+sequences one program per head is within 4 % of perfect, and is what is chosen. No launch has been
+timed yet: ``benchmarks/gpu/eviction.py`` times the splits beside one another.
 """
 
 import math
@@ -87,6 +89,31 @@ class PagedEviction:
 
     A row that is not due by its own header (``first`` of 0, or the position not a whole number of
     windows after ``first``) is left alone, so the caller may pass more rows than are due.
+
+    Here a sequence of 8 tokens evicts for the first time, by age, and keeps 4: the sink, the newest
+    candidate and the window of 2. Survivors at or above slot 4 move into the freed slots below it:
+
+    >>> cache = torch.zeros(2, 1, 16, 128)  # 2 blocks, 1 KV head, 16 slots, K and V of 64 elements
+    >>> cache[1, 0, :8, 0] = torch.arange(8.0)  # block 1; every key begins with its position
+    >>> first, key = 8, 0
+    >>> PagedEviction(
+    ...     kv_pointers=torch.tensor([cache.data_ptr()]),
+    ...     kv_cache=cache,
+    ...     layer_indices=torch.tensor([0], dtype=torch.int32),
+    ...     block_table=torch.tensor([[first, key, 1]], dtype=torch.int32),
+    ...     rows=torch.tensor([0], dtype=torch.int32),
+    ...     positions=torch.tensor([8]),
+    ...     parameters=EvictionParameters(
+    ...         budget=4, window=2, protected=1, sinks=1, sampling="greedy", scoring="age"
+    ...     ),
+    ...     group_size=1,
+    ...     softmax_scale=64**-0.5,
+    ...     num_state_blocks=0,
+    ...     max_num_cached=8,
+    ...     slot_priority=torch.arange(6, dtype=torch.int32)[None],
+    ... ).run()
+    >>> cache[1, 0, :4, 0]
+    tensor([0., 5., 6., 7.])
 
     Attributes:
         kv_pointers: [layers] int64, ``data_ptr()`` of each layer's cache, 16-byte aligned.

@@ -60,10 +60,15 @@ class EvictionParameters:
     def of(
         cls, limits: EvictionLimits, protected: int | None = None, **rule: Any
     ) -> "EvictionParameters":
-        """The parameters of a policy's rule within limits; nothing but the sinks is protected.
+        """The parameters of a policy's rule within limits.
+
+        >>> limits = EvictionLimits(budget=4096, window=64, sinks=4)
+        >>> EvictionParameters.of(limits, sampling="greedy").protected
+        4
 
         Args:
-            protected: candidates to protect, where there are more than the sinks.
+            limits: of the eviction.
+            protected: candidates to protect; None protects the sinks alone.
             rule: any of the other attributes.
         """
         if protected is None:

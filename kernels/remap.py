@@ -64,6 +64,29 @@ def remap_sequences(
 class BatchRemap:
     """The slots and lengths of a batch, computed in place.
 
+    A sequence that first evicted at position 12 computes position 13. With budget 8 and window 4
+    that token goes to slot ``8 + (13 - 12) % 4 = 9``, here of block 3:
+
+    >>> block_table = torch.tensor([[12, 0, 7, 3]], dtype=torch.int32)  # first, key, state, token
+    >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computes it
+    >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
+    >>> BatchRemap(
+    ...     query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+    ...     seq_lens=torch.tensor([14], dtype=torch.int32),
+    ...     block_table=block_table,
+    ...     slot_mapping=slot_mapping,
+    ...     starts=starts,
+    ...     num_cached=num_cached,
+    ...     budget=8,
+    ...     window=4,
+    ...     block_size=16,
+    ...     num_state_blocks=1,
+    ... ).run()
+    >>> divmod(slot_mapping.item(), 16)
+    (3, 9)
+    >>> starts.item(), num_cached.item()
+    (13, 10)
+
     Attributes:
         query_start_loc: [R + 1] int32, first token of each sequence.
         seq_lens: [R] int32, tokens of each sequence after the step; 0 in padding rows.

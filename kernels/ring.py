@@ -4,10 +4,10 @@ The query of position p goes to ring entry ``p % window`` of its sequence (see `
 the last ``window`` tokens of a sequence enter, so that no two tokens of a batch write the same
 entry, and none before the last ``window`` in front of its first eviction: no eviction asks for it.
 
-This is a launch of its own beside the backend's cache write, which stays unchanged: it moves
-Hq * D elements a token in each direction (16 KiB for Qwen3-8B in bf16: 2 MiB at batch 128, 0.5 us
-of an H200's bandwidth), so what it costs is a node of the CUDA graph. Fusing the two is worth
-measuring on a GPU; it has not been.
+This is a launch of its own per layer beside the backend's cache write, which stays unchanged. It
+reads and writes Hq * D elements per token: for Qwen3-8B in bf16 8 KiB in each direction, 2 MiB in
+all at batch 128, which is 0.44 us of an H200's bandwidth. So what it costs is a node of the CUDA
+graph. Fusing the two writes is worth measuring on a GPU; it has not been measured.
 
 Safe inside a CUDA graph: one program per token of the padded batch, all of them decided on the
 device. A token beyond ``query_start_loc[R]`` and a row with ``first`` of 0 write nothing.
@@ -78,6 +78,23 @@ def store_ring(
 @dataclass(frozen=True, eq=False)
 class TritonRingWrite:
     """Where the queries of a batch of tokens go in the rings of their sequences, in every layer.
+
+    The queries of positions 6 and 7, with window 2: they are entries 0 and 1 of the ring, and share
+    the first cell of state block 2:
+
+    >>> write = TritonRingWrite(
+    ...     positions=torch.tensor([6, 7]),
+    ...     query_start_loc=torch.tensor([0, 2], dtype=torch.int32),
+    ...     seq_lens=torch.tensor([8], dtype=torch.int32),
+    ...     block_table=torch.tensor([[8, 0, 2, 1]], dtype=torch.int32),  # first, key, state, token
+    ...     window=2,
+    ...     num_state_blocks=1,
+    ... )
+    >>> cache = torch.zeros(3, 1, 16, 128)  # 3 blocks, 1 KV head, 16 cells of 2 * 64 elements
+    >>> query = torch.stack([torch.full((1, 64), 6.0), torch.full((1, 64), 7.0)])
+    >>> write.store(cache, query)
+    >>> cache[2, 0, 0, ::64]
+    tensor([6., 7.])
 
     Attributes:
         positions: [tokens] int32 or int64, true positions.

@@ -1,8 +1,9 @@
 """Selection and moves: exact top-k without a sort, on rows of scratch memory.
 
 A float is ranked by its ordered bits, an unsigned integer that grows with it. The k-th largest is
-found digit by digit: sixteen thresholds are counted at once, so eight sweeps settle 32 bits. Ties
-at the threshold go to the lower slot, by a prefix count.
+found digit by digit, two bits at a time: a sweep over the row counts what reaches each of four
+thresholds, sixteen sweeps settle 32 bits, and one more counts what lies above the result. Ties at
+the threshold go to the lower slot, by a prefix count.
 """
 
 import triton
@@ -41,7 +42,7 @@ def kth_largest(ordered, length, k, TILE: tl.constexpr):
 
     Args:
         ordered: pointer to int32, the bits of ordered uint32.
-        k: at most length; 0 gives a threshold that nothing reaches.
+        k: at most length; 0 selects nothing.
 
     Returns:
         (threshold uint32, ties int32): x is selected if ``x > threshold``, or if

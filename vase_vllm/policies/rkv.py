@@ -29,6 +29,12 @@ def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
     The sum over the others is a product with the sum of all normalised keys: n * D operations
     instead of the n * n * D of the similarity matrix.
 
+    Of three keys the first two are alike:
+
+    >>> keys = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]])
+    >>> mean_similarity(keys)
+    tensor([[0.3333, 0.3333, 0.0000]])
+
     Args:
         keys: [H, D, n] fp32.
 

@@ -33,7 +33,14 @@ class StreamingPolicy(Policy):
         eviction_index: np.ndarray,
         num_candidates: int,
     ) -> np.ndarray:
-        """The positions of the candidates; see :meth:`Policy.slot_priority`."""
+        """The positions of the candidates; see :meth:`Policy.slot_priority`.
+
+        >>> limits = EvictionLimits(budget=4, window=2, sinks=1)
+        >>> first, eviction_index = np.array([8, 8]), np.array([0, 1])
+        >>> StreamingPolicy().slot_priority(limits, first, eviction_index, num_candidates=6)
+        array([[0, 1, 2, 3, 4, 5],
+               [0, 5, 6, 7, 0, 0]], dtype=int32)
+        """
         priority = np.zeros((len(first), num_candidates), dtype=np.int32)
         sequences = zip(priority, first.tolist(), eviction_index.tolist(), strict=True)
         for row, first_eviction, index in sequences:
@@ -52,7 +59,13 @@ def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> n
 
     This policy alone keeps the same tokens in all heads, so that they follow from the schedule.
 
+    The first eviction, at position 8, leaves tokens 0, 5, 6 and 7; tokens 8 and 9 come after it:
+
+    >>> slot_positions(EvictionLimits(budget=4, window=2, sinks=1), first=8, eviction_index=1)
+    array([0, 5, 6, 7, 8, 9], dtype=int32)
+
     Args:
+        limits: of every eviction.
         first: position of the sequence's first eviction.
         eviction_index: evictions before.
 

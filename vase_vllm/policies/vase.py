@@ -41,7 +41,11 @@ class VasePolicy(AttentionPolicy):
     """Ablation: keeps the tokens of the smallest magnitude, whatever their attention."""
 
     def num_protected(self, limits: EvictionLimits) -> int:
-        """``protected`` as a count of tokens; the sinks alone where nothing else is protected."""
+        """``protected`` as a count of tokens; the sinks alone where nothing else is protected.
+
+        >>> VasePolicy(protected=0.25).num_protected(EvictionLimits(budget=4096, window=64))
+        1024
+        """
         if self.protect == "none" or self.magnitude == "none":
             return limits.sinks
         if isinstance(self.protected, int):
