@@ -11,8 +11,8 @@ Three kernels cover all sequences, layers and heads:
 
 1. ``row_statistics``: maximum and sum of exponentials of every query row, over a split of the
    candidates. The mean of softmaxes needs them before it can weigh a single key.
-2. ``candidate_scores``: merges the splits' statistics, computes the logits again and writes a and
-   r: 8 bytes of scratch per candidate. It is launched once per tile of query rows (256 on an H200).
+2. ``candidate_scores``: merges the splits' statistics, recomputes the logits and writes a and r:
+   8 bytes of scratch per candidate. It is launched once per tile of query rows (256 on an H200).
 3. ``select_and_move``: one program per head; thresholds by digit search, without a sort.
 
 That is scoring by attention. The two other kinds (``EvictionParameters.scoring``) read no K, V or
@@ -71,7 +71,7 @@ from .scoring import MAX_SPLITS, candidate_scores, row_statistics
 from .selection import select_and_move
 
 SCRATCH_BYTES = 64 * 2**20
-"""Default bound on scratch memory."""
+"""Default bound on the scratch memory of a launch."""
 
 TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -80,7 +80,7 @@ TRITON_TYPES = {
 }
 SELECT_TILE = 512
 MOVE_BYTES = 32 * 1024
-"""Cells that a program copies at once: 128 bytes a thread."""
+"""Bytes of the cells that a program copies at once: 128 per thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +123,17 @@ class PagedEviction:
         block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
-        parameters: of the eviction.
+        parameters: what to keep and how to rank.
         group_size: query heads per KV head (G).
         softmax_scale: of the model's attention; the temperature is divided out here.
         num_state_blocks: state blocks in each row; may be 0 unless attention is scored.
         max_num_cached: at least the cached length of every due sequence; a sequence that is
             longer is left alone, because it would overrun the scratch memory.
         first_kv_head: index in the whole model of this rank's first KV head.
-        scratch: [bytes] uint8 to work in, else up to ``SCRATCH_BYTES`` are allocated. More heads
-            than fit are launched one part after the other.
-        num_splits: programs that share a head's candidates in the scoring of attention, else the
-            counted best.
+        scratch: [bytes] uint8 to work in; None allocates up to ``SCRATCH_BYTES``. If more heads are
+            due than fit, they are launched one part after the other.
+        num_splits: programs that share a head's candidates in the scoring of attention; None is
+            the best by :func:`choose_splits`.
         slot_priority: [due, n] int32, for scoring by age: the number that ranks each slot, such as
             the position of its token, one row for each of ``rows``; all layers and heads share it.
             n is at least ``max_num_cached - window``.
@@ -157,7 +157,7 @@ class PagedEviction:
     slot_priority: torch.Tensor | None = None
 
     def run(self) -> None:
-        """Evict. Nothing synchronises with the host.
+        """Launch the eviction, without waiting for it.
 
         Raises:
             ValueError: see :meth:`check`.
@@ -169,7 +169,7 @@ class PagedEviction:
         run_launches(self.launches(device_limits(device)), device)
 
     def check(self) -> None:
-        """Check every argument.
+        """Check all arguments.
 
         Raises:
             ValueError: names the argument whose shape, dtype, device or stride is not supported.
@@ -200,7 +200,10 @@ class PagedEviction:
             check_tensor("scratch", self.scratch, self.scratch.shape[:1], (torch.uint8,), device)
 
     def launches(self, limits: DeviceLimits) -> Iterator[Launch]:
-        """The launches on a device of these limits, in order; the scratch memory is allocated."""
+        """The launches on a device of these limits, in order.
+
+        Scratch memory is allocated here, unless it was given.
+        """
         plan = self._plan()
         scores, ordered, maxima, sums = self._scratch_rows(plan)
         tile = scoring_tile(

@@ -1,4 +1,4 @@
-"""How an eviction is cut into programs: tiles, splits and launches, from counted costs."""
+"""How an eviction is divided into launches, programs and tiles, by counted costs."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from .scoring import MAX_SPLITS
 HEAD_SIZES = (64, 96, 128, 192, 256)
 KEY_TILE = 64
 SPLIT_OVERHEAD = 2
-"""Cost of starting a program (loading its queries), in K tiles of work."""
+"""Cost of starting a program and loading its queries, in K tiles of work: an estimate."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class ScoringTile:
         queries: query rows of a program; they stay in shared memory.
         keys: candidates per step.
         num_warps: warps of a program.
-        num_stages: of the software pipeline; 3 are two K tiles, for their blocks are loaded first.
+        num_stages: of the software pipeline; with 3 two K tiles are in flight, for one stage loads
+            the block numbers.
         programs_per_sm: programs that share an SM.
-        max_registers: bound on a thread's registers, if any.
+        max_registers: bound on a thread's registers; None leaves them to the compiler.
     """
 
     queries: int
@@ -60,12 +61,12 @@ class ScoringTile:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How tasks (due sequence, layer, KV head) are launched.
+    """How tasks (due sequence, layer, KV head) are divided into launches.
 
     Attributes:
-        tasks_per_launch: so many that their scratch memory fits.
-        capacity: candidates that a scratch row holds.
-        scratch_bytes: of one launch.
+        tasks_per_launch: most tasks of one launch.
+        capacity: candidates that a task's row of scratch memory holds.
+        scratch_bytes: scratch memory of one launch.
     """
 
     tasks_per_launch: int
@@ -82,11 +83,12 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
+        """Launch the kernel on torch's current device."""
         self.kernel[(self.num_programs,)](**self.arguments)
 
 
 def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run launches in order; Triton launches on torch's current device, which becomes this one."""
+    """Run launches in order on a device."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             launch.run()
@@ -94,7 +96,7 @@ def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
 
 @lru_cache
 def device_limits(device: torch.device) -> DeviceLimits:
-    """Limits of a CUDA device; made-up ones for the interpreter."""
+    """Limits of a CUDA device; on any other, under the interpreter, ``INTERPRETER_LIMITS``."""
     if device.type != "cuda":
         return INTERPRETER_LIMITS
     properties = torch.cuda.get_device_properties(device)
@@ -109,15 +111,19 @@ def device_limits(device: torch.device) -> DeviceLimits:
 def scoring_tile(
     num_rows: int, head_size: int, element_size: int, limits: DeviceLimits
 ) -> ScoringTile:
-    """The largest query tile that fits: K is read once per query tile.
+    """The largest query tile that fits, for K is read once per query tile.
 
-    Hopper and its successors in the data centre multiply straight from shared memory; elsewhere
-    the queries take registers, and half as many rows fit. Registers are bounded for the sake of a
-    second program wherever that needs no spills, which ``benchmarks/compile_check.py`` watches: an
-    explicit bound also stops ptxas from spilling a few bytes for an occupancy of its own choice.
+    Hopper and Blackwell GPUs of the data centre multiply straight from shared memory; on others
+    the queries take registers, and half as many rows fit. Registers are bounded so that a second
+    program shares the SM wherever this causes no spills, which ``benchmarks/compile_check.py``
+    verifies. An explicit bound also stops ptxas from spilling a few bytes for an occupancy of its
+    own choice.
 
     Args:
         num_rows: query rows of a KV head, G * W.
+        head_size: D.
+        element_size: bytes of an element of the cache.
+        limits: of the device.
     """
     largest = 256 if limits.shared_memory >= 200 * 1024 else 128
     queries = min(largest, max(16, triton.next_power_of_2(num_rows)))
@@ -135,9 +141,11 @@ def scoring_tile(
 
 
 def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
-    """Splits of the candidates that take the least time, counted in waves of K tiles.
+    """The number of splits of the candidates that takes the least time.
 
-    ``ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``; fewer splits win a tie.
+    A program takes as long as its K tiles and its start, and ``num_slots`` programs run at once:
+
+    s splits take ``ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``. The fewest win a tie.
 
     One due sequence of Qwen3-8B at budget 4096 on an H200, and 64 of them:
 
@@ -148,7 +156,7 @@ def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
 
     Args:
         num_tasks: heads of a launch.
-        num_tiles: K tiles of the longest.
+        num_tiles: K tiles of the head that has most.
         num_slots: programs that run at once.
     """
 
@@ -162,16 +170,17 @@ def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
 def plan_launch(
     num_tasks: int, max_candidates: int, num_rows: int, scratch_bytes: int
 ) -> LaunchPlan:
-    """Cut an eviction into launches.
+    """Divide an eviction into launches whose scratch memory fits.
 
-    In 64 MiB fit the scores of 1024 heads with 4096 candidates and 256 query rows each:
+    The scratch memory of a head is 8 bytes per candidate, and 8 per query row and split. 64 MiB are
+    room for 1024 heads of 4096 candidates and 256 query rows:
 
     >>> plan_launch(64 * 36 * 8, 4096, 256, scratch_bytes=64 * 2**20)
     LaunchPlan(tasks_per_launch=1024, capacity=4096, scratch_bytes=67108864)
 
     Args:
         num_tasks: due sequences * layers * KV heads.
-        max_candidates: of the longest of them.
+        max_candidates: candidates of the head that has most.
         num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
         scratch_bytes: bound on the scratch memory.
 
@@ -193,6 +202,6 @@ def plan_launch(
 
 
 def plan_splits(plan: LaunchPlan, tile: ScoringTile, limits: DeviceLimits) -> int:
-    """Counted best number of programs that share the candidates of one task."""
+    """The best number of programs per task of a plan, by :func:`choose_splits`."""
     num_slots = limits.num_sms * tile.programs_per_sm
     return choose_splits(plan.tasks_per_launch, cdiv(plan.capacity, tile.keys), num_slots)

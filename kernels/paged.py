@@ -1,4 +1,4 @@
-"""Where things lie: device functions that read a block-table row and address the paged cache.
+"""Device functions that read a block-table row and address the paged cache.
 
 A row is ``[first, key, state blocks, token blocks]``. Slot s of a sequence lies in token block
 ``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query head g of a KV
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         positions: [R] int32 or int64.
         block_table: [R, columns] int32.
         table_stride: elements between two rows of the block table.
-        num_layers, num_kv_heads: heads of one sequence.
+        num_layers, num_kv_heads: of this rank; their product is the number of tasks per sequence.
     """
 
     rows: tl.tensor
@@ -77,8 +77,7 @@ class Pages(NamedTuple):
 def load_task(batch, index, budget, capacity, WINDOW: tl.constexpr):
     """The task of an index, which counts (due row, layer, KV head), the head fastest.
 
-    The row itself says whether an eviction is due. None is if there are more candidates than
-    ``capacity``.
+    The row itself says whether an eviction is due; with more candidates than ``capacity`` none is.
     """
     head = index % batch.num_kv_heads
     layer = index // batch.num_kv_heads % batch.num_layers

@@ -1,4 +1,4 @@
-"""The numbers that one eviction needs, resolved and checked."""
+"""The parameters of one eviction, as absolute counts, checked."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,7 +9,7 @@ Scoring = Literal["attention", "uniform", "age"]
 
 @dataclass(frozen=True)
 class EvictionLimits:
-    """What an eviction of any policy is told.
+    """What every policy is told of an eviction.
 
     Attributes:
         budget: tokens that a sequence holds right after an eviction, the window included.
@@ -26,7 +26,7 @@ class EvictionLimits:
 
 @dataclass(frozen=True)
 class EvictionParameters:
-    """Parameters of one eviction of one KV head, all of them absolute counts.
+    """Parameters of an eviction as the fused kernel takes them; all lengths are counts of tokens.
 
     Attributes:
         budget: tokens that a sequence holds right after an eviction, the window included.
@@ -37,10 +37,10 @@ class EvictionParameters:
         temperature: divides the attention logits before the softmax.
         sampling: ``gumbel`` draws at random, ``greedy`` keeps the largest scores.
         seed: 64-bit seed of the counter-based generator.
-        scoring: what ranks the candidates that are not protected. ``attention``: what the window's
-            queries pay them. ``uniform``: nothing, all have score 1, so that the draw is uniform.
-            ``age``: a number that the caller gives for each slot, such as the position of its
-            token; the largest survive. The last two protect the sinks alone.
+        scoring: what ranks the candidates that are not protected. ``attention``: the attention that
+            the window's queries pay them. ``uniform``: all have score 1, so that the draw is
+            uniform. ``age``: a number that the caller gives for each slot, such as the position of
+            its token; the largest survive. The last two protect the sinks alone.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.

@@ -1,8 +1,8 @@
-"""Rewrite, for one step's batch, where new tokens are written and how much each sequence holds.
+"""Remapping: where a step's new tokens are written, and how many tokens each sequence has cached.
 
 A position lies in the slot of its own number until the sequence's first eviction, and then in slot
-``T + (p - first) mod W``. One small launch, one program a sequence, decided on the device: it reads
-only what the batch's persistent buffers hold and needs no number from the host.
+``T + (p - first) mod W``. One small launch, one program per sequence, rewrites the batch's buffers:
+it reads nothing but those persistent buffers and needs no number from the host.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -68,7 +68,7 @@ class BatchRemap:
     that token goes to slot ``8 + (13 - 12) % 4 = 9``, here of block 3:
 
     >>> block_table = torch.tensor([[12, 0, 7, 3]], dtype=torch.int32)  # first, key, state, token
-    >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computes it
+    >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computed it
     >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
     >>> BatchRemap(
     ...     query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
@@ -114,7 +114,7 @@ class BatchRemap:
     num_state_blocks: int
 
     def run(self) -> None:
-        """Remap the batch.
+        """Launch the remapping, without waiting for it.
 
         Raises:
             ValueError: see :meth:`check`.
@@ -124,7 +124,7 @@ class BatchRemap:
             run_launches([self.launch()], self.block_table.device)
 
     def check(self) -> None:
-        """Check every tensor.
+        """Check all tensors.
 
         Raises:
             ValueError: names the argument whose shape, dtype or device is not supported.
@@ -140,7 +140,7 @@ class BatchRemap:
         check_tensor("num_cached", self.num_cached, (num_rows,), int32, device)
 
     def launch(self) -> Launch:
-        """One program a sequence."""
+        """The launch: one program per sequence."""
         arguments = dict(
             query_start_loc=self.query_start_loc,
             seq_lens=self.seq_lens,

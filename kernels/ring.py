@@ -1,16 +1,17 @@
-"""Store the window's queries in the query ring, for every token of a batch.
+"""The query ring: stores the queries of the newest tokens of each sequence of a batch.
 
 The query of position p goes to ring entry ``p % window`` of its sequence (see ``paged.py``). Only
 the last ``window`` tokens of a sequence enter, so that no two tokens of a batch write the same
-entry, and none before the last ``window`` in front of its first eviction: no eviction asks for it.
+entry, and none before the last ``window`` ahead of its first eviction: no eviction reads those.
 
 This is a launch of its own per layer beside the backend's cache write, which stays unchanged. It
 reads and writes Hq * D elements per token: for Qwen3-8B in bf16 8 KiB in each direction, 2 MiB in
 all at batch 128, which is 0.44 us of an H200's bandwidth. So what it costs is a node of the CUDA
 graph. Fusing the two writes is worth measuring on a GPU; it has not been measured.
 
-Safe inside a CUDA graph: one program per token of the padded batch, all of them decided on the
-device. A token beyond ``query_start_loc[R]`` and a row with ``first`` of 0 write nothing.
+The launch is safe inside a CUDA graph: there is one program per token of the padded batch, and each
+decides on the device whether it stores anything. A token beyond ``query_start_loc[R]`` and a token
+of a row with ``first`` of 0 store nothing.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -130,7 +131,11 @@ class TritonRingWrite:
             run_launches([self.launch(kv_cache, query)], kv_cache.device)
 
     def check(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
-        """Check every argument of :meth:`store`, which says what it raises."""
+        """Check all arguments of :meth:`store`.
+
+        Raises:
+            ValueError: see :meth:`store`.
+        """
         check_cache(kv_cache)
         check_block_table(self.block_table, kv_cache.device)
         _, num_kv_heads, block_size, pair_size = kv_cache.shape
@@ -154,7 +159,7 @@ class TritonRingWrite:
         check_tensor("seq_lens", self.seq_lens, (num_rows,), (torch.int32,), device)
 
     def launch(self, kv_cache: torch.Tensor, query: torch.Tensor) -> Launch:
-        """One program a token."""
+        """The launch: one program per token."""
         num_tokens, num_query_heads, head_size = query.shape
         arguments = dict(
             query=query,

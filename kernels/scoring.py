@@ -1,4 +1,4 @@
-"""Scores of the candidates: the two launches that stream K and V, on tensor cores."""
+"""Scores of the candidates: the two kernels that stream K and V, on tensor cores."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from .paged import Batch, load_task, load_vectors, ring_pointers, slot_pointers,
 from .selection import HIGHEST, ordered_bits
 
 MAX_SPLITS = 16
-"""Most programs that share the candidates of one head."""
+"""The most programs that share the candidates of one head."""
 
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
 _VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]

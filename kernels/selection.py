@@ -1,4 +1,4 @@
-"""Selection and moves: exact top-k without a sort, on rows of scratch memory.
+"""Selection and moves: an exact top-k without a sort, on rows of scratch memory.
 
 A float is ranked by its ordered bits, an unsigned integer that grows with it. The k-th largest is
 found digit by digit, two bits at a time: a sweep over the row counts what reaches each of four

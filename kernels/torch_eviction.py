@@ -1,8 +1,8 @@
 """One eviction in plain fp32 torch, vectorised over KV heads.
 
-This is the CPU path of the product, the oracle of the Triton kernel's tests and the baseline of
-its benchmark. It works on dense per-head tensors in slot order; who reads them from pages and
-writes the moves back is the caller's business.
+The CPU path runs it, the tests of the Triton kernels compare with it, and their benchmark times it.
+It works on dense tensors per head in slot order; the caller reads these from the pages and writes
+the moves back.
 
 Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
 """

@@ -1,4 +1,4 @@
-"""How an eviction is cut into programs; what the launcher refuses."""
+"""How an eviction is divided into programs; which arguments are rejected."""
 
 from types import SimpleNamespace
 

@@ -105,7 +105,7 @@ def test_prefill_chunks(count):
 
 
 def test_replayed_chunks_after_an_eviction():
-    """A preempted sequence computes its output again, up to a window of tokens in a step."""
+    """A preempted sequence recomputes its output, up to a window of tokens in a step."""
     batch = check(Batch([(48, 40, 8), (48, 48, 8), (48, 59, 5), (96, 104, 3), (96, 90, 6)]))
     assert batch.num_cached.tolist() == [48, 48, 48, 43, 96]
 

@@ -1,4 +1,4 @@
-"""What a policy is."""
+"""The interface of a policy."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -23,7 +23,7 @@ class Policy(BaseModel, ABC):
     )
 
     name: ClassVar[str]
-    """As ``--kv-eviction`` takes it; that of the entry point."""
+    """The name that ``--kv-eviction`` takes, and that of the entry point."""
 
     @abstractmethod
     def priority(self, candidates: Candidates) -> torch.Tensor:
@@ -33,20 +33,20 @@ class Policy(BaseModel, ABC):
         sinks survive whatever is returned for them.
 
         Returns:
-            [H, n] floating point without NaN. It may be a new tensor only: it is written to.
+            [H, n] floating point without NaN. It must be a new tensor, for the caller writes to it.
         """
 
     def check(self, limits: EvictionLimits) -> None:
-        """Refuse keys that do not go together with the budget.
+        """Check that the policy's keys go together with the budget.
 
         Raises:
             ValueError: one line that names the key and the remedy.
         """
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
-        """The same ranking as the fused GPU kernel knows it, or None where it does not.
+        """The parameters under which the fused GPU kernel computes this ranking, or None.
 
-        Without it a GPU runs :meth:`priority` in plain torch, sequence by sequence.
+        With None, a GPU runs :meth:`priority` in plain torch, sequence by sequence.
         """
         return None
 
@@ -77,7 +77,7 @@ class Policy(BaseModel, ABC):
 
 
 class AttentionPolicy(Policy):
-    """A policy that goes by the attention of the window's queries."""
+    """A policy that ranks by the attention of the window's queries."""
 
     smoothing: int = Field(default=5, ge=1)
     """Width of the average pooling of the attention over slots; 1 is off."""

@@ -1,4 +1,4 @@
-"""What a policy sees of one layer at one eviction.
+"""The candidates of one eviction of one layer, as a policy sees them.
 
 Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
 """
@@ -87,12 +87,12 @@ class Candidates:
     Attributes:
         num: n.
         queries: [H, W * G, D] fp32, of the window, after RoPE.
-        tokens: where keys and values are read from, when they are asked for.
+        tokens: reads keys and values when the policy asks for them.
         scale: factor that attention puts on its logits, usually ``1 / sqrt(D)``.
         limits: budget, window, sinks and seed.
         first: position of the sequence's first eviction.
         eviction_index: evictions that the sequence has had before.
-        draws: random numbers that belong to this request, layer, head and eviction.
+        draws: random numbers, keyed by request, layer, head and eviction.
         dtype: of the cache.
     """
 
@@ -137,7 +137,7 @@ class Candidates:
 
 @contextmanager
 def _exact_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Let fp32 matrix products of bf16 numbers run on the processor's bf16 units.
+    """Run fp32 matrix products of bf16 numbers on the processor's bf16 units.
 
     A product of two bf16 numbers is exact in fp32, and oneDNN adds up in fp32: the result is that
     of the fp32 units, in half the time.

@@ -24,7 +24,7 @@ class RKVPolicy(AttentionPolicy):
 
 
 def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity of each key to all keys, its own counted as zero.
+    """Mean cosine similarity of each key to all keys, where its similarity to itself counts as 0.
 
     The sum over the others is a product with the sum of all normalised keys: n * D operations
     instead of the n * n * D of the similarity matrix.

@@ -51,13 +51,13 @@ class StreamingPolicy(Policy):
 
 
 _KNOWN: LRUCache[tuple[EvictionLimits, int, int], np.ndarray] = LRUCache(maxsize=2048)
-"""Results of :func:`slot_positions`: more than the sequences that may run at once."""
+"""Results of :func:`slot_positions`, for more sequences than may run at once."""
 
 
 def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> np.ndarray:
     """Positions of the tokens in all slots just before an eviction, where the newest always stayed.
 
-    This policy alone keeps the same tokens in all heads, so that they follow from the schedule.
+    They follow from the schedule, for this policy keeps the same tokens in all heads.
 
     The first eviction, at position 8, leaves tokens 0, 5, 6 and 7; tokens 8 and 9 come after it:
 
@@ -67,7 +67,7 @@ def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> n
     Args:
         limits: of every eviction.
         first: position of the sequence's first eviction.
-        eviction_index: evictions before.
+        eviction_index: evictions that the sequence has had before.
 
     Returns:
         [slots] int32; not to be written to.

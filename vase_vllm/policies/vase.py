@@ -94,7 +94,7 @@ class VasePolicy(AttentionPolicy):
         )
 
     def _magnitudes(self, candidates: Candidates) -> torch.Tensor:
-        """Why a candidate is protected, the largest first: [H, n] fp32."""
+        """What protects a candidate, the largest first: [H, n] fp32."""
         if self.num_protected(candidates.limits) == candidates.limits.sinks:
             return candidates.queries.new_zeros(len(candidates.queries), candidates.num)
         if self.protect == "random":

@@ -1,9 +1,9 @@
 """One step's evictions and remapping in Triton, in front of any backend with plain pages.
 
-Nothing here waits for the device, but for the policies that the fused kernel does not know. The
-host knows which sequences are due from the scheduler's messages and the step's lengths; the kernels
-decide again from the block table. All tensors that a CUDA graph may hold on to are persistent: our
-own two buffers and vLLM's.
+Nothing here waits for the device, except with policies that the fused kernel cannot compute. The
+host finds the due sequences from the scheduler's messages and the step's lengths; the kernels check
+this against the block table. All tensors that a CUDA graph may refer to are persistent: the two
+buffers of the path, and vLLM's.
 """
 
 import numpy as np
@@ -24,7 +24,8 @@ from vase_vllm.worker.step import PreparedStep, StepContext
 class TritonPath:
     """Evicts on pages ``[blocks, heads, block_size, K | V]``.
 
-    With the fused kernel where it knows the policy, else in plain torch, sequence by sequence.
+    The fused kernel evicts if it can compute the policy's ranking; otherwise plain torch does,
+    sequence by sequence.
     """
 
     def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
@@ -132,7 +133,15 @@ class TritonPath:
         first: np.ndarray,
         max_num_cached: int,
     ) -> None:
-        """One fused eviction of ``due_rows``, whose next positions and schedules these are."""
+        """Launch one fused eviction.
+
+        Args:
+            rows: [R, columns] int32, the block table.
+            due_rows: [due] int64, the rows that evict.
+            starts: [due] int64, position of each one's next token.
+            first: [due] int64, position of each one's first eviction.
+            max_num_cached: of the due rows.
+        """
         config = self.context.config
         parameters = config.fused
         assert parameters is not None
@@ -161,14 +170,14 @@ class TritonPath:
         ).run()
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
-        """A copy on the device that nobody waits for."""
+        """Copy an array to the device without waiting for the copy."""
         tensor = torch.from_numpy(numbers)
         if self.context.device.type == "cuda":
             return tensor.pin_memory().to(self.context.device, non_blocking=True)
         return tensor
 
     def _kv_pointers(self, kv_caches: list[torch.Tensor]) -> torch.Tensor:
-        """Base addresses of the layers' caches; they change only if vLLM allocates anew."""
+        """[layers] int64, addresses of the layers' caches; they change only if vLLM reallocates."""
         first = kv_caches[0].data_ptr()
         if self._pointers is None or self._pointers[0] != first:
             pointers = [kv_cache.data_ptr() for kv_cache in kv_caches]
