@@ -20,26 +20,8 @@ queries and need the third kernel alone: ``uniform`` gives every candidate a sco
 Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
-Cost of one head at n = T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
-twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 256 * 128 * 4096 = 268 MFLOP
-and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 per
-cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and 0.55 us of
-exponentials. They are balanced, so they have to overlap: two programs of 8 warps share an SM (at
-most 128 registers per thread and 97 KiB of shared memory each: 256 query rows stay, two K tiles are
-in flight). Selection reads the ordered bits 36 times (two searches of 17 sweeps, the priorities,
-the survivors) and the scores 5 times (once per slot of the pooling): 41 rows of 16 KiB from L1 or
-L2. The moves are W cells in the steady state.
-
-What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
-them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
-that 8 heads fill the GPU and every 5 us of work ends in a barrier across programs. One pass alone
-cannot weigh the queries, for their denominators differ, unless a number per query and key is kept.
-
-Why candidates are split: one due sequence of Qwen3-8B is 36 * 8 = 288 heads for 264 program slots,
-two waves of which the second is 9 % full. Counted in K tiles and waves (``choose_splits``), one
-program per head takes 132 tile times, 4 splits take 90, and 70 would be perfect. At 64 due
-sequences one program per head is within 4 % of perfect, and is what is chosen. No launch has been
-timed yet: ``benchmarks/gpu/eviction.py`` times the splits beside one another.
+What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
+``launch.py``. No launch has been timed yet; ``benchmarks/gpu/eviction.py`` does that.
 """
 
 import math
