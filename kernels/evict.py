@@ -279,7 +279,6 @@ class PagedEviction:
             scale=self.softmax_scale / self.parameters.temperature * math.log2(math.e),
             # The interpreter multiplies bf16 wrongly.
             EXACT=dtype == torch.float32 or device.type == "cpu",
-            HEAD_PADDED=triton.next_power_of_2(self._head_size),
             QUERY_TILE=tile.queries,
             KEY_TILE=tile.keys,
             num_warps=tile.num_warps,
@@ -302,7 +301,6 @@ class PagedEviction:
             SCORING=parameters.scoring,
             GUMBEL=parameters.sampling == "gumbel",
             SMOOTHING=parameters.smoothing,
-            PAIR_PADDED=padded,
             TILE=SELECT_TILE,
             MOVE_TILE=min(64, MOVE_BYTES // (padded * self.kv_cache.element_size())),
             num_warps=8,

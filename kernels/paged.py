@@ -139,9 +139,8 @@ def load_vectors(
     live,
     FIRST: tl.constexpr,  # 0, or the head size for the second vector of a cell
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
 ):
-    """[len(cells), HEAD_PADDED] vectors; zeros where not live and beyond the head size."""
-    dims = tl.arange(0, HEAD_PADDED)
+    """Vectors, padded to a power of two elements; zeros there and where not live."""
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
     mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
     return tl.load(cells[:, None] + (FIRST + dims)[None, :], mask=mask, other=0.0)

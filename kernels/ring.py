@@ -43,9 +43,7 @@ def store_ring(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_QUERY_HEADS: tl.constexpr,
-    HEADS_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS_TILE: tl.constexpr,
 ):
@@ -63,8 +61,8 @@ def store_ring(
         first = tl.load(table_row)
         earliest = tl.maximum(tl.load(seq_lens + row), first) - WINDOW
         if (first > 0) & (position >= earliest):
-            heads = tl.arange(0, HEADS_PADDED)
-            dims = tl.arange(0, HEAD_PADDED)
+            heads = tl.arange(0, triton.next_power_of_2(NUM_QUERY_HEADS))
+            dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
             live = heads < NUM_QUERY_HEADS
             mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
             source = query + token.to(tl.int64) * query_token_stride + heads * query_head_stride
@@ -178,9 +176,7 @@ class TritonRingWrite:
             WINDOW=self.window,
             GROUP=num_query_heads // kv_cache.shape[1],
             NUM_QUERY_HEADS=num_query_heads,
-            HEADS_PADDED=triton.next_power_of_2(num_query_heads),
             HEAD_SIZE=head_size,
-            HEAD_PADDED=triton.next_power_of_2(head_size),
             BLOCK_SIZE=kv_cache.shape[2],
             ROWS_TILE=1024,
             num_warps=4,

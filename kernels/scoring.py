@@ -34,12 +34,11 @@ def load_queries(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
 ):
-    """Query rows [len(index), HEAD_PADDED] of the ring; row = entry * G + head, zeros beyond."""
+    """Query rows of the ring, one per index: row = entry * G + head, zeros beyond."""
     live = index < GROUP * WINDOW
     pointers = ring_pointers(pages, index // GROUP, index % GROUP, live, GROUP, HEAD_SIZE)
-    return load_vectors(pointers, live, 0, HEAD_SIZE, HEAD_PADDED)
+    return load_vectors(pointers, live, 0, HEAD_SIZE)
 
 
 @triton.jit
@@ -60,11 +59,10 @@ def tile_logits(
     TOKEN_COLUMN: tl.constexpr,
     EXACT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
 ):
     """Logits [queries, slots] of one K tile; 0 where not live."""
     cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
-    keys = load_vectors(cells, live, 0, HEAD_SIZE, HEAD_PADDED)
+    keys = load_vectors(cells, live, 0, HEAD_SIZE)
     return multiply(queries, tl.trans(keys), EXACT) * scale
 
 
@@ -100,7 +98,6 @@ def row_statistics(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
@@ -118,16 +115,14 @@ def row_statistics(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE, HEAD_PADDED)
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
         maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            logits = tile_logits(
-                queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE, HEAD_PADDED
-            )
+            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
             logits = tl.where(live[None, :], logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
             # A row may have seen only -inf so far: do not subtract infinities.
@@ -190,7 +185,6 @@ def candidate_scores(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
@@ -206,7 +200,7 @@ def candidate_scores(
         pages = task_pages(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
-        dims = tl.arange(0, HEAD_PADDED)
+        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         out = local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         if chunk == 0:
@@ -214,12 +208,12 @@ def candidate_scores(
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
                 cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
-                values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE, HEAD_PADDED)
+                values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
                 bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
                 bits = tl.where(slots < sinks, HIGHEST, bits)
                 tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE, HEAD_PADDED)
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
@@ -227,9 +221,7 @@ def candidate_scores(
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            logits = tile_logits(
-                queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE, HEAD_PADDED
-            )
+            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
             score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + out + slots, score, mask=live)

@@ -150,7 +150,6 @@ def select_and_move(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    PAIR_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     MOVE_TILE: tl.constexpr,
@@ -223,7 +222,7 @@ def select_and_move(
         pages = task_pages(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
-        dims = tl.arange(0, PAIR_PADDED)
+        dims = tl.arange(0, triton.next_power_of_2(2 * HEAD_SIZE))
         num_moved = 0
         for start in range(budget, candidates + WINDOW, MOVE_TILE):
             slots = start + tl.arange(0, MOVE_TILE)
