@@ -25,11 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vase_vllm.kernels.evict import eviction_launches
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import DeviceLimits, Launch
 from vase_vllm.kernels.parameters import EvictionParameters, Sampling, Scoring
-from vase_vllm.kernels.remap import remap_launch
-from vase_vllm.kernels.ring import ring_launch
+from vase_vllm.kernels.remap import BatchRemap
+from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 
@@ -115,7 +115,7 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
     columns = BlockTableRow.NUM_HEADER + num_state_blocks + 40960 // block_size
     kv_cache = empty(1000, num_kv_heads, block_size, 2 * head_size, dtype=configuration.dtype)
     block_table = empty(128, columns)
-    yield from eviction_launches(
+    yield from PagedEviction(
         empty(num_layers, dtype=torch.int64),
         kv_cache,
         empty(num_layers),
@@ -127,25 +127,21 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         softmax_scale=head_size**-0.5,
         num_state_blocks=num_state_blocks,
         max_num_cached=parameters.budget + window,
-        first_kv_head=0,
-        scratch=None,
-        num_splits=None,
-        arrival=empty(1, parameters.budget) if configuration.scoring == "age" else None,
-        limits=limits,
-    )
+        slot_priority=empty(1, parameters.budget) if configuration.scoring == "age" else None,
+    ).launches(limits)
     if not attention:
         # No queries are stored, and the remapping is the same.
         return
-    yield ring_launch(
-        empty(128, num_kv_heads * group_size, head_size, dtype=configuration.dtype),
+    query = empty(128, num_kv_heads * group_size, head_size, dtype=configuration.dtype)
+    yield TritonRingWrite(
         empty(128, dtype=torch.int64),
         empty(129),
         empty(128),
         block_table,
-        kv_cache,
         window=window,
-    )
-    yield remap_launch(
+        num_state_blocks=num_state_blocks,
+    ).launch(kv_cache, query)
+    yield BatchRemap(
         empty(129),
         empty(128),
         block_table,
@@ -156,7 +152,7 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         window=window,
         block_size=kv_cache.shape[2],
         num_state_blocks=num_state_blocks,
-    )
+    ).launch()
 
 
 def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Checks that launchers share: a wrong argument is refused by name."""
+"""Checks that the operations share; every message names the argument that is wrong."""
 
 import torch
 
@@ -20,7 +20,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    """Refuse a tensor that is not contiguous, or of another shape, dtype or device."""
+    """Raise ValueError unless a tensor is contiguous and has this shape, dtype and device."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
@@ -33,7 +33,12 @@ def check_tensor(
 
 
 def check_cache(kv_cache: torch.Tensor) -> None:
-    """Refuse a cache that the kernels cannot address: [blocks, heads, block_size, 2 * D]."""
+    """Raise ValueError unless the kernels can address the cache.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * D] bf16, fp16 or fp32; its last
+            dimension is contiguous, its address and strides are multiples of 16 bytes.
+    """
     if kv_cache.dim() != 4:
         raise ValueError(
             "kv_cache must be [num_blocks, num_kv_heads, block_size, 2 * head_size], "
@@ -56,7 +61,7 @@ def check_cache(kv_cache: torch.Tensor) -> None:
 
 
 def check_block_table(block_table: torch.Tensor, device: torch.device) -> None:
-    """Refuse a block table that is not [R, columns] int32 with contiguous rows."""
+    """Raise ValueError unless a block table is [R, columns] int32 with contiguous rows."""
     if block_table.dim() != 2 or block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         raise ValueError(
             "block_table must be [R, columns] int32 with contiguous rows, got "
@@ -69,7 +74,7 @@ def check_block_table(block_table: torch.Tensor, device: torch.device) -> None:
 def check_ring(
     window: int, group_size: int, block_size: int, num_columns: int, num_state_blocks: int
 ) -> None:
-    """Refuse a query group or a number of state blocks that the ring cannot have."""
+    """Raise ValueError unless the state blocks of a row hold a ring of this window and group."""
     if not 1 <= group_size <= MAX_GROUP_SIZE:
         raise ValueError(f"group_size must be in [1, {MAX_GROUP_SIZE}], got {group_size}")
     needed = RingLayout(window, group_size, block_size).num_blocks
@@ -82,26 +87,31 @@ def check_ring(
         raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
 
 
-def check_arrival(
-    arrival: torch.Tensor | None,
+def check_slot_priority(
+    slot_priority: torch.Tensor | None,
     scoring: Scoring,
     num_due: int,
     num_candidates: int,
     device: torch.device,
 ) -> None:
-    """Refuse positions of another shape, and positions missing or given in vain."""
-    if arrival is None:
+    """Raise ValueError unless the priorities are given exactly if ``scoring`` reads them.
+
+    Args:
+        slot_priority: [num_due, num_candidates or more] int32.
+    """
+    if slot_priority is None:
         if scoring == "age":
-            raise ValueError("arrival must be given with scoring 'age'")
+            raise ValueError("slot_priority must be given with scoring 'age'")
         return
     if scoring != "age":
-        raise ValueError(f"arrival must be None with scoring {scoring!r}")
-    if arrival.dim() != 2 or arrival.shape[1] < num_candidates:
+        raise ValueError(f"slot_priority must be None with scoring {scoring!r}")
+    if slot_priority.dim() != 2 or slot_priority.shape[1] < num_candidates:
         raise ValueError(
-            f"arrival must have shape ({num_due}, {num_candidates} or more), "
-            f"got {tuple(arrival.shape)}"
+            f"slot_priority must have shape ({num_due}, {num_candidates} or more), "
+            f"got {tuple(slot_priority.shape)}"
         )
-    check_tensor("arrival", arrival, (num_due, arrival.shape[1]), (torch.int32,), device)
+    shape = num_due, slot_priority.shape[1]
+    check_tensor("slot_priority", slot_priority, shape, (torch.int32,), device)
 
 
 def interpreted() -> bool:

@@ -7,56 +7,45 @@ Per due sequence, layer and KV head (G query heads, head size D, W window querie
     protected = the P largest r (the sinks first); of the rest the largest log a + Gumbel noise stay
     survivors above the budget T are copied into the freed slots below it
 
-Three launches cover all sequences, layers and heads:
+Three kernels cover all sequences, layers and heads:
 
 1. ``row_statistics``: maximum and sum of exponentials of every query row, over a split of the
    candidates. The mean of softmaxes needs them before it can weigh a single key.
-2. ``candidate_scores``: merges the splits' statistics, computes the logits again and writes a and
-   r: 8 bytes of scratch per candidate. Launched once for every 256 query rows.
-3. ``select_and_move``: one program a head; thresholds by digit search, no sort.
+2. ``candidate_scores``: merges the splits' statistics, recomputes the logits and writes a and r:
+   8 bytes of scratch per candidate. It is launched once per tile of query rows (256 on an H200).
+3. ``select_and_move``: one program per head; thresholds by digit search, without a sort.
 
 That is scoring by attention. The two other kinds (``EvictionParameters.scoring``) read no K, V or
-queries and are the third launch alone: ``uniform`` gives every candidate a score of 1, so that
-Gumbel noise draws uniformly; ``age`` ranks by position, which the caller passes. Both protect the
+queries and need the third kernel alone: ``uniform`` gives every candidate a score of 1, so that
+Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
-Count for one head at T = 4096, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K is read
-twice: 3 MiB. Each pass multiplies 2 * 256 * 128 * 4096 = 268 MFLOP and takes 1.05 M exponentials.
-On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16 exp2 a cycle each at 1.8 GHz) that is 0.66 us of
-memory, 0.54 us of tensor cores and 0.55 us of exponentials a head. They are balanced, so they have
-to overlap: two programs of 8 warps share an SM (at most 128 registers a thread and 97 KiB of shared
-memory each: 256 query rows stay, two K tiles are in flight). Selection reads 37 rows of 16 KiB from
-L1 or L2; the moves are W cells in the steady state.
-
-What would avoid the second product costs more: writing the logits out is 4 MiB of traffic, 0.9 us;
-keeping them on chip between the passes takes 4 MiB of registers a head, so that 8 heads fill the
-GPU and every 5 us of work ends in a barrier across programs. One pass alone cannot weigh the
-queries, for their denominators differ, unless a number per query and key is kept.
-
-Why candidates are split: one due sequence of Qwen3-8B is 36 x 8 = 288 heads for 264 program slots,
-two waves of which the second is 9 % full. Counted in K tiles and waves (``choose_splits``), one
-program a head takes 132 tile times, 4 splits take 90, and 70 would be perfect. At 64 due sequences
-one program a head is within 4 % of perfect, and is what is chosen. No launch has been timed yet:
-``benchmarks/gpu/eviction.py`` times the splits beside one another.
+What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
+``launch.py``. No launch has been timed yet; ``benchmarks/gpu/eviction.py`` does that.
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 
-from .checks import check_arrival, check_block_table, check_cache, check_ring, check_tensor
+from .checks import check_block_table, check_cache, check_ring, check_slot_priority, check_tensor
 from .launch import (
     DeviceLimits,
     Launch,
+    LaunchPlan,
+    ScoringTile,
     device_limits,
     plan_launch,
     plan_splits,
-    power_of_two,
+    run_launches,
     scoring_tile,
 )
 from .parameters import EvictionParameters
@@ -64,7 +53,7 @@ from .scoring import MAX_SPLITS, candidate_scores, row_statistics
 from .selection import select_and_move
 
 SCRATCH_BYTES = 64 * 2**20
-"""Default bound on scratch memory."""
+"""Default bound on the scratch memory of a launch."""
 
 TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -73,34 +62,42 @@ TRITON_TYPES = {
 }
 SELECT_TILE = 512
 MOVE_BYTES = 32 * 1024
-"""Cells that a program copies at once: 128 bytes a thread."""
+"""Bytes of the cells that a program copies at once: 128 per thread."""
 
 
-def evict_paged(
-    kv_pointers: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layer_indices: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    parameters: EvictionParameters,
-    *,
-    group_size: int,
-    softmax_scale: float,
-    num_state_blocks: int,
-    max_num_cached: int,
-    first_kv_head: int = 0,
-    scratch: torch.Tensor | None = None,
-    num_splits: int | None = None,
-    arrival: torch.Tensor | None = None,
-) -> None:
-    """Evict from the due sequences among ``rows``, in all layers, in place.
+@dataclass(frozen=True, eq=False)
+class PagedEviction:
+    """An eviction from the due sequences among ``rows``, in all layers, in place.
 
     A row that is not due by its own header (``first`` of 0, or the position not a whole number of
-    windows after ``first``) is left alone, so the caller may pass more rows than are due. Nothing
-    synchronises with the host.
+    windows after ``first``) is left alone, so the caller may pass more rows than are due.
 
-    Args:
+    Here a sequence of 8 tokens evicts for the first time, by age, and keeps 4: the sink, the newest
+    candidate and the window of 2. Survivors at or above slot 4 move into the freed slots below it:
+
+    >>> cache = torch.zeros(2, 1, 16, 128)  # 2 blocks, 1 KV head, 16 slots, K and V of 64 elements
+    >>> cache[1, 0, :8, 0] = torch.arange(8.0)  # block 1; every key begins with its position
+    >>> first, key = 8, 0
+    >>> PagedEviction(
+    ...     kv_pointers=torch.tensor([cache.data_ptr()]),
+    ...     kv_cache=cache,
+    ...     layer_indices=torch.tensor([0], dtype=torch.int32),
+    ...     block_table=torch.tensor([[first, key, 1]], dtype=torch.int32),
+    ...     rows=torch.tensor([0], dtype=torch.int32),
+    ...     positions=torch.tensor([8]),
+    ...     parameters=EvictionParameters(
+    ...         budget=4, window=2, protected=1, sinks=1, sampling="greedy", scoring="age"
+    ...     ),
+    ...     group_size=1,
+    ...     softmax_scale=64**-0.5,
+    ...     num_state_blocks=0,
+    ...     max_num_cached=8,
+    ...     slot_priority=torch.arange(6, dtype=torch.int32)[None],
+    ... ).run()
+    >>> cache[1, 0, :4, 0]
+    tensor([0., 5., 6., 7.])
+
+    Attributes:
         kv_pointers: [layers] int64, ``data_ptr()`` of each layer's cache, 16-byte aligned.
         kv_cache: [num_blocks, H, block_size, 2 * D], any one of them: all layers share its
             shape, strides and dtype. Keys are ``[..., :D]``; the last dimension is contiguous.
@@ -108,173 +105,207 @@ def evict_paged(
         block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
-        parameters: of the eviction.
+        parameters: what to keep and how to rank.
         group_size: query heads per KV head (G).
         softmax_scale: of the model's attention; the temperature is divided out here.
         num_state_blocks: state blocks in each row; may be 0 unless attention is scored.
         max_num_cached: at least the cached length of every due sequence; a sequence that is
             longer is left alone, because it would overrun the scratch memory.
         first_kv_head: index in the whole model of this rank's first KV head.
-        scratch: [bytes] uint8 to work in, else up to ``SCRATCH_BYTES`` are allocated. More heads
-            than fit are launched one part after the other.
-        num_splits: programs that share a head's candidates in the scoring of attention, else the
-            counted best.
-        arrival: [due, n] int32, for scoring by age: the position of the token in each slot, one
-            row for each of ``rows``; all layers and heads share it, for they evict alike. n is at
-            least ``max_num_cached - window``.
-
-    Raises:
-        ValueError: names the argument whose shape, dtype, device or stride is not supported.
+        scratch: [bytes] uint8 to work in; None allocates up to ``SCRATCH_BYTES``. If more heads are
+            due than fit, they are launched one part after the other.
+        num_splits: programs that share a head's candidates in the scoring of attention; None is
+            the best by :func:`choose_splits`.
+        slot_priority: [due, n] int32, for scoring by age: the number that ranks each slot, such as
+            the position of its token, one row for each of ``rows``; all layers and heads share it.
+            n is at least ``max_num_cached - window``.
     """
-    num_layers, num_due, device = kv_pointers.shape[0], rows.shape[0], kv_cache.device
-    if num_due == 0 or num_layers == 0:
-        return
-    check_cache(kv_cache)
-    check_block_table(block_table, device)
-    num_rows, num_columns = block_table.shape
-    integers = (torch.int32, torch.int64)
-    check_tensor("kv_pointers", kv_pointers, (num_layers,), (torch.int64,), device)
-    check_tensor("layer_indices", layer_indices, (num_layers,), (torch.int32,), device)
-    check_tensor("rows", rows, (num_due,), (torch.int32,), device)
-    check_tensor("positions", positions, (num_rows,), integers, device)
-    block_size = kv_cache.shape[2]
-    if parameters.scoring == "attention":
-        check_ring(parameters.window, group_size, block_size, num_columns, num_state_blocks)
-    num_candidates = max_num_cached - parameters.window
-    check_arrival(arrival, parameters.scoring, num_due, num_candidates, device)
-    if max_num_cached > (num_columns - BlockTableRow.NUM_HEADER - num_state_blocks) * block_size:
-        raise ValueError(
-            f"max_num_cached ({max_num_cached}) is more than a row of block_table can address"
+
+    kv_pointers: torch.Tensor
+    kv_cache: torch.Tensor
+    layer_indices: torch.Tensor
+    block_table: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    parameters: EvictionParameters
+    _: KW_ONLY
+    group_size: int
+    softmax_scale: float
+    num_state_blocks: int
+    max_num_cached: int
+    first_kv_head: int = 0
+    scratch: torch.Tensor | None = None
+    num_splits: int | None = None
+    slot_priority: torch.Tensor | None = None
+
+    def run(self) -> None:
+        """Launch the eviction, without waiting for it.
+
+        Raises:
+            ValueError: see :meth:`check`.
+        """
+        if not (len(self.rows) and len(self.kv_pointers)):
+            return
+        self.check()
+        device = self.kv_cache.device
+        run_launches(self.launches(device_limits(device)), device)
+
+    def check(self) -> None:
+        """Check all arguments.
+
+        Raises:
+            ValueError: names the argument whose shape, dtype, device or stride is not supported.
+        """
+        num_layers, num_due, device = len(self.kv_pointers), len(self.rows), self.kv_cache.device
+        check_cache(self.kv_cache)
+        check_block_table(self.block_table, device)
+        num_rows, num_columns = self.block_table.shape
+        integers = (torch.int32, torch.int64)
+        check_tensor("kv_pointers", self.kv_pointers, (num_layers,), (torch.int64,), device)
+        check_tensor("layer_indices", self.layer_indices, (num_layers,), (torch.int32,), device)
+        check_tensor("rows", self.rows, (num_due,), (torch.int32,), device)
+        check_tensor("positions", self.positions, (num_rows,), integers, device)
+        window, block_size = self.parameters.window, self.kv_cache.shape[2]
+        if self._scores_attention:
+            check_ring(window, self.group_size, block_size, num_columns, self.num_state_blocks)
+        scoring = self.parameters.scoring
+        check_slot_priority(self.slot_priority, scoring, num_due, self._max_candidates, device)
+        num_token_blocks = num_columns - BlockTableRow.NUM_HEADER - self.num_state_blocks
+        if self.max_num_cached > num_token_blocks * block_size:
+            raise ValueError(
+                f"max_num_cached ({self.max_num_cached}) is more than a row of block_table can "
+                "address"
+            )
+        if self.num_splits is not None and not 1 <= self.num_splits <= MAX_SPLITS:
+            raise ValueError(f"num_splits must be in [1, {MAX_SPLITS}], got {self.num_splits}")
+        if self.scratch is not None:
+            check_tensor("scratch", self.scratch, self.scratch.shape[:1], (torch.uint8,), device)
+
+    def launches(self, limits: DeviceLimits) -> Iterator[Launch]:
+        """The launches on a device of these limits, in order.
+
+        Scratch memory is allocated here, unless it was given.
+        """
+        plan = self._plan()
+        scores, ordered, maxima, sums = self._scratch_rows(plan)
+        tile = scoring_tile(
+            self._num_query_rows, self._head_size, self.kv_cache.element_size(), limits
         )
-    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits must be in [1, {MAX_SPLITS}], got {num_splits}")
-    if scratch is not None:
-        check_tensor("scratch", scratch, scratch.shape[:1], (torch.uint8,), device)
-    launches = eviction_launches(
-        kv_pointers,
-        kv_cache,
-        layer_indices,
-        block_table,
-        rows,
-        positions,
-        parameters,
-        group_size=group_size,
-        softmax_scale=softmax_scale,
-        num_state_blocks=num_state_blocks,
-        max_num_cached=max_num_cached,
-        first_kv_head=first_kv_head,
-        scratch=scratch,
-        num_splits=num_splits,
-        arrival=arrival,
-        limits=device_limits(device),
-    )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for launch in launches:
-            launch.run()
+        num_splits = self.num_splits or plan_splits(plan, tile, limits)
+        common = self._common_arguments(plan)
+        results = dict(scores=scores.view(torch.float32), ordered=ordered)
+        statistics = dict(maxima=maxima.view(torch.float32), sums=sums.view(torch.float32))
+        scoring = statistics | self._scoring_arguments(tile, num_splits)
+        selecting = results | self._selecting_arguments()
+        num_chunks = cdiv(self._num_query_rows, tile.queries)
+        for offset in range(0, self._num_tasks, plan.tasks_per_launch):
+            num = min(plan.tasks_per_launch, self._num_tasks - offset)
+            part = dict(task_offset=offset, **common)
+            if self._scores_attention:
+                yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
+            for chunk in range(num_chunks):
+                chunked = dict(chunk=chunk, sinks=self.parameters.sinks)
+                yield Launch(candidate_scores, num * num_splits, part | scoring | results | chunked)
+            yield Launch(select_and_move, num, part | selecting)
 
+    @property
+    def _scores_attention(self) -> bool:
+        return self.parameters.scoring == "attention"
 
-def eviction_launches(
-    kv_pointers: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layer_indices: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    parameters: EvictionParameters,
-    *,
-    group_size: int,
-    softmax_scale: float,
-    num_state_blocks: int,
-    max_num_cached: int,
-    first_kv_head: int,
-    scratch: torch.Tensor | None,
-    num_splits: int | None,
-    arrival: torch.Tensor | None,
-    limits: DeviceLimits,
-) -> Iterator[Launch]:
-    """The launches of :func:`evict_paged`, whose arguments these are, in order."""
-    _, num_kv_heads, block_size, pair_size = kv_cache.shape
-    head_size, attention = pair_size // 2, parameters.scoring == "attention"
-    num_rows = group_size * parameters.window if attention else 0
-    num_tasks = rows.shape[0] * kv_pointers.shape[0] * num_kv_heads
-    plan = plan_launch(
-        num_tasks,
-        max_num_cached - parameters.window,
-        num_rows,
-        SCRATCH_BYTES if scratch is None else scratch.shape[0],
-    )
-    if scratch is None:
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=kv_cache.device)
-    sizes = [plan.tasks_per_launch * plan.capacity, plan.tasks_per_launch * MAX_SPLITS * num_rows]
-    words = scratch[: plan.scratch_bytes].view(torch.int32)
-    scores, ordered, maxima, sums = words.split([sizes[0], sizes[0], sizes[1], sizes[1]])
+    @property
+    def _num_query_rows(self) -> int:
+        """Query rows of a KV head, G * W; 0 if no attention is scored."""
+        return self.group_size * self.parameters.window if self._scores_attention else 0
 
-    common = dict(
-        kv_pointers=kv_pointers,
-        block_table=block_table,
-        rows=rows,
-        positions=positions,
-        capacity=plan.capacity,
-        budget=parameters.budget,
-        num_layers=kv_pointers.shape[0],
-        num_kv_heads=num_kv_heads,
-        table_stride=block_table.stride(0),
-        block_stride=kv_cache.stride(0),
-        head_stride=kv_cache.stride(1),
-        slot_stride=kv_cache.stride(2),
-        TOKEN_COLUMN=BlockTableRow.NUM_HEADER + num_state_blocks,
-        KV_TYPE=TRITON_TYPES[kv_cache.dtype],
-        WINDOW=parameters.window,
-        GROUP=group_size,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=block_size,
-    )
-    tile = scoring_tile(num_rows, head_size, kv_cache.element_size(), limits)
-    if num_splits is None:
-        num_splits = plan_splits(plan, tile, limits)
-    scoring = dict(
-        maxima=maxima.view(torch.float32),
-        sums=sums.view(torch.float32),
-        num_splits=num_splits,
-        scale=softmax_scale / parameters.temperature * math.log2(math.e),
-        STATE_COLUMN=BlockTableRow.NUM_HEADER,
-        # The interpreter multiplies bf16 wrongly.
-        EXACT=kv_cache.dtype == torch.float32 or kv_cache.device.type == "cpu",
-        HEAD_PADDED=power_of_two(head_size),
-        QUERY_TILE=tile.queries,
-        KEY_TILE=tile.keys,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=tile.max_registers,
-    )
-    selecting = dict(
-        layer_indices=layer_indices,
-        arrival=arrival,
-        num_arrivals=0 if arrival is None else arrival.shape[1],
-        protected=parameters.protected,
-        seed_low=_signed(parameters.seed),
-        seed_high=_signed(parameters.seed >> 32),
-        first_kv_head=first_kv_head,
-        SCORING=parameters.scoring,
-        GUMBEL=parameters.sampling == "gumbel",
-        SMOOTHING=parameters.smoothing,
-        PAIR_PADDED=power_of_two(pair_size),
-        TILE=SELECT_TILE,
-        MOVE_TILE=min(64, MOVE_BYTES // (power_of_two(pair_size) * kv_cache.element_size())),
-        num_warps=8,
-        maxnreg=80,
-    )
-    results = dict(scores=scores.view(torch.float32), ordered=ordered)
-    num_chunks = -(-num_rows // tile.queries)
-    for offset in range(0, num_tasks, plan.tasks_per_launch):
-        num = min(plan.tasks_per_launch, num_tasks - offset)
-        part = dict(task_offset=offset, **common)
-        if attention:
-            yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
-        for chunk in range(num_chunks):
-            chunked = dict(chunk=chunk, sinks=parameters.sinks)
-            yield Launch(candidate_scores, num * num_splits, part | scoring | results | chunked)
-        yield Launch(select_and_move, num, part | selecting | results)
+    @property
+    def _head_size(self) -> int:
+        return self.kv_cache.shape[3] // 2
+
+    @property
+    def _num_tasks(self) -> int:
+        """Due sequences * layers * KV heads."""
+        return len(self.rows) * len(self.kv_pointers) * self.kv_cache.shape[1]
+
+    @property
+    def _max_candidates(self) -> int:
+        return self.max_num_cached - self.parameters.window
+
+    def _plan(self) -> LaunchPlan:
+        scratch_bytes = SCRATCH_BYTES if self.scratch is None else len(self.scratch)
+        return plan_launch(
+            self._num_tasks, self._max_candidates, self._num_query_rows, scratch_bytes
+        )
+
+    def _scratch_rows(self, plan: LaunchPlan) -> tuple[torch.Tensor, ...]:
+        """Scores, ordered bits, maxima and sums of one launch's tasks: four int32 tensors."""
+        scratch = self.scratch
+        if scratch is None:
+            scratch = torch.empty(
+                plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device
+            )
+        per_candidate = plan.tasks_per_launch * plan.capacity
+        per_split = plan.tasks_per_launch * MAX_SPLITS * self._num_query_rows
+        words = scratch[: plan.scratch_bytes].view(torch.int32)
+        return words.split([per_candidate, per_candidate, per_split, per_split])
+
+    def _common_arguments(self, plan: LaunchPlan) -> dict[str, Any]:
+        """Arguments of all three kernels."""
+        return dict(
+            kv_pointers=self.kv_pointers,
+            block_table=self.block_table,
+            rows=self.rows,
+            positions=self.positions,
+            capacity=plan.capacity,
+            budget=self.parameters.budget,
+            num_layers=len(self.kv_pointers),
+            num_kv_heads=self.kv_cache.shape[1],
+            table_stride=self.block_table.stride(0),
+            block_stride=self.kv_cache.stride(0),
+            head_stride=self.kv_cache.stride(1),
+            slot_stride=self.kv_cache.stride(2),
+            TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
+            KV_TYPE=TRITON_TYPES[self.kv_cache.dtype],
+            WINDOW=self.parameters.window,
+            GROUP=self.group_size,
+            HEAD_SIZE=self._head_size,
+            BLOCK_SIZE=self.kv_cache.shape[2],
+        )
+
+    def _scoring_arguments(self, tile: ScoringTile, num_splits: int) -> dict[str, Any]:
+        """Arguments of the two kernels that score attention."""
+        dtype, device = self.kv_cache.dtype, self.kv_cache.device
+        return dict(
+            num_splits=num_splits,
+            scale=self.softmax_scale / self.parameters.temperature * math.log2(math.e),
+            # The interpreter multiplies bf16 wrongly.
+            EXACT=dtype == torch.float32 or device.type == "cpu",
+            QUERY_TILE=tile.queries,
+            KEY_TILE=tile.keys,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
+        )
+
+    def _selecting_arguments(self) -> dict[str, Any]:
+        """Arguments of ``select_and_move`` alone."""
+        parameters = self.parameters
+        padded = triton.next_power_of_2(2 * self._head_size)
+        return dict(
+            layer_indices=self.layer_indices,
+            slot_priority=self.slot_priority,
+            num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
+            protected=parameters.protected,
+            seed_low=_signed(parameters.seed),
+            seed_high=_signed(parameters.seed >> 32),
+            first_kv_head=self.first_kv_head,
+            SCORING=parameters.scoring,
+            GUMBEL=parameters.sampling == "gumbel",
+            SMOOTHING=parameters.smoothing,
+            TILE=SELECT_TILE,
+            MOVE_TILE=min(64, MOVE_BYTES // (padded * self.kv_cache.element_size())),
+            num_warps=8,
+            maxnreg=80,
+        )
 
 
 def _signed(word: int) -> int:

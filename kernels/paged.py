@@ -1,4 +1,4 @@
-"""Where things lie: device functions that read a block-table row and address the paged cache.
+"""Device functions that read a block-table row and address the paged cache.
 
 A row is ``[first, key, state blocks, token blocks]``. Slot s of a sequence lies in token block
 ``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query head g of a KV
@@ -9,74 +9,138 @@ Every cell and vector is aligned to 16 bytes, which the host checks: addresses t
 memory carry no alignment, and without the hints below the loads would be one element wide.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from vase_vllm.layout.block_table_row import BlockTableRow
+
+STATE_COLUMN = tl.constexpr(BlockTableRow.NUM_HEADER)
+"""Column of a row's first state block."""
+
+
+class Batch(NamedTuple):
+    """Arguments of a kernel that say which heads of which sequences may evict.
+
+    Attributes:
+        rows: [due] int32.
+        positions: [R] int32 or int64.
+        block_table: [R, columns] int32.
+        table_stride: elements between two rows of the block table.
+        num_layers, num_kv_heads: of this rank; their product is the number of tasks per sequence.
+    """
+
+    rows: tl.tensor
+    positions: tl.tensor
+    block_table: tl.tensor
+    table_stride: tl.tensor
+    num_layers: tl.tensor
+    num_kv_heads: tl.tensor
+
+
+class Task(NamedTuple):
+    """One head of one sequence that may be due.
+
+    Attributes:
+        table_row: address of the sequence's row in the block table.
+        layer, head: of this rank.
+        candidates: tokens that may go, 0 if no eviction is due.
+        eviction: evictions that the sequence has had before.
+    """
+
+    table_row: tl.tensor
+    layer: tl.tensor
+    head: tl.tensor
+    candidates: tl.tensor
+    eviction: tl.tensor
+
+
+class Pages(NamedTuple):
+    """The pages of one head of one sequence.
+
+    Attributes:
+        base: address of the head in block 0 of the layer's cache; a tensor of them for many heads.
+        table_row: address of the sequence's row in the block table.
+        block_stride, slot_stride: elements between two blocks, and two cells of a block.
+        BLOCK_SIZE: cells of a block.
+    """
+
+    base: tl.tensor
+    table_row: tl.tensor
+    block_stride: tl.tensor
+    slot_stride: tl.tensor
+    BLOCK_SIZE: tl.constexpr
+
 
 @triton.jit
-def load_task(
-    task,  # (due row, layer, KV head), the head fastest
-    rows,  # [due] int32
-    positions,  # [R] int32 or int64
-    block_table,  # [R, columns] int32
-    table_stride,
-    num_layers,
-    num_kv_heads,
-    budget,
-    capacity,
-    WINDOW: tl.constexpr,
-):
-    """Decode a task and decide from its row whether an eviction is due.
+def load_task(batch, index, budget, capacity, WINDOW: tl.constexpr):
+    """The task of an index, which counts (due row, layer, KV head), the head fastest.
 
-    Returns:
-        (row pointer, layer, head, candidates, eviction index); candidates is 0 if none is due.
+    The row itself says whether an eviction is due; with more candidates than ``capacity`` none is.
     """
-    head = task % num_kv_heads
-    layer = task // num_kv_heads % num_layers
-    row = tl.load(rows + task // (num_kv_heads * num_layers)).to(tl.int64)
-    table_row = block_table + row * table_stride
+    head = index % batch.num_kv_heads
+    layer = index // batch.num_kv_heads % batch.num_layers
+    row = tl.load(batch.rows + index // (batch.num_kv_heads * batch.num_layers)).to(tl.int64)
+    table_row = batch.block_table + row * batch.table_stride
     first = tl.load(table_row)
-    elapsed = tl.load(positions + row).to(tl.int32) - first
+    elapsed = tl.load(batch.positions + row).to(tl.int32) - first
     candidates = tl.where(elapsed == 0, first - WINDOW, budget)
     due = (first > 0) & (elapsed >= 0) & (elapsed % WINDOW == 0) & (candidates <= capacity)
-    return table_row, layer, head, tl.where(due, candidates, 0), elapsed // WINDOW
+    return Task(table_row, layer, head, tl.where(due, candidates, 0), elapsed // WINDOW)
 
 
 @triton.jit
-def head_base(kv_pointers, layer, head, head_stride, KV_TYPE: tl.constexpr):
-    """Address of a KV head in block 0 of a layer's cache."""
-    return (
-        tl.load(kv_pointers + layer).to(tl.pointer_type(KV_TYPE)) + head.to(tl.int64) * head_stride
-    )
-
-
-@triton.jit
-def slot_pointers(
-    base, table_row, slots, live, token_column, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr
+def task_pages(
+    task,
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_stride,
+    head_stride,
+    slot_stride,
+    KV_TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
+    """The pages of a task's head."""
+    base = tl.load(kv_pointers + task.layer).to(tl.pointer_type(KV_TYPE))
+    base += task.head.to(tl.int64) * head_stride
+    return Pages(base, task.table_row, block_stride, slot_stride, BLOCK_SIZE)
+
+
+@triton.jit
+def slot_pointers(pages, slots, live, TOKEN_COLUMN: tl.constexpr):
     """Addresses of the cells of slots; of block 0 where not live."""
-    blocks = tl.load(table_row + token_column + slots // BLOCK_SIZE, mask=live, other=0)
-    cells = base + blocks.to(tl.int64) * block_stride + (slots % BLOCK_SIZE) * slot_stride
-    return tl.multiple_of(cells, 16)
+    columns = TOKEN_COLUMN + slots // pages.BLOCK_SIZE
+    blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
+    offsets = slots % pages.BLOCK_SIZE * pages.slot_stride
+    return tl.multiple_of(pages.base + blocks * pages.block_stride + offsets, 16)
 
 
 @triton.jit
 def ring_pointers(
-    base,
-    table_row,
+    pages,
     entries,
     heads,  # query head within the group
     live,
-    state_column,
-    block_stride,
-    slot_stride,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
 ):
     """Addresses of query vectors in the ring; of block 0 where not live."""
-    ENTRIES: tl.constexpr = 2 * BLOCK_SIZE // GROUP
-    blocks = tl.load(table_row + state_column + entries // ENTRIES, mask=live, other=0)
+    ENTRIES: tl.constexpr = 2 * pages.BLOCK_SIZE // GROUP
+    columns = STATE_COLUMN + entries // ENTRIES
+    blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
     vectors = entries % ENTRIES * GROUP + heads
-    cells = base + blocks.to(tl.int64) * block_stride + (vectors // 2) * slot_stride
+    cells = pages.base + blocks * pages.block_stride + vectors // 2 * pages.slot_stride
     return tl.multiple_of(cells + vectors % 2 * HEAD_SIZE, 16)
+
+
+@triton.jit
+def load_vectors(
+    cells,
+    live,
+    FIRST: tl.constexpr,  # 0, or the head size for the second vector of a cell
+    HEAD_SIZE: tl.constexpr,
+):
+    """Vectors, padded to a power of two elements; zeros there and where not live."""
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+    mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
+    return tl.load(cells[:, None] + (FIRST + dims)[None, :], mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""The numbers that one eviction needs, resolved and checked."""
+"""The parameters of one eviction, as absolute counts, checked."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -9,7 +9,7 @@ Scoring = Literal["attention", "uniform", "age"]
 
 @dataclass(frozen=True)
 class EvictionLimits:
-    """What an eviction of any policy is told.
+    """What every policy is told of an eviction.
 
     Attributes:
         budget: tokens that a sequence holds right after an eviction, the window included.
@@ -26,7 +26,7 @@ class EvictionLimits:
 
 @dataclass(frozen=True)
 class EvictionParameters:
-    """Parameters of one eviction of one KV head, all of them absolute counts.
+    """Parameters of an eviction as the fused kernel takes them; all lengths are counts of tokens.
 
     Attributes:
         budget: tokens that a sequence holds right after an eviction, the window included.
@@ -37,9 +37,10 @@ class EvictionParameters:
         temperature: divides the attention logits before the softmax.
         sampling: ``gumbel`` draws at random, ``greedy`` keeps the largest scores.
         seed: 64-bit seed of the counter-based generator.
-        scoring: what ranks the candidates that are not protected. ``attention``: what the window's
-            queries pay them. ``uniform``: nothing, all have score 1, so that the draw is uniform.
-            ``age``: their positions, the newest survive. The last two protect the sinks alone.
+        scoring: what ranks the candidates that are not protected. ``attention``: the attention that
+            the window's queries pay them. ``uniform``: all have score 1, so that the draw is
+            uniform. ``age``: a number that the caller gives for each slot, such as the position of
+            its token; the largest survive. The last two protect the sinks alone.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.
@@ -59,10 +60,15 @@ class EvictionParameters:
     def of(
         cls, limits: EvictionLimits, protected: int | None = None, **rule: Any
     ) -> "EvictionParameters":
-        """The parameters of a policy's rule within limits; nothing but the sinks is protected.
+        """The parameters of a policy's rule within limits.
+
+        >>> limits = EvictionLimits(budget=4096, window=64, sinks=4)
+        >>> EvictionParameters.of(limits, sampling="greedy").protected
+        4
 
         Args:
-            protected: candidates to protect, where there are more than the sinks.
+            limits: of the eviction.
+            protected: candidates to protect; None protects the sinks alone.
             rule: any of the other attributes.
         """
         if protected is None:

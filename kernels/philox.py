@@ -18,6 +18,10 @@ def philox_word(
 ) -> torch.Tensor:
     """First output word of Philox4x32-10.
 
+    >>> zero = torch.tensor(0)
+    >>> hex(philox_word(0, zero, zero, zero, zero).item())  # a known answer of the authors
+    '0x6627e8d5'
+
     Args:
         seed: 64-bit key.
         c0, c1, c2, c3: int64 tensors that broadcast; each counter word in [0, 2**32).
@@ -45,7 +49,7 @@ def uniform(
 ) -> torch.Tensor:
     """Uniform numbers in (0, 1), one fp32 draw per counter.
 
-    ``(word >> 9 + 0.5) * 2**-23`` is exact in fp32 and never 0 or 1.
+    ``((word >> 9) + 0.5) * 2**-23`` is exact in fp32 and never 0 or 1.
     """
     return ((philox_word(seed, c0, c1, c2, c3) >> 9).float() + 0.5) * 2.0**-23
 

@@ -1,11 +1,11 @@
-"""Rewrite, for one step's batch, where new tokens are written and how much each sequence holds.
+"""Remapping: where a step's new tokens are written, and how many tokens each sequence has cached.
 
 A position lies in the slot of its own number until the sequence's first eviction, and then in slot
-``T + (p - first) mod W``. One small launch, one program a sequence, decided on the device: it reads
-only what the batch's persistent buffers hold and needs no number from the host.
+``T + (p - first) mod W``. One small launch, one program per sequence, rewrites the batch's buffers:
+it reads nothing but those persistent buffers and needs no number from the host.
 """
 
-from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from vase_vllm.layout.block_table_row import BlockTableRow
 
 from .checks import check_block_table, check_tensor
-from .launch import Launch
+from .launch import Launch, run_launches
 
 TOKEN_TILE = 128
 
@@ -60,22 +60,34 @@ def remap_sequences(
             tl.store(target, block * BLOCK_SIZE + slot % BLOCK_SIZE, mask=live)
 
 
-def remap_batch(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    starts: torch.Tensor,
-    num_cached: torch.Tensor,
-    *,
-    budget: int,
-    window: int,
-    block_size: int,
-    num_state_blocks: int,
-) -> None:
-    """Compute the slots and lengths of a batch, in place.
+@dataclass(frozen=True, eq=False)
+class BatchRemap:
+    """The slots and lengths of a batch, computed in place.
 
-    Args:
+    A sequence that first evicted at position 12 computes position 13. With budget 8 and window 4
+    that token goes to slot ``8 + (13 - 12) % 4 = 9``, here of block 3:
+
+    >>> block_table = torch.tensor([[12, 0, 7, 3]], dtype=torch.int32)  # first, key, state, token
+    >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computed it
+    >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
+    >>> BatchRemap(
+    ...     query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+    ...     seq_lens=torch.tensor([14], dtype=torch.int32),
+    ...     block_table=block_table,
+    ...     slot_mapping=slot_mapping,
+    ...     starts=starts,
+    ...     num_cached=num_cached,
+    ...     budget=8,
+    ...     window=4,
+    ...     block_size=16,
+    ...     num_state_blocks=1,
+    ... ).run()
+    >>> divmod(slot_mapping.item(), 16)
+    (3, 9)
+    >>> starts.item(), num_cached.item()
+    (13, 10)
+
+    Attributes:
         query_start_loc: [R + 1] int32, first token of each sequence.
         seq_lens: [R] int32, tokens of each sequence after the step; 0 in padding rows.
         block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
@@ -83,63 +95,65 @@ def remap_batch(
             as they are.
         starts: [R] int32, receives the position that each sequence's step starts at.
         num_cached: [R] int32, receives the tokens that each sequence has cached after the step.
-
-    Raises:
-        ValueError: names the argument whose shape, dtype or device is not supported.
+        budget: tokens that a sequence holds right after an eviction.
+        window: tokens between evictions.
+        block_size: token slots of a block.
+        num_state_blocks: state blocks in each row.
     """
-    num_rows, device = block_table.shape[0], block_table.device
-    check_block_table(block_table, device)
-    int32 = (torch.int32,)
-    check_tensor("query_start_loc", query_start_loc, (num_rows + 1,), int32, device)
-    check_tensor("seq_lens", seq_lens, (num_rows,), int32, device)
-    check_tensor("slot_mapping", slot_mapping, slot_mapping.shape[:1], (torch.int64,), device)
-    check_tensor("starts", starts, (num_rows,), int32, device)
-    check_tensor("num_cached", num_cached, (num_rows,), int32, device)
-    if num_rows == 0:
-        return
-    launch = remap_launch(
-        query_start_loc,
-        seq_lens,
-        block_table,
-        slot_mapping,
-        starts,
-        num_cached,
-        budget=budget,
-        window=window,
-        block_size=block_size,
-        num_state_blocks=num_state_blocks,
-    )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.run()
 
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    starts: torch.Tensor
+    num_cached: torch.Tensor
+    _: KW_ONLY
+    budget: int
+    window: int
+    block_size: int
+    num_state_blocks: int
 
-def remap_launch(
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    starts: torch.Tensor,
-    num_cached: torch.Tensor,
-    *,
-    budget: int,
-    window: int,
-    block_size: int,
-    num_state_blocks: int,
-) -> Launch:
-    """The launch of :func:`remap_batch`, whose arguments these are."""
-    arguments = dict(
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        block_table=block_table,
-        slot_mapping=slot_mapping,
-        starts=starts,
-        num_cached=num_cached,
-        budget=budget,
-        table_stride=block_table.stride(0),
-        TOKEN_COLUMN=BlockTableRow.NUM_HEADER + num_state_blocks,
-        WINDOW=window,
-        BLOCK_SIZE=block_size,
-        TILE=TOKEN_TILE,
-        num_warps=4,
-    )
-    return Launch(remap_sequences, block_table.shape[0], arguments)
+    def run(self) -> None:
+        """Launch the remapping, without waiting for it.
+
+        Raises:
+            ValueError: see :meth:`check`.
+        """
+        self.check()
+        if len(self.block_table):
+            run_launches([self.launch()], self.block_table.device)
+
+    def check(self) -> None:
+        """Check all tensors.
+
+        Raises:
+            ValueError: names the argument whose shape, dtype or device is not supported.
+        """
+        num_rows, device = self.block_table.shape[0], self.block_table.device
+        check_block_table(self.block_table, device)
+        int32, int64 = (torch.int32,), (torch.int64,)
+        check_tensor("query_start_loc", self.query_start_loc, (num_rows + 1,), int32, device)
+        check_tensor("seq_lens", self.seq_lens, (num_rows,), int32, device)
+        num_tokens = self.slot_mapping.shape[:1]
+        check_tensor("slot_mapping", self.slot_mapping, num_tokens, int64, device)
+        check_tensor("starts", self.starts, (num_rows,), int32, device)
+        check_tensor("num_cached", self.num_cached, (num_rows,), int32, device)
+
+    def launch(self) -> Launch:
+        """The launch: one program per sequence."""
+        arguments = dict(
+            query_start_loc=self.query_start_loc,
+            seq_lens=self.seq_lens,
+            block_table=self.block_table,
+            slot_mapping=self.slot_mapping,
+            starts=self.starts,
+            num_cached=self.num_cached,
+            budget=self.budget,
+            table_stride=self.block_table.stride(0),
+            TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
+            WINDOW=self.window,
+            BLOCK_SIZE=self.block_size,
+            TILE=TOKEN_TILE,
+            num_warps=4,
+        )
+        return Launch(remap_sequences, len(self.block_table), arguments)

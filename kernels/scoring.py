@@ -1,13 +1,27 @@
-"""Scores of the candidates: the two launches that stream K and V, on tensor cores."""
+"""Scores of the candidates: the two kernels that stream K and V, on tensor cores.
+
+Cost of one head with n = 4096 candidates, W = 64, G = 4, D = 128 in bf16. K and V are 1 MiB each; K
+is read twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 256 * 128 * 4096 =
+268 MFLOP and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16
+exp2 per cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and
+0.55 us of exponentials. They are balanced, so they have to overlap: two programs of 8 warps share
+an SM, each with at most 128 registers per thread and 97 KiB of shared memory, which holds the 256
+query rows and two K tiles in flight.
+
+What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
+them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
+that 8 heads fill the GPU and every 5 us of work ends in a barrier across programs. One pass alone
+cannot weigh the queries, for their denominators differ, unless a number per query and key is kept.
+"""
 
 import triton
 import triton.language as tl
 
-from .paged import head_base, load_task, ring_pointers, slot_pointers
+from .paged import Batch, load_task, load_vectors, ring_pointers, slot_pointers, task_pages
 from .selection import HIGHEST, ordered_bits
 
 MAX_SPLITS = 16
-"""Most programs that share the candidates of one head."""
+"""The most programs that share the candidates of one head."""
 
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
 _VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]
@@ -15,36 +29,16 @@ _VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]
 
 @triton.jit
 def load_queries(
-    base,
-    table_row,
+    pages,
     index,
-    block_stride,
-    slot_stride,
-    STATE_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
 ):
-    """Query rows [len(index), HEAD_PADDED] of the ring; row = entry * G + head, zeros beyond."""
+    """Query rows of the ring, one per index: row = entry * G + head, zeros beyond."""
     live = index < GROUP * WINDOW
-    dims = tl.arange(0, HEAD_PADDED)
-    pointers = ring_pointers(
-        base,
-        table_row,
-        index // GROUP,
-        index % GROUP,
-        live,
-        STATE_COLUMN,
-        block_stride,
-        slot_stride,
-        GROUP,
-        HEAD_SIZE,
-        BLOCK_SIZE,
-    )
-    mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-    return tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
+    pointers = ring_pointers(pages, index // GROUP, index % GROUP, live, GROUP, HEAD_SIZE)
+    return load_vectors(pointers, live, 0, HEAD_SIZE)
 
 
 @triton.jit
@@ -53,6 +47,23 @@ def multiply(a, b, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b)
+
+
+@triton.jit
+def tile_logits(
+    queries,
+    pages,
+    slots,
+    live,
+    scale,
+    TOKEN_COLUMN: tl.constexpr,
+    EXACT: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Logits [queries, slots] of one K tile; 0 where not live."""
+    cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+    keys = load_vectors(cells, live, 0, HEAD_SIZE)
+    return multiply(queries, tl.trans(keys), EXACT) * scale
 
 
 @triton.jit
@@ -82,13 +93,11 @@ def row_statistics(
     head_stride,
     slot_stride,
     TOKEN_COLUMN: tl.constexpr,
-    STATE_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
@@ -99,47 +108,21 @@ def row_statistics(
     split = program % num_splits
     chunk = program // num_splits % NUM_CHUNKS
     local_task = program // (num_splits * NUM_CHUNKS)
-    table_row, layer, head, candidates, _ = load_task(
-        local_task + task_offset,
-        rows,
-        positions,
-        block_table,
-        table_stride,
-        num_layers,
-        num_kv_heads,
-        budget,
-        capacity,
-        WINDOW,
-    )
-    if candidates > 0:
-        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
-        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(
-            base,
-            table_row,
-            index,
-            block_stride,
-            slot_stride,
-            STATE_COLUMN,
-            WINDOW,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PADDED,
-            BLOCK_SIZE,
+    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
-        dims = tl.arange(0, HEAD_PADDED)
+        index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
         maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
-        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            pointers = slot_pointers(
-                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
-            )
-            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
-            logits = multiply(queries, tl.trans(keys), EXACT) * scale
+            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
             logits = tl.where(live[None, :], logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
             # A row may have seen only -inf so far: do not subtract infinities.
@@ -197,13 +180,11 @@ def candidate_scores(
     head_stride,
     slot_stride,
     TOKEN_COLUMN: tl.constexpr,
-    STATE_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
@@ -213,58 +194,26 @@ def candidate_scores(
     program = tl.program_id(0)
     split = program % num_splits
     local_task = program // num_splits
-    table_row, layer, head, candidates, _ = load_task(
-        local_task + task_offset,
-        rows,
-        positions,
-        block_table,
-        table_stride,
-        num_layers,
-        num_kv_heads,
-        budget,
-        capacity,
-        WINDOW,
-    )
-    if candidates > 0:
-        base = head_base(kv_pointers, layer, head, head_stride, KV_TYPE)
-        dims = tl.arange(0, HEAD_PADDED)
+    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
+        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         out = local_task.to(tl.int64) * capacity
-        begin, end = split_range(split, num_splits, candidates, KEY_TILE)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         if chunk == 0:
             for start in tl.range(begin, end, KEY_TILE, num_stages=3):
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
-                pointers = slot_pointers(
-                    base,
-                    table_row,
-                    slots,
-                    live,
-                    TOKEN_COLUMN,
-                    block_stride,
-                    slot_stride,
-                    BLOCK_SIZE,
-                )
-                mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-                values = tl.load(
-                    pointers[:, None] + (HEAD_SIZE + dims)[None, :], mask=mask, other=0.0
-                )
+                cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+                values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
                 bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
                 bits = tl.where(slots < sinks, HIGHEST, bits)
                 tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(
-            base,
-            table_row,
-            index,
-            block_stride,
-            slot_stride,
-            STATE_COLUMN,
-            WINDOW,
-            GROUP,
-            HEAD_SIZE,
-            HEAD_PADDED,
-            BLOCK_SIZE,
-        )
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
@@ -272,12 +221,7 @@ def candidate_scores(
         for start in range(begin, end, KEY_TILE):
             slots = start + tl.arange(0, KEY_TILE)
             live = slots < end
-            pointers = slot_pointers(
-                base, table_row, slots, live, TOKEN_COLUMN, block_stride, slot_stride, BLOCK_SIZE
-            )
-            mask = live[:, None] & (dims < HEAD_SIZE)[None, :]
-            keys = tl.load(pointers[:, None] + dims[None, :], mask=mask, other=0.0)
-            logits = multiply(queries, tl.trans(keys), EXACT) * scale
+            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
             score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + out + slots, score, mask=live)

@@ -1,8 +1,8 @@
 """One eviction in plain fp32 torch, vectorised over KV heads.
 
-This is the CPU path of the product, the oracle of the Triton kernel's tests and the baseline of
-its benchmark. It works on dense per-head tensors in slot order; who reads them from pages and
-writes the moves back is the caller's business.
+The CPU path runs it, the tests of the Triton kernels compare with it, and their benchmark times it.
+It works on dense tensors per head in slot order; the caller reads these from the pages and writes
+the moves back.
 
 Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
 """
@@ -21,6 +21,11 @@ def attention_scores(
 
     ``a[g, j] = mean_w softmax_j(q_wg . k_j * scale)``, the softmax over the candidates only, then
     average pooling over slots (stride 1, zero padding), then the mean over the G query heads.
+
+    >>> queries = torch.tensor([[[1.0, 0.0]]])
+    >>> keys = torch.tensor([[[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]])  # three keys, in columns
+    >>> attention_scores(queries, keys, scale=1.0, smoothing=1)
+    tensor([[0.0900, 0.2447, 0.6652]])
 
     Args:
         queries: [H, W * G, D] fp32; the order of the queries does not matter.
@@ -45,8 +50,13 @@ def attention_scores(
 
 
 def value_range(values: torch.Tensor) -> torch.Tensor:
-    """``max_d v - min_d v`` of each token: [..., n, D] -> [..., n], fp32."""
-    # Several times faster than torch.aminmax, and than either reduction in bf16.
+    """``max_d v - min_d v`` of each token: [..., n, D] -> [..., n], fp32.
+
+    >>> value_range(torch.tensor([[1.0, -2.0, 0.5], [3.0, 3.0, 3.0]]))
+    tensor([3., 0.])
+    """
+    # In fp32, for the difference of two bf16 numbers need not be one. Two reductions take less
+    # than half the time of torch.aminmax.
     values = values.float()
     return values.amax(dim=-1) - values.amin(dim=-1)
 
@@ -64,8 +74,20 @@ def sampling_noise(
     The counter is (slot, eviction index, layer * 65536 + KV head, content key of the request):
     nothing in it depends on the batch, the rank or the row that the request happens to have.
 
+    >>> noise = sampling_noise(0, 5, 0, layer_index=3, kv_heads=torch.arange(8), content_key=99)
+    >>> noise.shape
+    torch.Size([8, 5])
+    >>> of_a_rank = sampling_noise(0, 5, 0, 3, kv_heads=torch.tensor([6, 7]), content_key=99)
+    >>> torch.equal(of_a_rank, noise[6:])
+    True
+
     Args:
+        seed: 64-bit key of the generator.
+        num_candidates: n.
+        eviction_index: evictions that the sequence has had before.
+        layer_index: in the whole model.
         kv_heads: [H] int64, indices of the KV heads in the whole, unsharded model.
+        content_key: hash of the request's content.
     """
     slot = torch.arange(num_candidates)
     return gumbel(
@@ -89,6 +111,13 @@ def vase_priority(
     The sinks and then the largest magnitudes are protected; the rest go by ``log a + noise``. With
     Gumbel noise, keeping the largest of these draws without replacement in proportion to ``a``
     (Gumbel-top-k: Kool et al., arXiv 1903.06059).
+
+    The sink in slot 0 and the large value in slot 2 are protected:
+
+    >>> scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    >>> magnitudes = torch.tensor([[1.0, 1.0, 9.0, 2.0]])
+    >>> vase_priority(scores, magnitudes, noise=None, sinks=1, protected=2)
+    tensor([[   inf, 0.2000,    inf, 0.4000]])
 
     Args:
         scores: [H, n] fp32, non-negative.
@@ -116,7 +145,14 @@ def select_survivors(
 
     Ties go to the lower slot.
 
+    >>> parameters = EvictionParameters(budget=4, window=1, protected=2, sinks=1)
+    >>> scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    >>> ranges = torch.tensor([[1.0, 1.0, 9.0, 2.0]])
+    >>> select_survivors(parameters, scores, ranges, noise=None)
+    tensor([[ True, False,  True,  True]])
+
     Args:
+        parameters: of the eviction.
         scores: [H, n] fp32, non-negative.
         ranges: [H, n] fp32.
         noise: [H, n] fp32, or None for the deterministic top-k.
@@ -131,10 +167,14 @@ def select_survivors(
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     """Mask of the ``count`` largest values of each row; ties go to the lower index.
 
-    A threshold and a count of the ties at it: a fifth of the time of a stable sort.
+    A threshold and a count of the ties at it take a fifth of the time of a stable sort.
+
+    >>> largest(torch.tensor([[3, 1, 3, 3]]), count=2)
+    tensor([[ True, False,  True, False]])
 
     Args:
         values: [H, n].
+        count: at most n.
 
     Returns:
         [H, n] bool with exactly ``count`` true per row.
@@ -156,8 +196,16 @@ def plan_moves(
     included, is copied into the i-th freed slot below it, head by head: a head frees exactly as
     many slots as it needs, because ``budget`` tokens survive in all.
 
+    Of six candidates 0 and 5 survive, and the window, 6 and 7:
+
+    >>> keep = torch.tensor([[True, False, False, False, False, True]])
+    >>> head, source, destination = plan_moves(budget=4, window=2, keep=keep)
+    >>> source, destination
+    (tensor([5, 6, 7]), tensor([1, 2, 3]))
+
     Args:
-        budget, window: tokens that survive in all, and the newest of them.
+        budget: tokens that survive in all.
+        window: the newest of them.
         keep: [H, n] bool, the candidates that survive.
 
     Returns:

@@ -38,7 +38,7 @@ from benchmarks.gpu.workload import Shape, Workload, ring_is_right, wrong_heads 
 from vase_vllm.kernels.evict import SCRATCH_BYTES  # noqa: E402
 from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
 from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
-from vase_vllm.kernels.ring import store_queries  # noqa: E402
+from vase_vllm.kernels.ring import TritonRingWrite  # noqa: E402
 
 BUDGETS = (1024, 2048, 4096, 8192)
 DUE = (1, 2, 4, 8, 16, 32, 64)
@@ -222,16 +222,14 @@ def time_ring(shape: Shape, batch: int, device: torch.device) -> float:
 
     def all_layers() -> None:
         for _ in range(shape.num_layers):
-            store_queries(
-                query,
+            TritonRingWrite(
                 newest,
                 starts,
                 workload.positions,
                 workload.block_table,
-                workload.caches[0],
                 window=shape.parameters.window,
                 num_state_blocks=shape.num_state_blocks,
-            )
+            ).store(workload.caches[0], query)
 
     all_layers()
     if SMOKE:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.parameters import EvictionParameters
-from vase_vllm.kernels.ring import store_queries
+from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
     sampling_noise,
@@ -116,7 +116,7 @@ class Workload:
     ) -> None:
         """Evict; ``parameters`` other than the shape's have to have its budget and window."""
         parameters = parameters or self.shape.parameters
-        evict_paged(
+        PagedEviction(
             self.pointers,
             self.caches[0],
             self.layer_indices,
@@ -129,8 +129,8 @@ class Workload:
             num_state_blocks=self.shape.num_state_blocks,
             max_num_cached=self.shape.num_cached,
             num_splits=num_splits,
-            arrival=self.arrival if parameters.scoring == "age" else None,
-        )
+            slot_priority=self.arrival if parameters.scoring == "age" else None,
+        ).run()
 
     def cells(self, layer: int, row: int) -> torch.Tensor:
         """The cells of a row's slots, dense: [H, n, 2 * D]."""
@@ -206,16 +206,14 @@ def ring_is_right(shape: Shape, device: torch.device) -> bool:
     num_heads = shape.num_kv_heads * shape.group_size
     query = torch.randn(num_rows * length, num_heads, shape.head_size, device=device)
     query = query.to(shape.dtype)
-    store_queries(
-        query,
+    TritonRingWrite(
         torch.arange(length, device=device).repeat(num_rows),
         torch.arange(0, num_rows * length + 1, length, dtype=torch.int32, device=device),
         torch.full((num_rows,), length, dtype=torch.int32, device=device),
         workload.block_table,
-        workload.caches[0],
         window=window,
         num_state_blocks=shape.num_state_blocks,
-    )
+    ).store(workload.caches[0], query)
     last = query.view(num_rows, length, shape.num_kv_heads, shape.group_size, -1)[:, -window:]
     # The query of position p lies at entry p % window.
     expected = last.roll(length % window, dims=1).permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -29,7 +29,7 @@ if interpreted():
     collect_ignore = ["test_fresh_process.py"]
 else:
     collect_ignore_glob = ["test_evict*.py", "test_remap.py", "test_ring.py", "test_selection.py"]
-    collect_ignore_glob += ["test_traps.py"]
+    collect_ignore_glob += ["test_examples.py", "test_traps.py"]
 
 
 def pytest_itemcollected(item):

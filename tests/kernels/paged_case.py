@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vase_vllm.kernels.evict import evict_paged
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
@@ -168,10 +168,11 @@ class Pool:
             scratch = torch.full((case.scratch_bytes,), 0x7F, dtype=torch.uint8)
         if max_num_cached is None:
             max_num_cached = max(case.num_cached(case.sequences[row]) for row in rows)
-        arrival = self.arrival
-        if arrival is not None:
-            arrival = arrival[rows, : max_num_cached - case.parameters.window].contiguous()
-        evict_paged(
+        slot_priority = None
+        if self.arrival is not None:
+            num_candidates = max_num_cached - case.parameters.window
+            slot_priority = self.arrival[rows, :num_candidates].contiguous()
+        PagedEviction(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
             self.caches[0],
             torch.tensor(case.layers, dtype=torch.int32),
@@ -186,8 +187,8 @@ class Pool:
             first_kv_head=case.first_kv_head,
             scratch=scratch,
             num_splits=case.num_splits,
-            arrival=arrival,
-        )
+            slot_priority=slot_priority,
+        ).run()
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:
         """The caches after the eviction, by the reference; whether no choice hung on rounding."""

@@ -72,7 +72,7 @@ def test_more_heads_than_the_scratch_memory_holds(parameters, num_state_blocks):
 
 @BOTH
 def test_only_the_rows_that_are_passed(parameters):
-    """A row of ``arrival`` belongs to a due sequence, not to a row of the block table."""
+    """A row of ``slot_priority`` belongs to a due sequence, not to a row of the block table."""
     pool = Pool(Case(parameters, RAGGED, fill=number_the_tokens))
     before, (expected,) = pool.caches[0].clone(), pool.expected()[0]
     pool.evict(rows=[4, 1])
@@ -106,7 +106,7 @@ def test_newest_survive_many_evictions():
 
 
 def test_sequence_with_more_candidates_than_positions_is_left_alone():
-    """It fits into the scratch memory, whose rows are rounded up, and not into ``arrival``."""
+    """The scratch memory, whose rows are rounded up, has room for it; ``slot_priority`` has not."""
     pool = Pool(Case(AGE, RAGGED[:2], fill=number_the_tokens))
     before = pool.caches[0].clone()
     pool.evict(rows=[0], max_num_cached=FIRST - 1)

@@ -1,11 +1,11 @@
-"""How an eviction is cut into programs; what the launcher refuses."""
+"""How an eviction is divided into programs; which arguments are rejected."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vase_vllm.kernels.evict import evict_paged, eviction_launches
+from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
     DeviceLimits,
@@ -74,6 +74,10 @@ UNIFORM = EvictionParameters(40, 8, 4, scoring="uniform")
 AGED = dict(parameters=EvictionParameters(40, 8, 4, sampling="greedy", scoring="age"))
 
 
+def priorities(*shape, dtype=torch.int32):
+    return dict(slot_priority=torch.zeros(shape, dtype=dtype))
+
+
 def arguments():
     return dict(
         kv_pointers=torch.zeros(1, dtype=torch.int64),
@@ -110,25 +114,25 @@ def arguments():
         (dict(max_num_cached=100), "max_num_cached .100. is more than a row"),
         (dict(num_splits=17), "num_splits must be in"),
         (dict(scratch=torch.zeros(10)), "scratch must be torch.uint8"),
-        (dict(arrival=torch.zeros(1, 40).int()), "arrival must be None with scoring 'attention'"),
-        (AGED | dict(arrival=None), "arrival must be given with scoring 'age'"),
-        (AGED | dict(arrival=torch.zeros(40).int()), "arrival must have shape .1, 40 or more"),
-        (AGED | dict(arrival=torch.zeros(1, 39).int()), "arrival must have shape .1, 40 or more"),
-        (AGED | dict(arrival=torch.zeros(2, 40).int()), "arrival must have shape .1, 40."),
-        (AGED | dict(arrival=torch.zeros(1, 40)), "arrival must be torch.int32"),
+        (priorities(1, 40), "slot_priority must be None with scoring 'attention'"),
+        (AGED, "slot_priority must be given with scoring 'age'"),
+        (AGED | priorities(40), "slot_priority must have shape .1, 40 or more"),
+        (AGED | priorities(1, 39), "slot_priority must have shape .1, 40 or more"),
+        (AGED | priorities(2, 40), "slot_priority must have shape .1, 40."),
+        (AGED | priorities(1, 40, dtype=torch.float32), "slot_priority must be torch.int32"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_refuses_by_name(changes, message, monkeypatch):
     monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: True)
     with pytest.raises(ValueError, match=message):
-        evict_paged(**(arguments() | changes))
+        PagedEviction(**(arguments() | changes)).run()
 
 
 def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr("vase_vllm.kernels.checks.interpreted", lambda: False)
     with pytest.raises(ValueError, match="kv_cache must be on a GPU"):
-        evict_paged(**arguments())
+        PagedEviction(**arguments()).run()
 
 
 @pytest.mark.parametrize(
@@ -136,16 +140,15 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     [
         ({}, 2),
         (dict(parameters=UNIFORM, num_state_blocks=0), 0),
-        (AGED | dict(arrival=torch.zeros(1, 40).int()), 0),
+        (AGED | priorities(1, 40), 0),
     ],
     ids=["attention", "uniform", "age"],
 )
 def test_attention_alone_is_scored(changes, num_scoring):
-    others = dict(first_kv_head=0, scratch=None, num_splits=None, arrival=None, limits=H200)
-    launches = list(eviction_launches(**(arguments() | others | changes)))
+    launches = list(PagedEviction(**(arguments() | changes)).launches(H200))
     assert len(launches) == num_scoring + 1
     assert launches[-1].kernel is select_and_move
 
 
 def test_nothing_due_is_nothing_launched():
-    evict_paged(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32))))
+    PagedEviction(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32)))).run()

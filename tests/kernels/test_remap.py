@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vase_vllm.kernels.remap import TOKEN_TILE, remap_batch
+from vase_vllm.kernels.remap import TOKEN_TILE, BatchRemap
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.schedule import EvictionSchedule
 
@@ -51,7 +51,7 @@ class Batch:
         self.num_cached = torch.full((num_rows,), UNTOUCHED, dtype=torch.int32)
 
     def remap(self):
-        remap_batch(
+        BatchRemap(
             self.query_start_loc,
             self.seq_lens,
             self.block_table,
@@ -62,7 +62,7 @@ class Batch:
             window=self.schedule.window,
             block_size=self.block_size,
             num_state_blocks=self.num_state_blocks,
-        )
+        ).run()
 
     def expected(self):
         """(slot mapping, starts, cached lengths) by the schedule, in int64."""
@@ -105,7 +105,7 @@ def test_prefill_chunks(count):
 
 
 def test_replayed_chunks_after_an_eviction():
-    """A preempted sequence computes its output again, up to a window of tokens in a step."""
+    """A preempted sequence recomputes its output, up to a window of tokens in a step."""
     batch = check(Batch([(48, 40, 8), (48, 48, 8), (48, 59, 5), (96, 104, 3), (96, 90, 6)]))
     assert batch.num_cached.tolist() == [48, 48, 48, 43, 96]
 
@@ -174,7 +174,7 @@ def test_no_rows():
     empty = torch.zeros(0, dtype=torch.int32)
     table, mapping = torch.zeros(0, 5, dtype=torch.int32), torch.full((3,), PAD_SLOT)
     sizes = dict(budget=40, window=8, block_size=16, num_state_blocks=1)
-    remap_batch(torch.zeros(1).int(), empty, table, mapping, empty, empty, **sizes)
+    BatchRemap(torch.zeros(1).int(), empty, table, mapping, empty, empty, **sizes).run()
     assert mapping.tolist() == [PAD_SLOT] * 3
 
 

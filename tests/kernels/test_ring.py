@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vase_vllm.kernels.ring import store_queries
+from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 
@@ -56,16 +56,14 @@ class Batch:
         self.query = fused.to(dtype)[:, : num_kv_heads * group_size]
 
     def store(self):
-        store_queries(
-            self.query,
+        TritonRingWrite(
             self.positions,
             self.query_start_loc,
             self.seq_lens,
             self.block_table,
-            self.cache,
             window=self.window,
             num_state_blocks=self.num_state_blocks,
-        )
+        ).store(self.cache, self.query)
 
     def expected(self):
         cache, head_size = self.cache.clone(), self.query.shape[-1]
@@ -139,6 +137,15 @@ def test_padding_of_a_graph_batch_writes_nothing():
     batch.store()
     torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
     assert batch.cache[0].isnan().all(), "block 0 was written"
+
+
+def test_queries_beyond_the_tokens_are_left_out():
+    """A padded batch has more queries than the step has tokens."""
+    batch = Batch([(8, 50, 1), (8, 99, 1)])
+    expected = batch.expected()
+    batch.query = torch.cat([batch.query, torch.full_like(batch.query, torch.inf)])
+    batch.store()
+    torch.testing.assert_close(batch.cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_more_sequences_than_a_tile_of_rows():

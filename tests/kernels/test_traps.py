@@ -3,9 +3,9 @@
 The int32 overflow of a slot offset in a large pool is tested where the offsets are computed:
 ``test_slot_offset_beyond_int32_in_a_large_pool`` (eviction), ``test_ring_slot_offset_beyond_int32_
 in_a_large_pool`` (query ring) and ``test_int32_overflow_of_a_slot_in_a_large_pool`` (remapping).
-The traps that need an engine are in ``tests/``: ``test_v2_silently_not_evicting``,
-``test_stale_counts_under_async_scheduling``, ``test_requests_swap_rows_between_steps`` and
-``test_eviction_in_the_middle_of_a_chunked_prefill``.
+The traps that need an engine are in ``tests/end_to_end`` and ``tests/engine``:
+``test_v2_silently_not_evicting``, ``test_stale_counts_under_async_scheduling``,
+``test_requests_swap_rows_between_steps`` and ``test_eviction_in_the_middle_of_a_chunked_prefill``.
 """
 
 from types import SimpleNamespace
@@ -36,8 +36,8 @@ class Worker:
     The pool's sequences are running requests of runner V2, which numbers them from the end.
     """
 
-    def __init__(self, sequences, max_rows=6):
-        case = Case(CONFIG.fused, tuple(sequences), layers=(3, 5))
+    def __init__(self, sequences, max_rows=6, config=CONFIG):
+        case = Case(config.fused, tuple(sequences), layers=(3, 5))
         self.case, self.pool = case, Pool(case)
         self.max_rows = max_rows
         names = [f"request {row}" for row in range(len(sequences))]
@@ -53,7 +53,7 @@ class Worker:
         first_evictions.observe(message, group=0)
         self.counters = EvictionCounters(num_layers=len(case.layers))
         context = SimpleNamespace(
-            config=CONFIG,
+            config=config,
             vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_rows)),
             device=torch.device("cpu"),
             counters=self.counters,
@@ -88,7 +88,7 @@ class Worker:
         self.slot_mapping = torch.full((max_rows,), PAD_SLOT)
 
     def dummy_step(self, num_rows):
-        """A decode batch as it is made up for a graph capture: an all-zero block table."""
+        """A dummy decode batch, as for a graph capture: its block table is all zeros."""
         self.block_table.zero_()
         self.positions.zero_()
         seq_lens = torch.ones(num_rows, dtype=torch.int32)
@@ -146,7 +146,7 @@ class Worker:
         for cache in caches:
             for row, sequence in enumerate(self.case.sequences):
                 if sequence.position < sequence.first - CONFIG.window:
-                    continue  # no eviction will ask for it
+                    continue  # no eviction reads it
                 for head, vector in enumerate(queries[row]):
                     kv_head, query_head = divmod(head, self.case.group_size)
                     entry = sequence.position % CONFIG.window
@@ -270,3 +270,16 @@ def test_two_requests_that_swap_rows_between_steps(swap):
     step = worker.path.prepare(common, capturing=False)
     assert_pages(worker.pool.caches, expected)
     assert step.seq_lens.tolist() == ([22, 41] if swap else [41, 22])
+
+
+def test_a_policy_that_gives_the_kernel_its_ranking():
+    """The path asks the policy for the numbers of the rows that are due, and passes them on."""
+    settings = {"policy": "streaming", "budget": 40, "window": 8, "sinks": 4}
+    # At its first eviction a sequence's tokens lie in order: the expected ranking is their order.
+    sequences = (DUE[0], NOT_DUE[0], Sequence(FIRST + 16, FIRST + 16, 5))
+    worker = Worker(sequences, config=EvictionConfig.parse(settings))
+    expected, separated = worker.pool.expected()
+    assert separated
+    worker.path.prepare(worker.decode_step(5), capturing=False)
+    assert worker.counters.as_dict()["evictions"] == 2
+    assert_pages(worker.pool.caches, expected)

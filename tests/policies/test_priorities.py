@@ -2,8 +2,10 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -13,6 +15,7 @@ from tests.oracle import policies
 from tests.oracle.law import chi_square_of_sets, set_probabilities
 from tests.oracle.policies import Ranking
 from tests.support.dense_eviction import DenseEviction
+from vase_vllm.config import EvictionConfig
 from vase_vllm.worker.evictor import TorchEvictor
 
 GREEDY = {"policy": "vase", "sampling": "greedy"}
@@ -213,6 +216,31 @@ def test_draws_belong_to_request_eviction_layer_head_and_seed(name, change):
     else:
         draws_anew = name in DRAWN
     assert torch.equal(before, after) != draws_anew
+
+
+def test_streaming_gives_the_fused_kernel_its_own_ranking():
+    """Row for row, whatever the others have; a row that never evicts stays empty."""
+    settings = {"policy": "streaming", "budget": 24, "window": 8, "sinks": 2}
+    config = EvictionConfig.parse(settings)
+    # First eviction, evictions before, candidates.
+    sequences = [(32, 0, 24), (0, 0, 0), (104, 0, 96), (32, 1, 24), (104, 3, 24), (32, 40, 24)]
+    first, eviction_index, _ = np.array(sequences).T
+    rows = config.policy.slot_priority(config.limits, first, eviction_index, 96)
+    assert rows.shape == (6, 96)
+    assert rows.dtype == np.int32
+    for row, (first_eviction, index, count) in zip(rows, sequences, strict=True):
+        assert not row[count:].any()
+        if first_eviction:
+            tokens = DenseEviction.random(settings, count).candidates(eviction_index=index)
+            priority = config.policy.priority(replace(tokens, first=first_eviction))
+            assert (priority == torch.from_numpy(row[:count])).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "streaming"])
+def test_other_policies_give_the_fused_kernel_no_ranking(name):
+    config = EvictionConfig.parse(LARGE | ALL[name])
+    first, eviction_index = np.array([80]), np.array([0])
+    assert config.policy.slot_priority(config.limits, first, eviction_index, 64) is None
 
 
 # In law

@@ -1,8 +1,9 @@
-"""What a policy is."""
+"""The interface of a policy."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,7 +23,7 @@ class Policy(BaseModel, ABC):
     )
 
     name: ClassVar[str]
-    """As ``--kv-eviction`` takes it; that of the entry point."""
+    """The name that ``--kv-eviction`` takes, and that of the entry point."""
 
     @abstractmethod
     def priority(self, candidates: Candidates) -> torch.Tensor:
@@ -32,26 +33,51 @@ class Policy(BaseModel, ABC):
         sinks survive whatever is returned for them.
 
         Returns:
-            [H, n] floating point without NaN. It may be a new tensor only: it is written to.
+            [H, n] floating point without NaN. It must be a new tensor, for the caller writes to it.
         """
 
     def check(self, limits: EvictionLimits) -> None:
-        """Refuse keys that do not go together with the budget.
+        """Check that the policy's keys go together with the budget.
 
         Raises:
             ValueError: one line that names the key and the remedy.
         """
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
-        """The same ranking as the fused GPU kernel knows it, or None where it does not.
+        """The parameters under which the fused GPU kernel computes this ranking, or None.
 
-        Without it a GPU runs :meth:`priority` in plain torch, sequence by sequence.
+        With None, a GPU runs :meth:`priority` in plain torch, sequence by sequence.
+        """
+        return None
+
+    def slot_priority(
+        self,
+        limits: EvictionLimits,
+        first: np.ndarray,
+        eviction_index: np.ndarray,
+        num_candidates: int,
+    ) -> np.ndarray | None:
+        """The ranking where it follows from the schedule alone, for the fused kernel to read.
+
+        A policy that is :meth:`fused` with scoring ``age`` returns it before each launch, and the
+        worker copies it to the device; all layers and KV heads of a sequence share it.
+
+        Args:
+            limits: budget, window, sinks and seed.
+            first: [due] int64, position of each sequence's first eviction; 0 in a row that never
+                evicts, whose numbers are not read.
+            eviction_index: [due] int64, evictions that each sequence has had before.
+            num_candidates: n, the most that any of the sequences has.
+
+        Returns:
+            [due, n] int32, the priority of each candidate in slot order; None with any other
+            scoring, where the kernel ranks by what it reads and draws itself.
         """
         return None
 
 
 class AttentionPolicy(Policy):
-    """A policy that goes by the attention of the window's queries."""
+    """A policy that ranks by the attention of the window's queries."""
 
     smoothing: int = Field(default=5, ge=1)
     """Width of the average pooling of the attention over slots; 1 is off."""

@@ -1,4 +1,4 @@
-"""What a policy sees of one layer at one eviction.
+"""The candidates of one eviction of one layer, as a policy sees them.
 
 Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
 """
@@ -28,7 +28,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True)
 class DenseTokens:
-    """Candidates that lie in plain tensors.
+    """Candidates that lie in plain tensors, as a test of a policy has them.
 
     Attributes:
         dense_keys, dense_values: [H, n, D].
@@ -53,15 +53,46 @@ class Candidates:
     They come in slot order, which is the order of position only until the first eviction; all KV
     heads agree on the number of candidates, not on which tokens they are.
 
+    One KV head with one query head, window 1 and four candidates of head size 1:
+
+    >>> from vase_vllm.policies.draws import Draws
+    >>> limits = EvictionLimits(budget=3, window=1, sinks=1)
+    >>> heads = torch.tensor([0])
+    >>> draws = Draws(
+    ...     limits, key=7, eviction_index=0, num_candidates=4, layers=[0], kv_heads=heads
+    ... )
+    >>> tokens = torch.tensor([[[0.0], [1.0], [3.0], [2.0]]])
+    >>> candidates = Candidates(
+    ...     num=4,
+    ...     queries=torch.ones(1, 1, 1),
+    ...     tokens=DenseTokens(dense_keys=tokens, dense_values=-tokens),
+    ...     scale=1.0,
+    ...     limits=limits,
+    ...     first=5,
+    ...     eviction_index=0,
+    ...     draws=draws.of_layer(0),
+    ... )
+    >>> candidates.attention()
+    tensor([[0.0321, 0.0871, 0.6439, 0.2369]])
+
+    A policy returns a number for each candidate; ``budget - window = 2`` survive:
+
+    >>> from vase_vllm.policies.snapkv import SnapKVPolicy
+    >>> SnapKVPolicy(smoothing=1).priority(candidates)
+    tensor([[0.0321, 0.0871, 0.6439, 0.2369]])
+    >>> from vase_vllm.policies.streaming import StreamingPolicy
+    >>> StreamingPolicy().priority(candidates)
+    tensor([[0., 1., 2., 3.]], dtype=torch.float64)
+
     Attributes:
         num: n.
         queries: [H, W * G, D] fp32, of the window, after RoPE.
-        tokens: where keys and values are read from, when they are asked for.
+        tokens: reads keys and values when the policy asks for them.
         scale: factor that attention puts on its logits, usually ``1 / sqrt(D)``.
         limits: budget, window, sinks and seed.
         first: position of the sequence's first eviction.
         eviction_index: evictions that the sequence has had before.
-        draws: random numbers that belong to this request, layer, head and eviction.
+        draws: random numbers, keyed by request, layer, head and eviction.
         dtype: of the cache.
     """
 
@@ -106,7 +137,7 @@ class Candidates:
 
 @contextmanager
 def _exact_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Let fp32 matrix products of bf16 numbers run on the processor's bf16 units.
+    """Run fp32 matrix products of bf16 numbers on the processor's bf16 units.
 
     A product of two bf16 numbers is exact in fp32, and oneDNN adds up in fp32: the result is that
     of the fp32 units, in half the time.

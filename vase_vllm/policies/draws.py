@@ -17,7 +17,7 @@ _DRAWS_TOGETHER = 1 << 15
 """Noise drawn at once: int64 numbers that still fit a processor's cache."""
 _RANDOM_PROTECTION = 1 << 63
 _PROJECTION = 1 << 62
-"""What these draws flip in the seed, so that they have nothing to do with the Gumbel noise."""
+"""Bits that these draws flip in the seed, so that they are independent of the Gumbel noise."""
 
 
 @dataclass
@@ -25,13 +25,13 @@ class Draws:
     """Draws of one eviction of one sequence, over layers.
 
     Attributes:
-        limits: whose seed counts.
+        limits: of the eviction; only the seed is read.
         key: hash of the request's content.
         eviction_index: evictions that the sequence has had before.
         num_candidates: n.
         layers: indices of the layers that evict together, in the whole model.
         kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
-        device: that the draws are wanted on; they are made on the host.
+        device: where the draws are returned; they are computed on the host.
     """
 
     limits: EvictionLimits
@@ -50,7 +50,7 @@ class Draws:
     def gumbel(self, layer: int) -> torch.Tensor:
         """Gumbel noise of one layer, [H, n] fp32.
 
-        A draw is some hundred small operations: layers draw together as long as they are small.
+        A draw is some hundred small operations, so layers draw together while their noise is small.
         """
         if layer not in self._gumbel:
             num_heads = len(self.kv_heads)
@@ -88,7 +88,8 @@ class LayerDraws:
         """A matrix of standard normal numbers, the same for all KV heads of the layer.
 
         Args:
-            anew: another one at every eviction, instead of one for the whole sequence.
+            rows, columns: of the matrix.
+            anew: draw another matrix at every eviction, instead of one for the whole sequence.
 
         Returns:
             [rows, columns] fp32.

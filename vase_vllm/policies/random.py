@@ -1,4 +1,4 @@
-"""Uniformly random eviction: what any other policy has to beat."""
+"""Uniformly random eviction: the baseline of every other policy."""
 
 from typing import ClassVar
 

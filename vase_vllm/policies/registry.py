@@ -1,4 +1,4 @@
-"""Finds policies by name: ours, and the entry points ``vase_vllm.policies`` of other packages."""
+"""Finds policies by name: those of this package, and entry points of other packages."""
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +16,7 @@ OURS = {
     "streaming": "vase_vllm.policies.streaming:StreamingPolicy",
     "vase": "vase_vllm.policies.vase:VasePolicy",
 }
-"""Name to class; imported when asked for."""
+"""Name to class; the class is imported when it is first used."""
 
 
 @cache
@@ -33,7 +33,7 @@ def _found() -> dict[str, EntryPoint]:
 
 
 def policy_names() -> tuple[str, ...]:
-    """Names that ``--kv-eviction`` takes, beside ``none``; the default first."""
+    """The names that ``--kv-eviction`` takes besides ``none``; the default comes first."""
     return tuple(sorted(_found(), key=lambda name: (name != DEFAULT_POLICY, name)))
 
 
@@ -41,7 +41,7 @@ def find_policy(name: str) -> type[Policy]:
     """The class of a policy.
 
     Raises:
-        EvictionError: there is none of this name, or its package is broken.
+        EvictionError: no policy has this name, or its entry point does not name a policy.
     """
     if not isinstance(name, str):
         raise EvictionError(

@@ -24,10 +24,16 @@ class RKVPolicy(AttentionPolicy):
 
 
 def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity of each key to all keys, its own counted as zero.
+    """Mean cosine similarity of each key to all keys, where its similarity to itself counts as 0.
 
     The sum over the others is a product with the sum of all normalised keys: n * D operations
     instead of the n * n * D of the similarity matrix.
+
+    Of three keys the first two are alike:
+
+    >>> keys = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]])
+    >>> mean_similarity(keys)
+    tensor([[0.3333, 0.3333, 0.0000]])
 
     Args:
         keys: [H, D, n] fp32.

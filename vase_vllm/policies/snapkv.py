@@ -1,4 +1,4 @@
-"""SnapKV's ranking (arXiv 2404.14469), at every eviction of a decoding sequence."""
+"""SnapKV's ranking (arXiv 2404.14469), applied at every eviction of a decoding sequence."""
 
 from typing import ClassVar
 

@@ -26,19 +26,48 @@ class StreamingPolicy(Policy):
         """See :meth:`Policy.fused`."""
         return EvictionParameters.of(limits, sampling="greedy", scoring="age")
 
+    def slot_priority(
+        self,
+        limits: EvictionLimits,
+        first: np.ndarray,
+        eviction_index: np.ndarray,
+        num_candidates: int,
+    ) -> np.ndarray:
+        """The positions of the candidates; see :meth:`Policy.slot_priority`.
+
+        >>> limits = EvictionLimits(budget=4, window=2, sinks=1)
+        >>> first, eviction_index = np.array([8, 8]), np.array([0, 1])
+        >>> StreamingPolicy().slot_priority(limits, first, eviction_index, num_candidates=6)
+        array([[0, 1, 2, 3, 4, 5],
+               [0, 5, 6, 7, 0, 0]], dtype=int32)
+        """
+        priority = np.zeros((len(first), num_candidates), dtype=np.int32)
+        sequences = zip(priority, first.tolist(), eviction_index.tolist(), strict=True)
+        for row, first_eviction, index in sequences:
+            if first_eviction:
+                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
+                row[: len(positions)] = positions
+        return priority
+
 
 _KNOWN: LRUCache[tuple[EvictionLimits, int, int], np.ndarray] = LRUCache(maxsize=2048)
-"""Results of :func:`slot_positions`: more than the sequences that may run at once."""
+"""Results of :func:`slot_positions`, for more sequences than may run at once."""
 
 
 def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> np.ndarray:
     """Positions of the tokens in all slots just before an eviction, where the newest always stayed.
 
-    This policy alone keeps the same tokens in all heads, so that they follow from the schedule.
+    They follow from the schedule, for this policy keeps the same tokens in all heads.
+
+    The first eviction, at position 8, leaves tokens 0, 5, 6 and 7; tokens 8 and 9 come after it:
+
+    >>> slot_positions(EvictionLimits(budget=4, window=2, sinks=1), first=8, eviction_index=1)
+    array([0, 5, 6, 7, 8, 9], dtype=int32)
 
     Args:
+        limits: of every eviction.
         first: position of the sequence's first eviction.
-        eviction_index: evictions before.
+        eviction_index: evictions that the sequence has had before.
 
     Returns:
         [slots] int32; not to be written to.

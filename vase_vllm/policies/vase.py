@@ -41,7 +41,11 @@ class VasePolicy(AttentionPolicy):
     """Ablation: keeps the tokens of the smallest magnitude, whatever their attention."""
 
     def num_protected(self, limits: EvictionLimits) -> int:
-        """``protected`` as a count of tokens; the sinks alone where nothing else is protected."""
+        """``protected`` as a count of tokens; the sinks alone where nothing else is protected.
+
+        >>> VasePolicy(protected=0.25).num_protected(EvictionLimits(budget=4096, window=64))
+        1024
+        """
         if self.protect == "none" or self.magnitude == "none":
             return limits.sinks
         if isinstance(self.protected, int):
@@ -90,7 +94,7 @@ class VasePolicy(AttentionPolicy):
         )
 
     def _magnitudes(self, candidates: Candidates) -> torch.Tensor:
-        """Why a candidate is protected, the largest first: [H, n] fp32."""
+        """What protects a candidate, the largest first: [H, n] fp32."""
         if self.num_protected(candidates.limits) == candidates.limits.sinks:
             return candidates.queries.new_zeros(len(candidates.queries), candidates.num)
         if self.protect == "random":

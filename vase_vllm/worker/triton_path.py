@@ -1,12 +1,10 @@
 """One step's evictions and remapping in Triton, in front of any backend with plain pages.
 
-Nothing here waits for the device, but for the policies that the fused kernel does not know. The
-host knows which sequences are due from the scheduler's messages and the step's lengths; the kernels
-decide again from the block table. All tensors that a CUDA graph may hold on to are persistent: our
-own two buffers and vLLM's.
+Nothing here waits for the device, except with policies that the fused kernel cannot compute. The
+host finds the due sequences from the scheduler's messages and the step's lengths; the kernels check
+this against the block table. All tensors that a CUDA graph may refer to are persistent: the two
+buffers of the path, and vLLM's.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,45 +12,20 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.kernels.evict import evict_paged
-from vase_vllm.kernels.remap import remap_batch
-from vase_vllm.kernels.ring import store_queries
+from vase_vllm.kernels.evict import PagedEviction
+from vase_vllm.kernels.remap import BatchRemap
+from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.query_ring import RingLayout
-from vase_vllm.policies.streaming import slot_positions
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.step import PreparedStep, StepContext
 
 
-@dataclass(frozen=True)
-class TritonRingWrite:
-    """The persistent tensors from which the ring launch finds where each query goes."""
-
-    positions: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    window: int
-    num_state_blocks: int
-
-    def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
-        """Write one layer's queries; one launch, safe inside a CUDA graph."""
-        store_queries(
-            query[: len(self.positions)],
-            self.positions,
-            self.query_start_loc,
-            self.seq_lens,
-            self.block_table,
-            kv_cache,
-            window=self.window,
-            num_state_blocks=self.num_state_blocks,
-        )
-
-
 class TritonPath:
     """Evicts on pages ``[blocks, heads, block_size, K | V]``.
 
-    With the fused kernel where it knows the policy, else in plain torch, sequence by sequence.
+    The fused kernel evicts if it can compute the policy's ranking; otherwise plain torch does,
+    sequence by sequence.
     """
 
     def __init__(self, context: StepContext, spec: EvictionSpec, layers: dict[int, Attention]):
@@ -96,7 +69,7 @@ class TritonPath:
             self._launch(rows, nothing, nothing, nothing, num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
-        remap_batch(
+        BatchRemap(
             query_start_loc,
             seq_lens,
             rows,
@@ -107,7 +80,7 @@ class TritonPath:
             window=self.spec.schedule.window,
             block_size=self.spec.block_size,
             num_state_blocks=self.spec.num_state_blocks,
-        )
+        ).run()
         num_cached = self._evict(common, rows)
         # A graph must be right for the longest sequence that any replay will see.
         max_seq_len = common.max_seq_len if capturing else int(num_cached.max(initial=0))
@@ -163,16 +136,27 @@ class TritonPath:
         first: np.ndarray,
         max_num_cached: int,
     ) -> None:
-        """One fused eviction of ``due_rows``, whose next positions and schedules these are."""
-        parameters = self.context.config.fused
+        """Launch one fused eviction.
+
+        Args:
+            rows: [R, columns] int32, the block table.
+            due_rows: [due] int64, the rows that evict.
+            starts: [due] int64, position of each one's next token.
+            first: [due] int64, position of each one's first eviction.
+            max_num_cached: of the due rows.
+        """
+        config = self.context.config
+        parameters = config.fused
         assert parameters is not None
-        arrival = None
-        if parameters.scoring == "age":
-            num_candidates = max_num_cached - parameters.window
-            arrival = self._to_device(self._arrival(starts, first, num_candidates))
+        slot_priority = config.policy.slot_priority(
+            config.limits,
+            first,
+            (starts - first) // parameters.window,
+            max_num_cached - parameters.window,
+        )
         kv_caches = [layer.kv_cache for layer in self.layers.values()]
         due = self._to_device(due_rows.astype(np.int32))
-        evict_paged(
+        PagedEviction(
             self._kv_pointers(kv_caches),
             kv_caches[0],
             self._layer_indices,
@@ -185,31 +169,18 @@ class TritonPath:
             num_state_blocks=self.spec.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
-            arrival=arrival,
-        )
-
-    def _arrival(self, starts: np.ndarray, first: np.ndarray, num_candidates: int) -> np.ndarray:
-        """Positions of the due rows' candidates, where the newest always stay: [due, n] int32."""
-        limits = self.context.config.limits
-        arrival = np.zeros((len(starts), num_candidates), dtype=np.int32)
-        for into, start, first_eviction in zip(
-            arrival, starts.tolist(), first.tolist(), strict=True
-        ):
-            if first_eviction:
-                index = (start - first_eviction) // limits.window
-                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
-                into[: len(positions)] = positions
-        return arrival
+            slot_priority=None if slot_priority is None else self._to_device(slot_priority),
+        ).run()
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
-        """A copy on the device that nobody waits for."""
+        """Copy an array to the device without waiting for the copy."""
         tensor = torch.from_numpy(numbers)
         if self.context.device.type == "cuda":
             return tensor.pin_memory().to(self.context.device, non_blocking=True)
         return tensor
 
     def _kv_pointers(self, kv_caches: list[torch.Tensor]) -> torch.Tensor:
-        """Base addresses of the layers' caches; they change only if vLLM allocates anew."""
+        """[layers] int64, addresses of the layers' caches; they change only if vLLM reallocates."""
         first = kv_caches[0].data_ptr()
         if self._pointers is None or self._pointers[0] != first:
             pointers = [kv_cache.data_ptr() for kv_cache in kv_caches]

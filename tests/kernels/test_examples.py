@@ -1,0 +1,15 @@
+"""The examples in the docstrings, those of the Triton kernels under the interpreter."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "name", ["evict", "launch", "parameters", "philox", "remap", "ring", "torch_eviction"]
+)
+def test_examples_show_what_happens(name):
+    result = doctest.testmod(import_module(f"vase_vllm.kernels.{name}"))
+    assert result.attempted
+    assert not result.failed
