@@ -2,11 +2,10 @@
 
 import torch
 
+from vase_vllm.kernels.launch import HEAD_SIZES
+from vase_vllm.kernels.parameters import Scoring
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
-
-from .launch import HEAD_SIZES
-from .parameters import Scoring
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -118,6 +117,6 @@ def interpreted() -> bool:
     """Whether the kernels were defined under Triton's interpreter, which runs them on a CPU."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from .scoring import row_statistics
+    from vase_vllm.kernels.scoring import row_statistics
 
     return isinstance(row_statistics, InterpretedFunction)

@@ -33,11 +33,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
-
-from .checks import check_block_table, check_cache, check_ring, check_slot_priority, check_tensor
-from .launch import (
+from vase_vllm.kernels.checks import (
+    check_block_table,
+    check_cache,
+    check_ring,
+    check_slot_priority,
+    check_tensor,
+)
+from vase_vllm.kernels.launch import (
     DeviceLimits,
     Launch,
     LaunchPlan,
@@ -48,9 +51,11 @@ from .launch import (
     run_launches,
     scoring_tile,
 )
-from .parameters import EvictionParameters
-from .scoring import MAX_SPLITS, candidate_scores, row_statistics
-from .selection import select_and_move
+from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
+from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.block_table_row import BlockTableRow
 
 SCRATCH_BYTES = 64 * 2**20
 """Default bound on the scratch memory of a launch."""

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 import triton
 
+from vase_vllm.kernels.scoring import MAX_SPLITS
 from vase_vllm.layout.arithmetic import cdiv
-
-from .scoring import MAX_SPLITS
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
 KEY_TILE = 64

@@ -11,10 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vase_vllm.kernels.checks import check_block_table, check_tensor
+from vase_vllm.kernels.launch import Launch, run_launches
 from vase_vllm.layout.block_table_row import BlockTableRow
-
-from .checks import check_block_table, check_tensor
-from .launch import Launch, run_launches
 
 TOKEN_TILE = 128
 

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_block_table, check_cache, check_ring, check_tensor
-from .launch import Launch, run_launches
-from .paged import Pages, ring_pointers
+from vase_vllm.kernels.checks import check_block_table, check_cache, check_ring, check_tensor
+from vase_vllm.kernels.launch import Launch, run_launches
+from vase_vllm.kernels.paged import Pages, ring_pointers
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -17,8 +17,15 @@ cannot weigh the queries, for their denominators differ, unless a number per que
 import triton
 import triton.language as tl
 
-from .paged import Batch, load_task, load_vectors, ring_pointers, slot_pointers, task_pages
-from .selection import HIGHEST, ordered_bits
+from vase_vllm.kernels.paged import (
+    Batch,
+    load_task,
+    load_vectors,
+    ring_pointers,
+    slot_pointers,
+    task_pages,
+)
+from vase_vllm.kernels.selection import HIGHEST, ordered_bits
 
 MAX_SPLITS = 16
 """The most programs that share the candidates of one head."""

@@ -13,7 +13,7 @@ default: 41 rows of 16 KiB for 4096 candidates, from L1 or L2. In the steady sta
 import triton
 import triton.language as tl
 
-from .paged import Batch, load_task, slot_pointers, task_pages
+from vase_vllm.kernels.paged import Batch, load_task, slot_pointers, task_pages
 
 DIGIT_BITS = tl.constexpr(2)
 HIGHEST = tl.constexpr(0xFFFFFFFF)

@@ -10,8 +10,8 @@ Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head si
 import torch
 from torch.nn.functional import avg_pool1d
 
-from .parameters import EvictionParameters
-from .philox import gumbel
+from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.philox import gumbel
 
 
 def attention_scores(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.selection_kernels import draw, top_k
+from tests.kernels.device_functions import draw, top_k
 from vase_vllm.kernels.philox import gumbel, philox_word
 
 

@@ -5,23 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.authors_schedule import play
 from vase_vllm.layout.schedule import EvictionSchedule
-
-
-def play(budget: int, window: int, num_prompt: int, num_tokens: int):
-    """The authors' rule with a counter: after a decode step, evict at T + k * W cached tokens.
-
-    Yields (position, its slot, tokens cached before an eviction that precedes it, or None).
-    """
-    cached = 0
-    for position in range(num_tokens):
-        evicted_at = None
-        decoded = position > num_prompt
-        if decoded and cached > budget and (cached - budget) % window == 0:
-            evicted_at, cached = cached, budget
-        yield position, cached, evicted_at
-        cached += 1
-
 
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 200)).map(
     lambda n: (n[0] + n[1], n[1], n[2])
@@ -47,7 +32,7 @@ def test_closed_form_equals_the_counters(shape):
 @given(shapes, st.integers(1, 400))
 def test_evictions_are_counted_as_played(shape, num_output):
     budget, window, num_prompt = shape
-    # The last token of an answer is never read: it has no position in the cache.
+    # The last token of an output is never fed back: it has no position in the cache.
     played = play(budget, window, num_prompt, num_prompt + num_output - 1)
     sizes = [evicted_at for _, _, evicted_at in played if evicted_at is not None]
     schedule = EvictionSchedule(budget, window)

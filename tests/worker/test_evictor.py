@@ -24,7 +24,7 @@ from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.policies.draws import Draws
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import cpu_page_layout
-from vase_vllm.worker.query_ring import RingWrite
+from vase_vllm.worker.query_ring import TorchRingWrite
 
 BLOCK_SIZE, NUM_HEADS, KEY = 32, 2, 1234
 
@@ -65,7 +65,7 @@ class Paged:
         self.query = torch.randn(parameters.window, NUM_HEADS * group, head_size).to(dtype)
         # The ring goes by positions: these are as many as if this were the first eviction.
         positions = np.arange(first - parameters.window, first)
-        RingWrite.plan(
+        TorchRingWrite.plan(
             self.ring,
             self.row[None].numpy(),
             np.zeros_like(positions),

@@ -29,7 +29,7 @@ from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.support import check_layers
-from vase_vllm.worker.object_patches import attach_ring_store, mix_into, ring_store_of
+from vase_vllm.worker.object_patches import attach_ring_write, mix_into, ring_write_of
 from vase_vllm.worker.step import PathFactory, StepContext
 
 
@@ -107,7 +107,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
             _num_computed_tokens_cache=None,
         )
         metadata = super().build(common_prefix_len, remapped, fast_build, **kwargs)
-        attach_ring_store(metadata, step.ring_store)
+        attach_ring_write(metadata, step.ring_write)
         return metadata
 
 
@@ -128,7 +128,7 @@ class EvictionImplMixin(AttentionImpl):
         """The wrapped backend's forward pass. ``query``: [num_tokens, num_heads, head_size]."""
         # There is no metadata in profiling and warm-up runs.
         if attn_metadata is not None:
-            ring_store_of(attn_metadata).store(kv_cache, query)
+            ring_write_of(attn_metadata).store(kv_cache, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 

@@ -10,7 +10,7 @@ from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import cpu_page_layout
-from vase_vllm.worker.query_ring import RingWrite
+from vase_vllm.worker.query_ring import TorchRingWrite
 from vase_vllm.worker.step import PreparedStep, StepContext
 
 
@@ -53,14 +53,14 @@ class CPUPath:
             # No eviction is near: tokens lie in the slots of their positions, no query is stored.
             self._write_slots(slot_mapping, rows, token_rows, positions)
             num_cached = seq_lens
-            ring_store = RingWrite.nothing(self.ring)
+            ring_write = TorchRingWrite.nothing(self.ring)
         else:
             self._evict(block_table, first, seq_lens - query_lens, query_lens)
             token_first = first[token_rows]
             slots = self.spec.schedule.slots(positions, token_first)
             self._write_slots(slot_mapping, rows, token_rows, slots, token_first > 0)
             num_cached = self.spec.schedule.slots(seq_lens - 1, first) + 1
-            ring_store = RingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
+            ring_write = TorchRingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
 
         self.context.counters.num_cached = num_cached
         lengths = torch.from_numpy(num_cached.astype(np.int32))
@@ -69,7 +69,7 @@ class CPUPath:
             seq_lens_cpu=lengths,
             max_seq_len=int(num_cached.max()),
             block_table=block_table[:, self.spec.num_front :],
-            ring_store=ring_store,
+            ring_write=ring_write,
         )
 
     def _evict(

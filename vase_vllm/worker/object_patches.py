@@ -14,9 +14,9 @@ attention metadata               else that belongs to one step    the attention 
 
 from typing import Any
 
-from vase_vllm.worker.step import RingStore
+from vase_vllm.worker.step import RingWrite
 
-_RING_STORE = "eviction_ring_store"
+_RING_WRITE = "eviction_ring_write"
 
 
 def mix_into(instance: object, mixin: type) -> None:
@@ -25,12 +25,12 @@ def mix_into(instance: object, mixin: type) -> None:
     instance.__class__ = type(f"Eviction{original.__name__}", (mixin, original), {})
 
 
-def attach_ring_store(metadata: Any, ring_store: RingStore) -> None:
+def attach_ring_write(metadata: Any, ring_write: RingWrite) -> None:
     """Let a step's attention metadata carry where the step's queries go."""
-    setattr(metadata, _RING_STORE, ring_store)
+    setattr(metadata, _RING_WRITE, ring_write)
 
 
-def ring_store_of(metadata: Any) -> RingStore:
-    """What :func:`attach_ring_store` has attached."""
-    store: RingStore = getattr(metadata, _RING_STORE)
+def ring_write_of(metadata: Any) -> RingWrite:
+    """What :func:`attach_ring_write` has attached."""
+    store: RingWrite = getattr(metadata, _RING_WRITE)
     return store

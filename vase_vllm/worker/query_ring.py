@@ -45,7 +45,7 @@ def load_queries(
 
 
 @dataclass(frozen=True)
-class RingWrite:
+class TorchRingWrite:
     """The queries of one step that enter the ring: those that an eviction will ask for.
 
     Attributes:
@@ -68,7 +68,7 @@ class RingWrite:
         rows: np.ndarray,
         positions: np.ndarray,
         seq_lens: np.ndarray,
-    ) -> "RingWrite":
+    ) -> "TorchRingWrite":
         """Find where this step's queries go.
 
         Of each sequence at most the last ``window`` do, and none before the last ``window`` in
@@ -97,7 +97,7 @@ class RingWrite:
         )
 
     @classmethod
-    def nothing(cls, layout: RingLayout) -> "RingWrite":
+    def nothing(cls, layout: RingLayout) -> "TorchRingWrite":
         """No query is stored."""
         empty = torch.empty(0, dtype=torch.int64)
         return cls(layout, None, empty, empty)

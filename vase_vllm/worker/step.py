@@ -15,7 +15,7 @@ from vase_vllm.worker.evictor import EvictionObserver
 from vase_vllm.worker.first_evictions import FirstEvictions
 
 
-class RingStore(Protocol):
+class RingWrite(Protocol):
     """Stores one layer's queries of the step into the query rings."""
 
     def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
@@ -31,14 +31,14 @@ class PreparedStep:
         seq_lens_cpu: the same on the host.
         max_seq_len: at least the largest of them.
         block_table: [R, columns] int32, token blocks only.
-        ring_store: of this step.
+        ring_write: of this step.
     """
 
     seq_lens: torch.Tensor
     seq_lens_cpu: torch.Tensor
     max_seq_len: int
     block_table: torch.Tensor
-    ring_store: RingStore
+    ring_write: RingWrite
 
 
 class StepPath(Protocol):

@@ -89,7 +89,7 @@ class TritonPath:
             seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
             max_seq_len=max_seq_len,
             block_table=common.block_table_tensor[:, self.spec.num_front :],
-            ring_store=TritonRingWrite(
+            ring_write=TritonRingWrite(
                 positions=common.positions[: common.num_actual_tokens],
                 query_start_loc=query_start_loc,
                 seq_lens=seq_lens,

@@ -1,8 +1,9 @@
-"""Kernels that call the selection's device functions on their own."""
+"""Kernels that call device functions on their own."""
 
 import triton
 import triton.language as tl
 
+from vase_vllm.kernels.paged import Batch, load_task
 from vase_vllm.kernels.selection import gumbel_noise, kth_largest, ordered_bits, select_tile
 
 
@@ -30,3 +31,15 @@ def draw(words, noise, seed_low, seed_high, eviction, stream, key, TILE: tl.cons
     word, _, _, _ = tl.philox((high << 32) | low, slots, eviction, stream, key)
     tl.store(words + slots, word.to(tl.int64))
     tl.store(noise + slots, gumbel_noise(seed_low, seed_high, slots, eviction, stream, key))
+
+
+@triton.jit
+def tasks(
+    rows, positions, block_table, table_stride, candidates, evictions, budget, WINDOW: tl.constexpr
+):
+    """What an eviction kernel finds due: one program a row, one layer, one head."""
+    index = tl.program_id(0)
+    batch = Batch(rows, positions, block_table, table_stride, 1, 1)
+    task = load_task(batch, index, budget, 1 << 30, WINDOW)
+    tl.store(candidates + index, task.candidates)
+    tl.store(evictions + index, task.eviction)
