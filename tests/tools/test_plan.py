@@ -185,8 +185,13 @@ def plan_arguments(*more: str) -> list[str]:
     return ["plan", "--model", QWEN3_8B, *more]
 
 
-def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str]):
-    arguments = plan_arguments("--kv-cache-memory", "12GiB", "--budget", "2k", "4096", "--json")
+@pytest.mark.parametrize(
+    "budgets",
+    [["--budget", "2k", "4096"], ["--budget", "2k", "--budget", "4096"]],
+    ids=["one flag", "repeated"],
+)
+def test_json_holds_the_plan(capsys: pytest.CaptureFixture[str], budgets: list[str]):
+    arguments = plan_arguments("--kv-cache-memory", "12GiB", *budgets, "--json")
     assert cli.main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["num_blocks"] == 12 * 2**30 // (16 * 144 * 1024)

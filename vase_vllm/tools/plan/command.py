@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.plan.capacity import (
     Capacity,
     Plan,
@@ -62,9 +63,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--budget",
         nargs="+",
-        default=DEFAULT_BUDGETS,
+        action="extend",
         metavar="T",
-        help="budgets to compare, in tokens",
+        help="budgets to compare, in tokens; None: " + ", ".join(map(str, DEFAULT_BUDGETS)),
     )
     add("--window", type=int, default=64, metavar="W", help="tokens between evictions")
     add("--max-model-len", metavar="N", help="longest sequence in tokens; None: as in the config")
@@ -87,14 +88,14 @@ def run_plan(args: argparse.Namespace) -> int:
         for name in SIZES
         if (text := getattr(args, name)) is not None
     }
-    budgets = [_size(text, "--budget") for text in args.budget]
+    budgets = [_size(text, "--budget") for text in args.budget or DEFAULT_BUDGETS]
     model, longest = read_model_shape(args.model, args.dtype)
     tp = args.tensor_parallel_size
     memory = sizes.get("kv_cache_memory") or kv_cache_memory(
         sizes["gpu_memory"],
         args.gpu_memory_utilization,
         sizes["other_memory"],
-        -(-model.weight_bytes // tp),
+        cdiv(model.weight_bytes, tp),
     )
     workload = _workload(args, sizes, longest, memory)
     schedules = [_schedule(budget, args.window, workload.max_model_len) for budget in budgets]
