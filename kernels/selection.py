@@ -22,10 +22,10 @@ HIGHEST = tl.constexpr(0xFFFFFFFF)
 
 @triton.jit
 def ordered_bits(x):
-    """fp32 -> uint32 with the same order; -0 equals +0 and NaN is the largest, as in torch.sort."""
+    """fp32 -> uint32 with the same order; -0 equals +0, and NaN equals -inf."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     bits = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return tl.where(x == x, bits, tl.full(bits.shape, 0xFFC00000, tl.uint32))
+    return tl.where(x == x, bits, tl.full(bits.shape, 0x007FFFFF, tl.uint32))
 
 
 @triton.jit

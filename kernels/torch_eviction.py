@@ -167,7 +167,8 @@ def select_survivors(
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     """Mask of the ``count`` largest values of each row; ties go to the lower index.
 
-    A threshold and a count of the ties at it take a fifth of the time of a stable sort.
+    NaN counts as -inf, so that the mask has its size whatever the numbers are. A threshold and a
+    count of the ties at it take a fifth of the time of a stable sort.
 
     >>> largest(torch.tensor([[3, 1, 3, 3]]), count=2)
     tensor([[ True, False,  True, False]])
@@ -181,6 +182,7 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     """
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
+    values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = values.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     above, ties = values > threshold, values == threshold
     num_ties = count - above.sum(dim=-1, keepdim=True)

@@ -120,6 +120,36 @@ def test_nan_scores_keep_the_count_exact():
     assert not changed[: PARAMETERS.sinks].any()
 
 
+@pytest.mark.parametrize("sampling", ["greedy", "gumbel"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("what", ["keys", "queries"])
+def test_nan_and_infinite_activations_are_evicted_from_as_the_reference_does(
+    what, number, sampling
+):
+    def fill(keys, values, queries):
+        {"keys": keys, "queries": queries}[what][3] = number
+
+    check_filled(fill, replace(PARAMETERS, sampling=sampling))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf], ids=str)
+def test_nan_and_infinite_values_keep_the_count_exact(number):
+    """The two paths may protect different tokens of such a request, but as many of them."""
+
+    def fill(keys, values, queries):
+        values[5::3, 1] = number
+
+    pool = Pool(Case(PARAMETERS, (Sequence(FIRST, FIRST),), fill=fill))
+    before = pool.caches[0].clone()
+    pool.evict()
+    slots = torch.arange(FIRST)
+    at = pool.blocks(0, slots), slice(None), slots % 16
+    cells = [cache[at].nan_to_num(7) for cache in (before, *pool.caches)]
+    changed = (cells[0] != cells[1]).any(-1)
+    assert (changed[: PARAMETERS.budget].sum(0) == PARAMETERS.window).all()
+    assert not changed[: PARAMETERS.sinks].any()
+
+
 def test_law_of_the_draws():
     """Sets drawn follow sequential draws without replacement in proportion to attention.
 

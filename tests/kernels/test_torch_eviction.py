@@ -11,6 +11,7 @@ from tests.oracle.law import chi_square_of_sets, set_probabilities
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
+    largest,
     plan_moves,
     sampling_noise,
     select_survivors,
@@ -134,3 +135,16 @@ def test_draws_follow_the_law_without_replacement(skew):
 
 settings.register_profile("vase", deadline=None, max_examples=100)
 settings.load_profile("vase")
+
+
+@given(st.data())
+def test_the_largest_are_as_many_as_asked_for_whatever_the_numbers(data):
+    """NaN and infinities too: NaN ranks with -inf, and ties go to the lower index."""
+    numbers = st.lists(st.floats(width=32), min_size=1, max_size=30)
+    values = torch.tensor([data.draw(numbers)])
+    count = data.draw(st.integers(0, values.shape[1]))
+    keep = largest(values, count)
+    assert keep.sum() == count
+    ranked = values.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[0]
+    assert keep[0].nonzero().flatten().tolist() == sorted(order[:count].tolist())

@@ -165,6 +165,43 @@ def test_as_many_survive_as_shall_and_the_sinks_are_among_them(own, shape, ties)
 
 @pytest.mark.parametrize("own", ALL.values(), ids=ALL)
 @EXAMPLES
+@given(
+    shape=shapes(),
+    what=st.sampled_from(["keys", "values", "queries"]),
+    number=st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]),
+    which=st.integers(0, 100),
+)
+def test_as_many_survive_where_numbers_are_nan_or_infinite(own, shape, what, number, which):
+    """As activations of fp16 models become that overflow; the sinks are among the survivors."""
+    eviction = shape.eviction(own)
+    tokens = getattr(eviction, what)
+    tokens[:, which % tokens.shape[1]] = number
+    evictor = TorchEvictor(eviction.config, None, None, None, 1.0, None)
+    mask = evictor.survivors(eviction.candidates())
+    assert mask.sum(dim=-1).tolist() == [shape.keep] * shape.num_heads
+    assert mask[:, : shape.sinks].all()
+
+
+def test_broken_numbers_are_warned_of_once_per_request(monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        "vase_vllm.worker.evictor.logger.warning",
+        lambda text, *args: warnings.append(text % args),
+    )
+    settings = {"policy": "vase", "budget": 12, "window": 4, "sinks": 1}
+    good, bad = (DenseEviction.random(settings, 12) for _ in range(2))
+    bad.keys[:, 5] = torch.nan
+    evictor = TorchEvictor(bad.config, None, None, None, 1.0, None)
+    evictor.survivors(good.candidates(key=1))
+    for key, layer in ((2, 0), (2, 1), (3, 0)):
+        evictor.survivors(bad.candidates(key=key, layer=layer))
+    assert len(warnings) == 2
+    assert "NaN in layer 0 (content key 2, first eviction at" in warnings[0]
+    assert "content key 3" in warnings[1]
+
+
+@pytest.mark.parametrize("own", ALL.values(), ids=ALL)
+@EXAMPLES
 @given(shape=shapes(), key=st.integers(0, 2**31 - 1), eviction_index=st.integers(0, 1000))
 def test_the_same_eviction_twice_is_the_same(own, shape, key, eviction_index):
     which = {"key": key, "eviction_index": eviction_index, "layer": 3}

@@ -33,7 +33,8 @@ class Policy(BaseModel, ABC):
         sinks survive whatever is returned for them.
 
         Returns:
-            [H, n] floating point without NaN. It must be a new tensor, for the caller writes to it.
+            [H, n] floating point, in which NaN counts as -inf. It must be a new tensor, for the
+            caller writes to it.
         """
 
     def check(self, limits: EvictionLimits) -> None:
@@ -81,7 +82,7 @@ class AttentionPolicy(Policy):
 
     smoothing: int = Field(default=5, ge=1)
     """Width of the average pooling of the attention over slots; 1 is off."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
     """Divides the attention logits before the softmax."""
 
     def check(self, limits: EvictionLimits) -> None:
