@@ -61,10 +61,10 @@ format: setup ## ruff's fixes and formatting
 	$(PY) -m ruff format .
 
 bench-overhead: setup ## what the plugin costs a decode step
-	@$(PY) -m benchmarks.overhead
+	@$(PY) -m benchmarks.decode_step.overhead
 
 compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
-	@$(PY) benchmarks/compile_check.py
+	@$(PY) benchmarks/kernels/compile_check.py
 
 lock: ## resolve the CPU environment anew into requirements/cpu.lock
 	@rm -rf build/lock && "$(PYTHON)" -m venv build/lock

@@ -29,7 +29,7 @@ from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.methods import COMPRESSIONS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, Problem, read_jsonl
-from benchmarks.provenance import provenance
+from benchmarks.common.provenance import provenance
 from vase_vllm.layout.schedule import EvictionSchedule
 
 SINKS = 4

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, read_jsonl
-from benchmarks.provenance import provenance
+from benchmarks.common.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -24,12 +24,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common import paths
 from benchmarks.reasoning import report
 from benchmarks.reasoning.harness import Request, RunFailedError, cache, command, evaluate
 from benchmarks.reasoning.suite import FULL, TASKS, Policy, plan
 from vase_vllm.tools.server import Server
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = paths.RESULTS / "reasoning"
 PACKAGES = ("lm-eval", "math-verify")
 START_SECONDS = 2 * 3600  # the weights may have to be downloaded first
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import published
-from benchmarks.gpu import server, server_report, server_run
-from benchmarks.gpu.sweep import Clock, OutOfTimeError, Range, Results
+from benchmarks.common import published
+from benchmarks.serving import gpu_server as server
+from benchmarks.serving import gpu_server_report as server_report
+from benchmarks.serving import gpu_server_run as server_run
+from benchmarks.serving.sweep import Clock, OutOfTimeError, Range, Results
 from vase_vllm.layout.schedule import EvictionSchedule
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +223,7 @@ def test_a_smoke_run_has_no_numbers():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_dry_run_sweeps_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/server.py"), "--smoke"]
+    command = [sys.executable, str(ROOT / "benchmarks/serving/gpu_server.py"), "--smoke"]
     command += ["--out", str(tmp_path)]
 
     def call(minutes=9):

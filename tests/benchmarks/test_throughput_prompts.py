@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from vllm.benchmarks.datasets.datasets import CustomDataset
 
-from benchmarks.throughput.prompts import SEED, WARM_UP_SEED, draw_requests, write_dataset
-from benchmarks.throughput.suites import CPU_WORKLOADS
+from benchmarks.common.prompts import SEED, WARM_UP_SEED, draw_requests, write_dataset
+from benchmarks.serving.suites import CPU_WORKLOADS
 from vase_vllm.tools.tiny_model import byte_tokenizer
 
 

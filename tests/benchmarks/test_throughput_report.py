@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks import published
-from benchmarks.throughput import offline, report
-from benchmarks.throughput.run import facts
-from benchmarks.throughput.suites import SUITES
+from benchmarks.common import published
+from benchmarks.serving import offline, report
+from benchmarks.serving.run import facts
+from benchmarks.serving.suites import SUITES
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 ENGINE = (

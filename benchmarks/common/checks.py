@@ -5,7 +5,7 @@ from typing import Any
 import requests
 from vllm.utils.math_utils import cdiv
 
-from benchmarks.throughput.suites import Policy
+from benchmarks.serving.suites import Policy
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.server import Server

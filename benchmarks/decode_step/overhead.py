@@ -1,6 +1,6 @@
 """What eviction costs a decode step on the CPU: its own share, and that of the wrapper around.
 
-    python -m benchmarks.overhead [--output FILE.json]
+    python -m benchmarks.decode_step.overhead [--output FILE.json]
 
 The model has the layers of Qwen3-8B (32 query heads, 8 KV heads, head size 128), four of them,
 random weights in bf16 and a small vocabulary, so that the output layer does not hide anything.
@@ -34,7 +34,7 @@ from rich.table import Table
 from transformers import Qwen3Config
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from benchmarks.provenance import provenance
+from benchmarks.common.provenance import provenance
 from vase_vllm.worker.evictor import TorchEvictor
 
 BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4

@@ -1,6 +1,6 @@
 """How many GPUs a load of reasoning requests needs, with the full cache and with eviction.
 
-    python -m benchmarks.fleet.simulate
+    python -m benchmarks.predictions.fleet.simulate
 
 A discrete-event simulation (simpy) on the closed form of vase_vllm/tools/plan/cost.py: predictions,
 nothing here is measured on a GPU. The same seed gives the same numbers.
@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.fleet import report
-from benchmarks.fleet.fleet import Clock, Outcome, simulate, smallest_fleet
-from benchmarks.fleet.load import Lengths, Load
-from benchmarks.fleet.replica import Settings
+from benchmarks.common.paths import MODELS, RESULTS
+from benchmarks.predictions.fleet import report
+from benchmarks.predictions.fleet.fleet import Clock, Outcome, simulate, smallest_fleet
+from benchmarks.predictions.fleet.load import Lengths, Load
+from benchmarks.predictions.fleet.replica import Settings
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.command import kv_cache_memory
@@ -26,7 +27,6 @@ from vase_vllm.tools.plan.cost import Shard, mean_cached
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
-BENCHMARKS = Path(__file__).parents[1]
 OTHER_MEMORY = 2 << 30
 
 
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default=str(BENCHMARKS / "models" / "qwen3-8b"), help="directory of a config")
+    add("--model", default=str(MODELS / "qwen3-8b"), help="directory of a config")
     add("--gpu", choices=sorted(GPUS), default="h100")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of a replica")
     add("--budgets", type=int, nargs="+", default=[2048, 4096], metavar="T")
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     add("--max-model-len", type=int, default=32768, metavar="N")
     add("--max-num-seqs", type=int, default=256, metavar="N")
     add("--seed", type=int, default=0)
-    add("--output", type=Path, default=BENCHMARKS / "results" / "fleet", metavar="DIR")
+    add("--output", type=Path, default=RESULTS / "predictions" / "fleet", metavar="DIR")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Compile the shipped kernel configurations for several GPUs, without one.
 
-    python benchmarks/compile_check.py            all configurations and architectures
-    python benchmarks/compile_check.py --quick    the Qwen3-8B shape for sm_90, all kinds of scoring
+    python benchmarks/kernels/compile_check.py          all configurations and architectures
+    python benchmarks/kernels/compile_check.py --quick  the Qwen3-8B shape for sm_90, all scorings
 
 Prints registers, shared memory and local memory of every kernel. Fails if a kernel spills registers
 to local memory or needs more shared memory than its architecture has. The launches are those of the

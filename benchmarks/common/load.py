@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.throughput.prompts import Request, write_dataset
-from benchmarks.throughput.suites import Workload
+from benchmarks.common.prompts import Request, write_dataset
+from benchmarks.serving.suites import Workload
 from vase_vllm.tools.server import Server
 
 BINS = 16

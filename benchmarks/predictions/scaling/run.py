@@ -1,6 +1,6 @@
 """Step times that vase_vllm/tools/plan/cost.py predicts, against those measured on this CPU.
 
-    python -m benchmarks.scaling.run
+    python -m benchmarks.predictions.scaling.run
 
 Two engines, full cache and eviction, stay up and take turns. Two numbers are fitted, to the full
 cache's cells: the bandwidth and the fixed overhead of a step. The peak is that of a matrix product
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks.provenance import provenance
-from benchmarks.scaling.engine import Cell, Engine, engine
-from benchmarks.scaling.plot import plot
+from benchmarks.common.paths import RESULTS
+from benchmarks.common.provenance import provenance
+from benchmarks.predictions.scaling.engine import Cell, Engine, engine
+from benchmarks.predictions.scaling.plot import plot
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import Machine, Shard, Step
 from vase_vllm.tools.plan.model_shape import read_model_shape
 from vase_vllm.tools.tiny_model import make_tiny_model
 
-RESULTS = Path(__file__).parents[1] / "results" / "scaling"
 SHAPE = {"layers": 4, "hidden_size": 256, "query_heads": 8, "kv_heads": 4, "head_dim": 64}
 SCHEDULE = EvictionSchedule(budget=1024, window=64)
 BATCHES, LENGTHS = (1, 2, 4, 8), (256, 1024, 2048, 4096)
@@ -49,7 +49,9 @@ Runs = dict[str, list[Times]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats of every cell")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "predictions" / "scaling", metavar="DIR"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = make_tiny_model(directory, **SHAPE, dtype="float32")

@@ -1,6 +1,6 @@
 """vLLM's offline benchmarks, full cache against eviction, without a server.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.throughput.offline [--rounds N]
+    OMP_NUM_THREADS=1 python -m benchmarks.serving.offline [--rounds N]
 
 ``vllm bench throughput`` gets all requests at once, in KV memory for about four of full length;
 ``vllm bench latency`` runs one batch from its first token to its last, memory in plenty. It
@@ -23,10 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.made_up_weights import write_model_files
-from benchmarks.provenance import provenance
-from benchmarks.throughput.run import RESULTS, environment, kv_memory_bytes
-from benchmarks.throughput.suites import CPU_MODEL, MODELS, SUITES, Policy
+from benchmarks.common.dummy_weights import write_model_files
+from benchmarks.common.provenance import provenance
+from benchmarks.serving.run import RESULTS, environment, kv_memory_bytes
+from benchmarks.serving.suites import CPU_MODEL, MODELS, SUITES, Policy
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 SUITE = SUITES["cpu"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import published
-from benchmarks.throughput.plots import plot
+from benchmarks.common import published
+from benchmarks.serving.plots import plot
 
 Run = dict[str, Any]
 COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {

@@ -12,10 +12,10 @@ from typing import Any
 import requests
 from vllm.config import CUDAGraphMode
 
-from benchmarks.gpu import server_report
-from benchmarks.gpu.sweep import OutOfTimeError
-from benchmarks.throughput.checks import most_blocks
-from benchmarks.throughput.monitor import Monitor
+from benchmarks.common.checks import most_blocks
+from benchmarks.common.monitor import Monitor
+from benchmarks.serving import gpu_server_report as server_report
+from benchmarks.serving.sweep import OutOfTimeError
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.server import Server
 

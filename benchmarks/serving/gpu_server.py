@@ -1,7 +1,7 @@
 """The real vLLM server under load: full cache against eviction. Needs vLLM, and no model weights.
 
-    python benchmarks/gpu/server.py             on a GPU where vLLM and this project are installed
-    python benchmarks/gpu/server.py --smoke     a tiny model on a CPU: every step, no numbers
+    python benchmarks/serving/gpu_server.py             on a GPU where vLLM and this project are installed
+    python benchmarks/serving/gpu_server.py --smoke     a tiny model on a CPU: every step, no numbers
 
 ``vllm serve`` runs with weights made up when it loads (the shape of a Qwen3), CUDA graphs, async
 scheduling and prefix caching on, which are vLLM's defaults. ``vllm bench serve`` sends random
@@ -38,8 +38,9 @@ sys.path.insert(0, str(ROOT))
 import requests  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from benchmarks.gpu import server_report  # noqa: E402
-from benchmarks.gpu.server_run import (  # noqa: E402
+from benchmarks.common.dummy_weights import write_model_files  # noqa: E402
+from benchmarks.serving import gpu_server_report as server_report  # noqa: E402
+from benchmarks.serving.gpu_server_run import (  # noqa: E402
     SMALLEST_INPUT,
     CheckFailedError,
     cache_block_size,
@@ -48,8 +49,7 @@ from benchmarks.gpu.server_run import (  # noqa: E402
     settings_in_effect,
     warm_up,
 )
-from benchmarks.gpu.sweep import Clock, OutOfTimeError, Range, Results  # noqa: E402
-from benchmarks.made_up_weights import write_model_files  # noqa: E402
+from benchmarks.serving.sweep import Clock, OutOfTimeError, Range, Results  # noqa: E402
 from vase_vllm.layout.query_ring import RingLayout  # noqa: E402
 from vase_vllm.layout.schedule import EvictionSchedule  # noqa: E402
 from vase_vllm.tools.server import Server  # noqa: E402

@@ -1,23 +1,22 @@
 """The worked numbers of docs/scaling.md: predictions for Qwen3-8B, nothing measured.
 
-python -m benchmarks.scaling.predict            # print the tables
-python -m benchmarks.scaling.predict --write    # put them into docs/scaling.md
+python -m benchmarks.predictions.scaling.predict            # print the tables
+python -m benchmarks.predictions.scaling.predict --write    # put them into docs/scaling.md
 """
 
 import argparse
 import re
 import sys
-from pathlib import Path
 
+from benchmarks.common.paths import MODELS, ROOT
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.command import kv_cache_memory
 from vase_vllm.tools.plan.cost import Part, Shard, Step, num_blocks_held
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
-ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "scaling.md"
-MODEL = ROOT / "benchmarks" / "models" / "qwen3-8b"
+MODEL = MODELS / "qwen3-8b"
 WINDOW, BLOCK_SIZE, STATE_BLOCKS = 64, 16, 8
 LENGTH = 16384
 BUDGETS = (2048, 4096, 6144)

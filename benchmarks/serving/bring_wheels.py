@@ -1,7 +1,7 @@
 """Bring vLLM to a GPU machine that has torch but no network, in pieces small enough to carry.
 
-    python benchmarks/gpu/bring_wheels.py pack wheels/ --requirements needed.txt     with a network
-    python benchmarks/gpu/bring_wheels.py install wheels/                            without one
+    python benchmarks/serving/bring_wheels.py pack wheels/ --requirements needed.txt     with a network
+    python benchmarks/serving/bring_wheels.py install wheels/                            without one
 
 ``pack`` downloads the wheel of vLLM in the range that this project supports, and those of a
 requirements file: one exact version a line (``name==version``), for nothing is resolved. Each wheel

@@ -1,14 +1,14 @@
 """Check and time the fused eviction on a GPU. Needs torch and Triton alone, and no installation.
 
-    python benchmarks/gpu/eviction.py             on a GPU
-    python benchmarks/gpu/eviction.py --smoke     on a CPU, under Triton's interpreter: no numbers
+    python benchmarks/kernels/eviction.py             on a GPU
+    python benchmarks/kernels/eviction.py --smoke     on a CPU, under Triton's interpreter: no numbers
 
 Correctness comes first: unless every head agrees with the reference, nothing is timed. Then, at the
 shape of Qwen3-8B (36 layers, 8 KV heads, D = 128, G = 4, W = 64, bf16), the fused eviction is timed
 beside the authors' method in PyTorch, the same under torch.compile, R-KV's rule, and the floor: the
 bytes at measured copy bandwidth or the operations at measured matmul rate, whichever takes longer.
 The policies random and streaming, which score no attention, are timed on the same pages.
-Writes JSON and Markdown to benchmarks/results/.
+Writes JSON and Markdown to benchmarks/results/kernels/.
 """
 
 import argparse
@@ -33,8 +33,8 @@ if SMOKE:
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from benchmarks.gpu import baselines  # noqa: E402
-from benchmarks.gpu.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
+from benchmarks.kernels import baselines  # noqa: E402
+from benchmarks.kernels.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
 from vase_vllm.kernels.evict import SCRATCH_BYTES  # noqa: E402
 from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
 from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
@@ -349,7 +349,7 @@ def main() -> int:
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--due", type=int, nargs="+", default=DUE, help="sequences that evict")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--out", type=Path, help="directory, default benchmarks/results")
+    parser.add_argument("--out", type=Path, help="directory, default benchmarks/results/kernels")
     options = parser.parse_args()
     if not SMOKE and not torch.cuda.is_available():
         parser.error("no GPU: --smoke runs all of this on a CPU, without numbers")
@@ -399,7 +399,9 @@ def main() -> int:
         "evictions": evictions,
         "amortised": shares,
     }
-    directory = options.out or (Path(tempfile.mkdtemp()) if SMOKE else ROOT / "benchmarks/results")
+    directory = options.out or (
+        Path(tempfile.mkdtemp()) if SMOKE else ROOT / "benchmarks/results/kernels"
+    )
     directory.mkdir(parents=True, exist_ok=True)
     name = "smoke" if SMOKE else device_name.lower().replace(" ", "-")
     path = directory / f"eviction-{name}-{report['date']}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import simpy
 
-from benchmarks.fleet.load import Load
-from benchmarks.fleet.replica import Replica, Request, Settings
+from benchmarks.predictions.fleet.load import Load
+from benchmarks.predictions.fleet.replica import Replica, Request, Settings
 
 
 @dataclass(frozen=True)

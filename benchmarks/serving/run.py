@@ -1,6 +1,6 @@
 """Throughput, memory and capacity of eviction against the full cache, on real servers.
 
-    python -m benchmarks.throughput.run [--suite cpu] [--workloads NAME ...] [--rounds N]
+    python -m benchmarks.serving.run [--suite cpu] [--workloads NAME ...] [--rounds N]
 
 See README.md in this folder for what is measured and how to read it.
 """
@@ -21,26 +21,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from vllm.utils.math_utils import cdiv
 
-from benchmarks.made_up_weights import write_model_files
-from benchmarks.provenance import provenance
-from benchmarks.throughput import report
-from benchmarks.throughput.checks import evictions_so_far, problems
-from benchmarks.throughput.load import (
+from benchmarks.common import paths
+from benchmarks.common.checks import evictions_so_far, problems
+from benchmarks.common.dummy_weights import write_model_files
+from benchmarks.common.load import (
     RunFailedError,
     run_load,
     time_per_token,
     warm_up,
 )
-from benchmarks.throughput.monitor import Monitor, thinned
-from benchmarks.throughput.prompts import SEED, WARM_UP_SEED, draw_requests
-from benchmarks.throughput.suites import SUITES, Policy, Suite, Workload
+from benchmarks.common.monitor import Monitor, thinned
+from benchmarks.common.prompts import SEED, WARM_UP_SEED, draw_requests
+from benchmarks.common.provenance import provenance
+from benchmarks.serving import report
+from benchmarks.serving.suites import SUITES, Policy, Suite, Workload
 from vase_vllm.tools.plan.cost import ModelShape
 from vase_vllm.tools.plan.model_shape import read_model_shape
 from vase_vllm.tools.server import Server
 from vase_vllm.tools.tiny_model import make_tiny_model
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "throughput"
+RESULTS = paths.RESULTS / "serving"
 DETAILS = ("input_lens", "output_lens", "start_times", "ttfts", "itls", "errors")
 SERIES_POINTS = 200
 

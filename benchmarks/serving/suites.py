@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODELS = Path(__file__).parents[1] / "models"
+from benchmarks.common.paths import MODELS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import published
+from benchmarks.common import published
 
 COLUMNS = {
     "output tokens/s": "output_throughput",

@@ -1,7 +1,7 @@
 """Where our own code spends processor time in a CPU decode step, at a model small enough to show.
 
-    python -m benchmarks.throughput.profile [--output FILE.json] [--label NAME]
-    py-spy record --format raw --output stacks.txt -- python -m benchmarks.throughput.profile
+    python -m benchmarks.decode_step.profile [--output FILE.json] [--label NAME]
+    py-spy record --format raw --output stacks.txt -- python -m benchmarks.decode_step.profile
 
 An engine in this process decodes 16 sequences beyond their budget. The functions named in ``COSTS``
 are timed with the process's processor time (the engine runs on one thread); the second form finds

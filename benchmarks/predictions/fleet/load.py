@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.fleet.replica import Request
+from benchmarks.predictions.fleet.replica import Request
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.throughput.suites import Workload
+from benchmarks.serving.suites import Workload
 
 ALPHABET = np.array(list(string.ascii_letters + string.digits))
 WARM_UP_SEED, SEED = 0, 1
