@@ -6,14 +6,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common.prompts import Request, write_dataset
-from benchmarks.serving.suites import Workload
+from benchmarks.common.workload import Request, write_dataset
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.server import Server
 
 BINS = 16
@@ -23,11 +22,8 @@ class RunFailedError(Exception):
     """The load did not come to its end."""
 
 
-def warm_up(workload: Workload, longest: int) -> Workload:
-    """The run that is thrown away: of the same kind, but few and not longer than needed."""
-    requests = min(4, workload.num_requests)
-    output_len = min(longest, workload.output_len)
-    return replace(workload, num_requests=requests, output_len=output_len, spread=0.0)
+class RunTimeoutError(RunFailedError):
+    """The load took longer than it was given, and was stopped."""
 
 
 def run_load(
@@ -42,13 +38,14 @@ def run_load(
     """Send the requests, so many at a time; ``watch`` is called about once a second meanwhile.
 
     Args:
-        stops: see :class:`Workload`.
+        stops: see :class:`~benchmarks.common.workload.Workload`.
 
     Returns:
         What ``vllm bench serve`` saves with ``--save-detailed``, without the texts.
 
     Raises:
-        RunFailedError: with the end of what it printed.
+        RunTimeoutError: it was stopped after ``timeout`` seconds.
+        RunFailedError: it failed; with the end of what it printed.
     """
     arguments = {
         "--model": model,
@@ -78,13 +75,17 @@ def run_load(
         with output.open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             deadline = time.monotonic() + timeout
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.5)
-                watch()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-                raise RunFailedError(f"not done after {timeout:.0f} s")
+            try:
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    watch()
+            finally:
+                timed_out = process.poll() is None
+                if timed_out:
+                    process.kill()
+                    process.wait()
+            if timed_out:
+                raise RunTimeoutError(f"not done after {timeout:.0f} s")
         if process.returncode:
             end = output.read_text(errors="replace").partition("nanobind:")[0][-1500:]
             raise RunFailedError(f"vllm bench serve failed: {end}")
@@ -94,16 +95,16 @@ def run_load(
 
 
 def time_per_token(load: dict[str, Any]) -> dict[str, list[float]]:
-    """Time per token over the position in the answer, in bins, over all requests of a run.
+    """Time per token over the position in the output, in bins, over all requests of a run.
 
     A streamed chunk may carry more than one token when the client falls behind; chunks then stand
-    at their share of the answer.
+    at their share of the output.
 
     Returns:
         ``position``: end of each bin; ``mean_ms`` and ``median_ms`` of the chunks in it.
     """
     longest = max(load["output_lens"])
-    width = -(-longest // BINS)
+    width = cdiv(longest, BINS)
     positions, milliseconds = [], []
     for length, gaps in zip(load["output_lens"], load["itls"], strict=True):
         if not gaps:

@@ -7,6 +7,7 @@ from types import TracebackType
 import psutil
 import requests
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.server import Server, count_blocks
 
 METRICS = {
@@ -103,5 +104,5 @@ class Monitor:
 def thinned(series: dict[str, list[float]], points: int) -> dict[str, list[float]]:
     """Every n-th sample, so that about ``points`` are left."""
     length = len(next(iter(series.values()), []))
-    step = max(1, -(-length // points))
+    step = max(1, cdiv(length, points))
     return {name: values[::step] for name, values in series.items()}

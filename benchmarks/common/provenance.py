@@ -1,31 +1,23 @@
 """Where numbers come from: the day, the command, the machine and the versions."""
 
-import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import psutil
 from vllm.platforms import current_platform
-
-
-def processor() -> str:
-    """Name of the processor, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
-        return match[1]
-    return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:
     """What the numbers belong to."""
     device = current_platform.get_device_name() if current_platform.is_cuda() else None
-    return {"processor": processor(), "cores": os.cpu_count(), "accelerator": device}
+    processor = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    return {"processor": processor, "cores": psutil.cpu_count(), "accelerator": device}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Check and time the fused eviction on a GPU. Needs torch and Triton alone, and no installation.
 
-    python benchmarks/kernels/eviction.py             on a GPU
-    python benchmarks/kernels/eviction.py --smoke     on a CPU, under Triton's interpreter: no numbers
+    python benchmarks/kernels/eviction.py           on a GPU
+    python benchmarks/kernels/eviction.py --smoke   on a CPU, under Triton's interpreter: no numbers
 
 Correctness comes first: unless every head agrees with the reference, nothing is timed. Then, at the
 shape of Qwen3-8B (36 layers, 8 KV heads, D = 128, G = 4, W = 64, bf16), the fused eviction is timed
@@ -40,6 +40,7 @@ from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, sc
 from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
 from vase_vllm.kernels.ring import store_queries  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results" / "kernels"
 BUDGETS = (1024, 2048, 4096, 8192)
 DUE = (1, 2, 4, 8, 16, 32, 64)
 BATCHES = (16, 64, 128, 256)
@@ -399,9 +400,7 @@ def main() -> int:
         "evictions": evictions,
         "amortised": shares,
     }
-    directory = options.out or (
-        Path(tempfile.mkdtemp()) if SMOKE else ROOT / "benchmarks/results/kernels"
-    )
+    directory = options.out or (Path(tempfile.mkdtemp()) if SMOKE else RESULTS)
     directory.mkdir(parents=True, exist_ok=True)
     name = "smoke" if SMOKE else device_name.lower().replace(" ", "-")
     path = directory / f"eviction-{name}-{report['date']}"

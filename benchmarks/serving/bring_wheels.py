@@ -1,15 +1,17 @@
 """Bring vLLM to a GPU machine that has torch but no network, in pieces small enough to carry.
 
-    python benchmarks/serving/bring_wheels.py pack wheels/ --requirements needed.txt     with a network
-    python benchmarks/serving/bring_wheels.py install wheels/                            without one
+    python benchmarks/serving/bring_wheels.py pack wheels/ --requirements needed.txt
+    python benchmarks/serving/bring_wheels.py install wheels/
 
-``pack`` downloads the wheel of vLLM in the range that this project supports, and those of a
-requirements file: one exact version a line (``name==version``), for nothing is resolved. Each wheel
-is split into pieces of at most ``--piece-size`` MiB, and ``manifest.json`` has the SHA-256 sums.
-``--wheels`` takes wheels that are on disk already, this project's own for one.
+``pack`` runs on a machine with a network. It downloads the wheel of vLLM in the range that this
+project supports, and those of a requirements file: one exact version a line (``name==version``),
+for nothing is resolved. Each wheel is split into pieces of at most ``--piece-size`` MiB, and
+``manifest.json`` has the SHA-256 sums. ``--wheels`` takes wheels that are on disk already, this
+project's own for one.
 
-``install`` puts the pieces together, compares every sum, and installs all wheels without looking at
-an index or at dependencies: the machine's torch stays as it is. It needs nothing but Python.
+``install`` runs on the machine without one. It puts the pieces together, compares every sum, and
+installs all wheels without looking at an index or at dependencies: the machine's torch stays as it
+is. It needs nothing but Python.
 """
 
 import argparse

@@ -19,14 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.common.dummy_weights import write_model_files
+from benchmarks.common.dummy_weights import write_dummy_model
+from benchmarks.common.markdown import table
+from benchmarks.common.paths import MODELS
+from benchmarks.common.policy import Policy
 from benchmarks.common.provenance import provenance
-from benchmarks.serving.run import RESULTS, environment, kv_memory_bytes
-from benchmarks.serving.suites import CPU_MODEL, MODELS, SUITES, Policy
+from benchmarks.serving.measure import kv_memory_bytes
+from benchmarks.serving.run import RESULTS
+from benchmarks.serving.suites import CPU_MODEL, SUITES
+from vase_vllm.tools.plan.cost import Shard
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 SUITE = SUITES["cpu"]
@@ -105,26 +111,22 @@ TOOLS = (
 
 
 def write_model(directory: Path) -> None:
-    """The suite's model with a larger vocabulary, to be loaded with weights that are made up."""
-    config = json.loads((MODELS / "qwen3-8b" / "config.json").read_text())
-    write_model_files(
-        directory,
-        config
-        | {
-            "num_hidden_layers": CPU_MODEL["layers"],
-            "hidden_size": CPU_MODEL["hidden_size"],
-            "intermediate_size": CPU_MODEL["intermediate_size"],
-            "vocab_size": VOCAB_SIZE,
-            "tie_word_embeddings": True,
-        },
-    )
+    """The suite's model with a larger vocabulary, to be loaded with dummy weights."""
+    changes = {
+        "num_hidden_layers": CPU_MODEL["layers"],
+        "hidden_size": CPU_MODEL["hidden_size"],
+        "intermediate_size": CPU_MODEL["intermediate_size"],
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": True,
+    }
+    write_dummy_model(directory, MODELS / "qwen3-8b", changes)
 
 
 def run_tool(tool: Tool, policy: Policy, model: Path) -> dict[str, Any]:
     """Run one command; ``status`` is "ok", "failed" or "wrong", the latter two without a speed."""
-    shape = read_model_shape(str(model))[0]
+    shard = Shard(read_model_shape(str(model))[0])
     kv_tokens = tool.kv_requests * (INPUT_LEN + OUTPUT_LEN)
-    kv_bytes = kv_memory_bytes(kv_tokens, shape, SUITE.block_size)
+    kv_bytes = kv_memory_bytes(kv_tokens, shard, SUITE.block_size)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", tool.name]
     command += ["--model", str(model), "--load-format", "dummy", "--disable-detokenize"]
     command += ["--max-model-len", str(INPUT_LEN + OUTPUT_LEN + 32)]
@@ -159,7 +161,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['date'][:10]}, {result['machine']['processor']}, "
         f"vLLM {result['versions']['vllm']}, `{result['command']}`. Model: {result['model']}. "
-        f"Prompts of {INPUT_LEN} tokens, answers of {OUTPUT_LEN}, every one complete. Medians over "
+        f"Prompts of {INPUT_LEN} tokens, outputs of {OUTPUT_LEN}, every one complete. Medians over "
         "the rounds, their range in brackets; the ratio is that of the medians.",
         *(f"\n{note}" for note in result["notes"]),
     ]
@@ -170,10 +172,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{tool.num_requests} requests, KV memory for {tool.kv_requests} of full length.",
             "",
-            "| policy | output tokens/s | of the full cache | rounds |",
-            "| --- | ---: | ---: | ---: |",
         ]
-        full = None
+        rows, full = [], None
         for policy in POLICIES:
             runs = [
                 run
@@ -182,16 +182,15 @@ def markdown(result: dict[str, Any]) -> str:
             ]
             if any(run["status"] != "ok" for run in runs) or not runs:
                 reasons = {run["reason"][-200:] for run in runs if run["status"] != "ok"}
-                lines.append(f"| {policy.name} | {'; '.join(reasons) or 'not run'} | | |")
+                rows.append([policy.name, "; ".join(reasons) or "not run", "", ""])
                 continue
             speeds = [run["output_tokens_per_second"] for run in runs]
             median = statistics.median(speeds)
             full = median if policy.budget is None else full
             of_full = f"{median / full:.2f}" if full else ""
-            lines.append(
-                f"| {policy.name} | {median:.0f} ({min(speeds):.0f} to {max(speeds):.0f}) | "
-                f"{of_full} | {len(runs)} |"
-            )
+            speed = f"{median:.0f} ({min(speeds):.0f} to {max(speeds):.0f})"
+            rows.append([policy.name, speed, of_full, str(len(runs))])
+        lines += table(["policy", "output tokens/s", "of the full cache", "rounds"], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -203,7 +202,7 @@ def main() -> int:
     args = parser.parse_args()
     result = {
         **provenance(),
-        "model": "two layers of Qwen3-8B's attention, next to no weights around them, made up",
+        "model": "two layers of Qwen3-8B's attention, few weights around them, dummy weights",
         "environment": SUITE.environment,
         "notes": args.note,
         "runs": [],
@@ -216,7 +215,7 @@ def main() -> int:
     ]
     path = args.output / "offline-cpu.json"
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as directory, environment(SUITE.environment):
+    with tempfile.TemporaryDirectory() as directory, patch.dict("os.environ", SUITE.environment):
         write_model(Path(directory))
         for index, tool, policy in track(plan, "vllm bench", transient=True):
             run = run_tool(tool, policy, Path(directory))

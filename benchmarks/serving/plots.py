@@ -1,18 +1,14 @@
-"""One picture of a workload: speed, time per token, queue, preemptions, blocks, memory."""
+"""The picture of a workload: of one concurrency, or of a sweep."""
 
 import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-# The same data make the same file.
-matplotlib.rcParams["svg.hashsalt"] = "throughput"
+from benchmarks.common.figures import pyplot, save
+from benchmarks.serving.columns import COLUMNS, SPEED
 
 Runs = dict[str, list[dict[str, Any]]]
+SALT = "throughput"
 COLORS = ("#4d4d4d", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
 FIRST, LATER = 0.9, 0.35
 """Opacity of the first round's lines and of the others'."""
@@ -43,7 +39,12 @@ def _arrivals(series: dict[str, list[float]]) -> tuple[list[float], list[float]]
 
 
 def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
-    """Write ``path`` with .png and .svg; ``runs``: those of each policy."""
+    """Speed, time per token, queue, preemptions, blocks and memory at one concurrency.
+
+    Args:
+        runs: those of each policy.
+        path: written with .png and .svg.
+    """
     figure, ((speed, pace, queue), (preempted, blocks, memory)) = pyplot.subplots(
         2, 3, figsize=(14, 7.5), layout="constrained"
     )
@@ -68,7 +69,7 @@ def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
             if policy in good:
                 curve = run["time_per_token"]
                 pace.plot(curve["position"], curve["mean_ms"], marker=".", label=label, **style)
-    pace.set(title="ms per token over the position in the answer", xlabel="token", ylim=(0, None))
+    pace.set(title="ms per token over the position in the output", xlabel="token", ylim=(0, None))
     queue.set(title="requests: running (solid), waiting (dotted)", xlabel="s", xlim=(0, None))
     preempted.set(title="preemptions so far", xlabel="s", xlim=(0, None), ylim=(0, None))
     blocks.set(title="KV cache blocks held", xlabel="s", xlim=(0, None), ylim=(0, None))
@@ -79,6 +80,33 @@ def plot(result: dict[str, Any], runs: Runs, path: Path) -> None:
         f"{workload['name']}: {workload['question']}\n{result['machine']['processor']}, "
         f"vLLM {versions['vllm']}, rounds: {workload['rounds']}"
     )
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path, SALT)
+
+
+def plot_sweep(
+    result: dict[str, Any], runs: dict[tuple[str, int], list[dict[str, Any]]], path: Path
+) -> None:
+    """Throughput and time per token over the concurrency, a line for each policy.
+
+    Args:
+        runs: those of each policy and concurrency.
+        path: written with .png and .svg.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for policy in dict.fromkeys(policy for policy, _ in runs):
+        own = {number: group for (name, number), group in runs.items() if name == policy}
+        for axis, name in zip(axes, (SPEED, "ms per token"), strict=True):
+            value = COLUMNS[name].value
+            medians = [statistics.median(map(value, group)) for group in own.values()]
+            axis.plot(list(own), medians, "o-", label=policy)
+            axis.set(xlabel="concurrent requests", ylabel=name)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        if result["smoke"]:
+            axis.set_yticks([])
+    axes[0].legend(frameon=False)
+    device = result["machine"]["accelerator"] or "no GPU"
+    title = f"{device}: {result['model']}, outputs of {result['workload']['output_len']} tokens"
+    figure.suptitle(f"{title}, vLLM {result['versions']['vllm']}", fontsize=9)
+    save(figure, path, SALT)

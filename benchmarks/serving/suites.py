@@ -5,63 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import MODELS
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One way to serve.
-
-    Attributes:
-        name: as the tables and plots call it.
-        budget, window: of the eviction; no budget is the full cache.
-        eviction: name of the eviction policy.
-        arguments: further ones of ``vllm serve``.
-    """
-
-    name: str
-    budget: int | None = None
-    window: int = 64
-    eviction: str = "vase"
-    arguments: tuple[str, ...] = ()
-
-    def serve_arguments(self) -> list[str]:
-        """What distinguishes this policy's server; everything else is vLLM's default."""
-        if self.budget is None:
-            return list(self.arguments)
-        eviction = ["--kv-eviction", self.eviction, "--kv-eviction-config.budget", str(self.budget)]
-        return [*eviction, "--kv-eviction-config.window", str(self.window), *self.arguments]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One load, the same for all policies. Lengths are in tokens.
-
-    Attributes:
-        question: what it is there to show.
-        kv_tokens: tokens that the KV cache memory of every policy holds.
-        max_model_len: longest sequence that the servers accept.
-        output_len: mean length of the answers, which never end by themselves but for ``stops``.
-        spread: answers are drawn uniformly from output_len * (1 - spread) to * (1 + spread).
-        stops: token ids that end an answer. Tokens are then sampled, and nobody knows beforehand
-            how long an answer will be; ``output_len`` is the longest.
-        prefix_len: length of a prefix that all prompts share, beside their input_len.
-        rounds: times that every policy runs, in turn.
-        policies: names of those of the suite that it runs unless told otherwise; none is all.
-    """
-
-    name: str
-    question: str
-    kv_tokens: int
-    max_model_len: int
-    num_requests: int
-    concurrency: int
-    input_len: int
-    output_len: int
-    spread: float = 0.0
-    stops: tuple[int, ...] = ()
-    prefix_len: int = 0
-    rounds: int = 3
-    policies: tuple[str, ...] = ()
+from benchmarks.common.policy import Policy
+from benchmarks.common.server import ONE_THREAD
+from benchmarks.common.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -70,15 +16,34 @@ class Suite:
 
     Attributes:
         model: arguments of ``make_tiny_model``, or the directory of a model's config, which is
-            served with weights that are made up (``--load-format dummy``).
+            served with dummy weights (``--load-format dummy``).
+        block_size: token slots of a KV cache block.
+        config_changes: of that config.
         environment: of the servers.
+        arguments: of ``vllm serve``, for all policies.
+        needs_gpu: whether it is for a GPU.
+        smoke: whether it is there to go through every step, so that its numbers mean nothing.
+        sample_seconds: between two samples of a server's metrics.
     """
 
     model: dict[str, Any] | Path
     policies: tuple[Policy, ...]
     workloads: tuple[Workload, ...]
     block_size: int
+    config_changes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    smoke: bool = False
+    sample_seconds: float = 0.5
+
+
+def budget_policies(*budgets: int, window: int | None = None) -> tuple[Policy, ...]:
+    """The full cache, and ``vase`` with each budget; ``window`` is part of their names if given."""
+    suffix = "" if window is None else f"-window-{window}"
+    settings = () if window is None else (("window", str(window)),)
+    evicting = (Policy(f"vase-{b}{suffix}", b, settings=settings) for b in budgets)
+    return (Policy("full"), *evicting)
 
 
 # The attention of Qwen3-8B (32 query heads, 8 KV heads of size 128) in two layers with next to no
@@ -182,7 +147,7 @@ CPU_WORKLOADS = (
 
 
 def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
-    """Long answers at a concurrency that doubles until memory is full under every policy.
+    """Long outputs at a concurrency that doubles until memory is full under every policy.
 
     The full cache holds ``kv_tokens / (input_len + output_len)`` sequences to their end, a budget
     of 6144 about ``kv_tokens / 6208`` of any length.
@@ -190,7 +155,7 @@ def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
     return tuple(
         Workload(
             f"answers-{length // 1024}k-concurrency-{concurrency}",
-            f"{concurrency} answers of {length} tokens at a time",
+            f"{concurrency} outputs of {length} tokens at a time",
             kv_tokens=kv_tokens,
             max_model_len=1024 + length + 64,
             num_requests=2 * concurrency,
@@ -203,29 +168,88 @@ def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
     )
 
 
-GPU_POLICIES = (Policy("full"), *(Policy(f"vase-{b}", b) for b in (2048, 4096, 6144)))
+def sweep(
+    concurrency: int = 16,
+    max_concurrency: int = 1024,
+    input_len: int = 1024,
+    output_len: int = 16384,
+    waves: int = 1,
+    kv_tokens: int | None = None,
+    rounds: int = 3,
+) -> Workload:
+    """Outputs of one length at a concurrency that doubles until it brings nothing more.
+
+    Args:
+        concurrency, max_concurrency: the first, and the largest.
+        input_len: mean length of the prompts; they are half as long to one and a half times.
+        waves: requests for each concurrent client.
+    """
+    return Workload(
+        f"outputs-{output_len}",
+        f"outputs of {output_len} tokens at a concurrency that doubles",
+        kv_tokens=kv_tokens,
+        max_model_len=input_len + input_len // 2 + output_len + 64,
+        num_requests=waves * concurrency,
+        concurrency=concurrency,
+        max_concurrency=max_concurrency,
+        input_len=input_len,
+        output_len=output_len,
+        input_spread=0.5,
+        rounds=rounds,
+    )
+
+
+GPU_POLICIES = budget_policies(2048, 4096, 6144)
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
 
 SUITES = {
     "cpu": Suite(
         model=CPU_MODEL,
         policies=(
-            Policy("full"),
-            *(Policy(f"vase-{b}", b) for b in (256, 512, 1024)),
-            *(Policy(f"{name}-512", 512, eviction=name) for name in ("snapkv", "rkv", "cur")),
+            *budget_policies(256, 512, 1024),
+            *(Policy(f"{name}-512", 512, name) for name in ("snapkv", "rkv", "cur")),
             *(
-                Policy(f"vase-512-{rule}", 512, arguments=("--kv-eviction-config.admission", rule))
+                Policy(f"vase-512-{rule}", 512, settings=(("admission", rule),))
                 for rule in ("expected", "optimistic")
             ),
         ),
         workloads=CPU_WORKLOADS,
         block_size=32,
-        # One thread that no core is bound to: several engines on one machine then stay apart.
-        environment={"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        environment=ONE_THREAD,
     ),
     # KV memory on a GPU of 80 GB: 48 GB (147,456 bytes a token) beside the 16 GB of Qwen3-8B's
     # weights, 38 GB (163,840 bytes a token) beside the 30 GB of Qwen3-14B's.
-    "qwen3-8b": Suite(MODELS / "qwen3-8b", GPU_POLICIES, gpu_workloads(320 * 1024), block_size=16),
-    "qwen3-14b": Suite(
-        MODELS / "qwen3-14b", GPU_POLICIES, gpu_workloads(224 * 1024), block_size=16
+    **{
+        model: Suite(
+            MODELS / model, GPU_POLICIES, gpu_workloads(kv_tokens), block_size=16, needs_gpu=True
+        )
+        for model, kv_tokens in (("qwen3-8b", 320 * 1024), ("qwen3-14b", 224 * 1024))
+    },
+    **{
+        f"sweep-{model}": Suite(
+            MODELS / model, GPU_POLICIES, (sweep(),), block_size=16, needs_gpu=True
+        )
+        for model in ("qwen3-8b", "qwen3-14b")
+    },
+    # Memory for three outputs of full length, so that a sweep on a CPU comes to its end as well.
+    "smoke": Suite(
+        model=MODELS / "qwen3-8b",
+        config_changes=TINY,
+        policies=budget_policies(64, window=16),
+        workloads=(sweep(2, 4, input_len=24, output_len=400, kv_tokens=3 * 424, rounds=1),),
+        block_size=32,
+        environment=ONE_THREAD,
+        arguments=("--enforce-eager",),
+        smoke=True,
+        sample_seconds=0.05,
     ),
 }

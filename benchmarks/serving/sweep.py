@@ -1,8 +1,8 @@
-"""A sweep over concurrency that may be cut off and gone on with: what was run, and what is next.
+"""What was run and what is next: a sweep over concurrency can be stopped and gone on with.
 
 A policy's concurrency doubles until its requests no longer all ran at once, because memory was
 full, or until throughput no longer grew. Every run is written to the results at once, so that a GPU
-that is lent for minutes loses one run at most.
+that is lent for minutes loses one run at most. A workload of one concurrency is a sweep of one run.
 """
 
 import json
@@ -58,7 +58,7 @@ def memory_was_full(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class Range:
-    """The concurrencies of a sweep: ``first`` and its doubles, up to ``most``."""
+    """The concurrencies of a workload: ``first`` and its doubles, up to ``most``."""
 
     first: int
     most: int
@@ -67,6 +67,8 @@ class Range:
         """Concurrency that follows one policy's runs of one round; None and why where none does."""
         if not runs:
             return self.first, ""
+        if self.first == self.most:
+            return None, ""
         last = runs[-1]
         if memory_was_full(last):
             return None, "memory was full"
@@ -80,20 +82,21 @@ class Range:
 
 
 class Results:
-    """The file of a sweep's results: what it belongs to, the runs, and those that were cut off.
+    """The file of a workload's results: what it belongs to, the runs, and those that were cut off.
 
     Args:
-        path: of the JSON file; read if it exists.
+        path: of the JSON file.
         header: machine, versions and settings that every run must share.
+        go_on: read the file if it exists; else it is written anew.
 
     Raises:
         ValueError: the file's runs have another header.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], go_on: bool = True) -> None:
         self.path = path
-        self.content = {**header, "runs": [], "cuts": [], "ends": {}}
-        if not path.exists():
+        self.content: dict[str, Any] = {**header, "runs": [], "cuts": [], "ends": {}}
+        if not go_on or not path.exists():
             return
         earlier = json.loads(path.read_text())
         # What JSON makes of the header, tuples and integer keys, is what the file has.
@@ -101,9 +104,9 @@ class Results:
             if earlier.get(key) != value:
                 raise ValueError(
                     f"{path} holds runs with {key} = {earlier.get(key)}, not {value}: "
-                    "choose another --out"
+                    "choose another --output"
                 )
-        self.content = earlier
+        self.content |= earlier
 
     def next(self, policy: str, round_number: int, sweep: Range, clock: Clock) -> int | None:
         """Concurrency that is to be run next for a policy; None where its sweep has ended."""
@@ -122,12 +125,12 @@ class Results:
             reason = f"{concurrency} did not end within {longest:.0f} s"
             concurrency = None
         self.content["ends"].pop(policy, None)
-        if concurrency is None:
+        if reason:
             self.content["ends"][policy] = reason
         return concurrency
 
     def add(self, run: Run) -> None:
-        """Keep a run that has passed its checks."""
+        """Keep a run."""
         self.content["runs"].append(run)
         self.write()
 
@@ -141,5 +144,5 @@ class Results:
         """Write the file as a whole, so that a call that is stopped leaves no half of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        part.write_text(json.dumps(self.content, separators=(",", ":")) + "\n")
         os.replace(part, self.path)

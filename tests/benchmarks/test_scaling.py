@@ -11,9 +11,7 @@ SHARD = Shard(ModelShape(4, 8, 4, 64, 256, 4, 3_300_000, 13_200_000))
 
 def test_the_document_has_the_tables_that_the_formulas_give():
     text = predict.DOCUMENT.read_text()
-    assert text == predict.fill(text), (
-        "run python -m benchmarks.predictions.scaling.predict --write"
-    )
+    assert text == predict.fill(text), "run benchmarks.predictions.scaling.predict --write"
 
 
 @pytest.mark.parametrize("peak", [5e10, 1e12], ids=["some parts compute", "all parts stream"])

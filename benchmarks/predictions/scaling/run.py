@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks.common.paths import RESULTS
+from benchmarks.common import paths
 from benchmarks.common.provenance import provenance
 from benchmarks.predictions.scaling.engine import Cell, Engine, engine
 from benchmarks.predictions.scaling.plot import plot
@@ -30,6 +30,7 @@ from vase_vllm.tools.plan.cost import Machine, Shard, Step
 from vase_vllm.tools.plan.model_shape import read_model_shape
 from vase_vllm.tools.tiny_model import make_tiny_model
 
+RESULTS = paths.RESULTS / "predictions" / "scaling"
 SHAPE = {"layers": 4, "hidden_size": 256, "query_heads": 8, "kv_heads": 4, "head_dim": 64}
 SCHEDULE = EvictionSchedule(budget=1024, window=64)
 BATCHES, LENGTHS = (1, 2, 4, 8), (256, 1024, 2048, 4096)
@@ -49,9 +50,7 @@ Runs = dict[str, list[Times]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repeats of every cell")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS / "predictions" / "scaling", metavar="DIR"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = make_tiny_model(directory, **SHAPE, dtype="float32")

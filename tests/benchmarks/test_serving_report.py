@@ -1,51 +1,16 @@
-"""The throughput report: what servers say of themselves, and whose number each one is."""
+"""The serving report: what servers say of themselves, and whose number each one is."""
+
+import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from benchmarks.common import published
+from benchmarks.common.dummy_weights import write_dummy_model
+from benchmarks.common.paths import MODELS
 from benchmarks.serving import offline, report
-from benchmarks.serving.run import facts
-from benchmarks.serving.suites import SUITES
+from benchmarks.serving.suites import SUITES, TINY
 from vase_vllm.tools.plan.model_shape import read_model_shape
-
-ENGINE = (
-    "INFO [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: enforce_eager=False, "
-    "device_config={device}, enable_prefix_caching=True, enable_chunked_prefill=True, "
-    "compilation_config={{'mode': <CompilationMode.VLLM_COMPILE: 3>, "
-    "'cudagraph_mode': <CUDAGraphMode.{graphs}: 0>}}\n"
-)
-CPU = ENGINE.format(device="cpu", graphs="NONE")
-CUDA = ENGINE.format(device="cuda", graphs="FULL_AND_PIECEWISE")
-
-
-@pytest.mark.parametrize(
-    ("log", "state"),
-    [
-        (CPU, "False"),
-        (CUDA, "True"),
-        (CUDA + "non-default args: {'async_scheduling': False}\n", "False"),
-        (CUDA + "non-default args: {'async_scheduling': True}\n", "True"),
-        (CUDA + "Async scheduling will be disabled because it is not supported with\n", "False"),
-        (CUDA + "Async scheduling is disabled because the V1 model runner\n", "False"),
-        (CUDA + "Async scheduling not supported with ngram-based and will be disabled.", "False"),
-        ("no engine here", None),
-    ],
-    ids=["cpu", "cuda", "argument", "argument-on", "executor", "runner", "speculative", "nothing"],
-)
-def test_async_scheduling_as_the_log_has_it(log, state):
-    assert facts(log).get("async_scheduling") == state
-
-
-def test_facts_of_a_log():
-    assert facts(CUDA + "Using FLASH_ATTN attention backend out of potential backends: []") == {
-        "attention_backend": "FLASH_ATTN",
-        "enforce_eager": "False",
-        "cuda_graphs": "FULL_AND_PIECEWISE",
-        "prefix_caching": "True",
-        "chunked_prefill": "True",
-        "device": "cuda",
-        "async_scheduling": "True",
-    }
 
 
 def result(accelerator, *runs, output_len=16384, concurrency=16, server=None):
@@ -122,7 +87,7 @@ def test_published_numbers_are_marked_and_in_the_table_of_ours():
     ]
     assert len(others) == len(published.load())
     assert all(f"{published.MARK}: [" in row and "](https://" in row for row in others)
-    assert report.LEGEND in report.markdown(results)
+    assert report.AFTER_LEGEND in report.markdown(results)
     assert published.MARK in report.markdown(results)
 
 
@@ -155,6 +120,7 @@ def test_gpu_suites_fill_the_memory_of_one_gpu(name, num_params):
         # vLLM leaves 8 % of a GPU alone; graphs and activations take a few GB more.
         assert kv_bytes + shape.weight_bytes < 0.92 * 80e9 - 4e9
         assert workload.max_model_len <= longest
+    assert suite.needs_gpu
     fewest = min(policy.budget + policy.window for policy in suite.policies if policy.budget)
     most = max(workload.concurrency for workload in suite.workloads)
     assert most * fewest > suite.workloads[0].kv_tokens
@@ -177,3 +143,72 @@ def test_offline_tools_whose_work_is_not_complete_have_no_speed():
     assert "no output tokens" in offline.tokens_missing(result, "")
     assert offline.iterations_missing({"latencies": [1.0] * offline.ITERATIONS}, "") == ""
     assert "1 iterations" in offline.iterations_missing({"latencies": [1.0]}, "")
+
+
+IN_EFFECT = {"cuda_graphs": "FULL", "async_scheduling": "True"}
+
+
+def swept(smoke):
+    """A sweep of two policies; three rounds of the full cache at 32."""
+    loads = [
+        {
+            "output_throughput": 10.0 * n,
+            "median_tpot_ms": 10.0 * n,
+            "p99_itl_ms": 10.0 * n,
+            "median_ttft_ms": 1e4 * n,
+        }
+        for n in (1, 2, 4)
+    ]
+    run = dict(status="ok", policy="full", concurrency=32, preemptions=1.0, peak_running=32.0)
+    run |= dict(evictions=None, peak_blocks=3, pool_blocks=9)
+    run |= dict(server=IN_EFFECT | {"prefix_caching": "True"})
+    runs = [run | dict(round=n + 1, load=load, preemptions=n) for n, load in enumerate(loads)]
+    runs.append(run | dict(round=1, concurrency=16, load=loads[0]))
+    evicting = IN_EFFECT | {"prefix_caching": "False"}
+    runs.append(runs[-1] | dict(policy="vase-64", evictions=5, server=evicting))
+    whole = result("a GPU")
+    workload = whole["workload"] | {"name": "s", "max_concurrency": 64, "concurrency": 16}
+    ends = {"full": "memory was full"}
+    return whole | {"workload": workload, "smoke": smoke, "runs": runs, "ends": ends}
+
+
+def test_a_sweep_has_medians_over_the_rounds_at_each_concurrency(tmp_path):
+    (tmp_path / "suite-s.json").write_text(json.dumps(swept(smoke=False)))
+    text = report.write(tmp_path, "suite")
+    assert text == (tmp_path / "suite.md").read_text()
+    table = text[text.index("## s") :].splitlines()
+    first, second, third = [line for line in table if line.startswith("| ")][2:]
+    assert first.startswith("| full | 16 | 10.0 | 10.00 | 10.00 | 10.00 | 32 | 1 | 0 | 3 | 9 | 1 |")
+    assert second == (
+        "| full | 32 | 20.0 (10.0 to 40.0) | 20.00 | 20.00 | 20.00 | 32 | 1 | 0 | 3 | 9 | 3 |"
+    )
+    assert third.startswith("| vase-64 | 16 |")
+    assert "| full | on | not recorded | on | FULL |" in text
+    assert "| vase-64 | off | not recorded | on | FULL |" in text
+    assert "- full: the sweep ended, memory was full." in text
+    assert (tmp_path / "suite-s.png").stat().st_size > 10_000
+
+
+def test_published_numbers_are_beside_a_sweep_and_marked():
+    lines = report.markdown([swept(smoke=False)]).splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("| cache |")))
+    rows = lines[start : lines.index("", start)]
+    assert len({row.count("|") for row in rows}) == 1
+    assert sum("measured here" in row for row in rows) == 2
+    marked = [row for row in rows if published.MARK in row]
+    assert len(marked) == len(published.load()) == len(rows) - 2 - 2
+
+
+def test_a_smoke_run_has_no_numbers():
+    text = report.markdown([swept(smoke=True)])
+    assert "| full | 16 | - | - | - | - | - | - | - | - | - | 1 |" in text
+    assert "no numbers" in text
+    assert "| full | qwen3-14b | 16384 | 32 | - | measured here" in text
+
+
+def test_every_id_of_a_model_with_dummy_weights_is_a_token(tmp_path):
+    config = write_dummy_model(tmp_path, MODELS / "qwen3-14b", TINY)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == config["vocab_size"] == 512
+    assert tokenizer.decode([72, 105, 300]) == "Hiw300;"
+    assert tokenizer.encode("Hi w300;") == list(b"Hi w300;")
