@@ -8,11 +8,10 @@ from pathlib import Path
 
 import requests
 from vllm.config import CUDAGraphMode
+from vllm.platforms import current_platform
 
 from vase_vllm.tools.server import Server
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""One thread that no core is bound to: several engines on one machine then stay apart."""
 ERROR = re.compile(r"^.*(?:\bERROR\b|\bCRITICAL\b|Traceback \(most recent|CUDA error).*$", re.M)
 
 
@@ -67,8 +66,9 @@ def settings_in_effect(server: Server) -> dict[str, str]:
     """What vLLM made of its defaults.
 
     Returns:
-        ``device``, ``enforce_eager``, ``cuda_graphs``, ``prefix_caching``, ``chunked_prefill`` and
-        ``async_scheduling`` of its configuration, ``attention_backend`` of its log if it names one.
+        ``enforce_eager``, ``cuda_graphs``, ``prefix_caching``, ``chunked_prefill`` and
+        ``async_scheduling`` of its configuration, ``attention_backend`` of its log if it names one,
+        and the kind of ``device`` of this machine.
     """
     url = server.url + "/server_info?config_format=json"
     config = requests.get(url, timeout=60).json()["vllm_config"]
@@ -76,7 +76,7 @@ def settings_in_effect(server: Server) -> dict[str, str]:
     # JSON has the value of the enum's member: a number, or a list of two.
     mode = CUDAGraphMode(tuple(graphs) if isinstance(graphs, list) else graphs)
     settings = {
-        "device": str(config["device_config"]["device_type"]),
+        "device": current_platform.device_type,
         "enforce_eager": str(config["model_config"]["enforce_eager"]),
         "cuda_graphs": mode.name,
         "prefix_caching": str(config["cache_config"]["enable_prefix_caching"]),

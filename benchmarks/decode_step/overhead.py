@@ -23,10 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from benchmarks.common.environment import IN_PROCESS, QUIET
+
+os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
 
 from rich.console import Console
 from rich.progress import Progress, track
@@ -42,7 +41,7 @@ WRAPPER_STEPS, PERIODS = 150, 2
 
 
 def make_config(directory: Path) -> None:
-    """Write the config of the model; its weights are made up when it is loaded."""
+    """Write the config of the model; it is loaded with dummy weights."""
     Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         hidden_size=4096,
@@ -74,14 +73,14 @@ def make_engine(directory: Path, eviction: dict[str, Any] | None) -> LLM:
 
 
 def fill(llm: LLM, prompt_lengths: list[int]) -> None:
-    """Queue one long request for each length and read all prompts."""
+    """Queue one long request for each length and run the prefill of all prompts."""
     params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
     for index, length in enumerate(prompt_lengths):
         prompt = [(7 * index + 31 * position) % 4000 for position in range(length)]
         llm.llm_engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), params)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     with Progress(transient=True) as progress:
-        task = progress.add_task("reading prompts", total=sum(prompt_lengths))
+        task = progress.add_task("prefill", total=sum(prompt_lengths))
         while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
             llm.llm_engine.step()
             done = sum(

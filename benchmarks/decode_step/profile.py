@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from benchmarks.common.environment import IN_PROCESS, QUIET
+
+os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
 
 from rich.console import Console
 from rich.progress import track

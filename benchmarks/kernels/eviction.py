@@ -34,6 +34,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 
 from benchmarks.kernels import baselines  # noqa: E402
+from benchmarks.kernels.eviction_report import markdown, number  # noqa: E402
 from benchmarks.kernels.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
 from vase_vllm.kernels.evict import SCRATCH_BYTES  # noqa: E402
 from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
@@ -268,81 +269,6 @@ def amortised(
     return table
 
 
-def number(value: float | None, unit: str = "") -> str:
-    """A table cell; nothing is a number in a smoke run."""
-    if value is None:
-        return "no memory"
-    return "-" if SMOKE or value != value else f"{value:.3g}{unit}"
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    """``a / b`` where both were measured."""
-    return None if a is None or b is None else a / b
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
-    lines = [f"# Eviction kernels: {report['device']}", ""]
-    if SMOKE:
-        lines += ["**Smoke run under Triton's interpreter on a CPU: there are no numbers.**", ""]
-    keys = ("date", "torch", "triton", "cuda", "python", "command", "shape")
-    lines += [f"- {key}: {report[key]}" for key in keys]
-    lines += [
-        f"- copy bandwidth {number(report['copy bytes/s'] / 1e12)} TB/s, "
-        f"bf16 matmul {number(report['matmul flop/s'] / 1e12)} TFLOP/s",
-        "",
-        "Milliseconds per call, all layers and heads of all due sequences.",
-        "",
-        "| budget | due | fused | floor | of floor | authors | ratio | compiled | R-KV's rule "
-        "| random, fused | streaming, fused |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in report["evictions"]:
-        percent = ratio(row["floor"], row["fused"])
-        cells = (
-            str(row["budget"]),
-            str(row["due"]),
-            number(row["fused"]),
-            number(row["floor"]),
-            number(None if percent is None else 100 * percent, " %"),
-            number(row["authors"]),
-            number(ratio(row["authors"], row["fused"]), "x"),
-            number(row["authors, compiled"]),
-            number(row["R-KV's rule"]),
-            number(row["random"]),
-            number(row["streaming"]),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Cost per decode step, as a share of its attention alone (SDPA over a contiguous cache of",
-        "budget + 32 tokens, all layers; no weights, so that the share of a whole step is less).",
-        "",
-        "| budget | batch | due per step | eviction ms | query ring ms | attention ms | share |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for budget, table in report["amortised"].items():
-        for row in table:
-            cells = (
-                str(budget),
-                str(row["batch"]),
-                f"{row['due']:g}",
-                number(row["cost"]),
-                number(row["ring"]),
-                number(row["decode"]),
-                number(100 * row["share"], " %"),
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Splits of a head (ms); `counted` is what the launcher chooses.", ""]
-    for row in report["evictions"]:
-        if "splits" in row:
-            times = ", ".join(f"{splits}: {number(ms)}" for splits, ms in row["splits"].items())
-            lines.append(
-                f"- budget {row['budget']}, {row['due']} due: {times}; counted {row['counted']}"
-            )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     """1 if a head is not right."""
     parser = argparse.ArgumentParser(description="Check and time the fused eviction on a GPU.")
@@ -385,6 +311,7 @@ def main() -> int:
 
     device_name = platform.processor() if SMOKE else torch.cuda.get_device_name(device)
     report = {
+        "smoke": SMOKE,
         "device": "smoke run, no GPU" if SMOKE else device_name,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,

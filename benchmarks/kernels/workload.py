@@ -13,6 +13,7 @@ from vase_vllm.kernels.torch_eviction import (
     select_survivors,
     value_range,
 )
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 
@@ -89,7 +90,7 @@ class Workload:
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
-        num_token_blocks = -(-shape.num_cached // shape.block_size)
+        num_token_blocks = cdiv(shape.num_cached, shape.block_size)
         per_row = shape.num_state_blocks + num_token_blocks
         num_blocks = 1 + shape.num_due * per_row
         sizes = [num_blocks, shape.block_size, shape.num_kv_heads, 2 * shape.head_size]

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.environment import ONE_THREAD
 from benchmarks.common.paths import MODELS
 from benchmarks.common.policy import Policy
-from benchmarks.common.server import ONE_THREAD
 from benchmarks.common.workload import Workload
 
 

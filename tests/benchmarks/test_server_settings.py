@@ -6,12 +6,11 @@ import pytest
 import requests
 from vllm.config import CUDAGraphMode
 
-from benchmarks.common.server import settings_in_effect
+from benchmarks.common import server
 
 
-def config(device="cuda", graphs=CUDAGraphMode.FULL_AND_PIECEWISE, is_async=True):
+def config(graphs=CUDAGraphMode.FULL_AND_PIECEWISE, is_async=True):
     return {
-        "device_config": {"device_type": device},
         "model_config": {"enforce_eager": False},
         "cache_config": {"enable_prefix_caching": True},
         "scheduler_config": {"enable_chunked_prefill": True, "async_scheduling": is_async},
@@ -21,10 +20,11 @@ def config(device="cuda", graphs=CUDAGraphMode.FULL_AND_PIECEWISE, is_async=True
 
 @pytest.fixture
 def settings(monkeypatch):
-    def read(log, **changes):
+    def read(log, device="cuda", **changes):
+        monkeypatch.setattr(server, "current_platform", SimpleNamespace(device_type=device))
         answer = SimpleNamespace(json=lambda: {"vllm_config": config(**changes)})
         monkeypatch.setattr(requests, "get", lambda *_, **__: answer)
-        return settings_in_effect(SimpleNamespace(url="http://here", log=lambda: log))
+        return server.settings_in_effect(SimpleNamespace(url="http://here", log=lambda: log))
 
     return read
 

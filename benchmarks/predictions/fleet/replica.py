@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import simpy
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import Machine, Shard
 
@@ -80,12 +81,12 @@ class Settings:
         slots = ends
         if self.schedule is not None:
             slots = np.where(ends > first, self.schedule.bound, ends)
-        return self.state_blocks - (-slots // self.block_size)
+        return self.state_blocks + cdiv(slots, self.block_size)
 
     def admission_blocks(self, request: Request) -> int:
         """Blocks that a request needs to start; one computed again peaks at its first eviction."""
         peak = min(request.position + 1, request.first)
-        return self.state_blocks - (-peak // self.block_size)
+        return self.state_blocks + cdiv(peak, self.block_size)
 
     def attended(self, positions: np.ndarray, first: np.ndarray, steps: int) -> np.ndarray:
         """[n] tokens that sequences attend to, on average over the next steps."""
@@ -155,7 +156,7 @@ class Replica:
             self.running.append(request)
             free -= needed
             read = self._num_lost(request)
-            self.blocks_given += -(-read // settings.block_size)
+            self.blocks_given += cdiv(read, settings.block_size)
             seconds += settings.shard.prefill(read).seconds(settings.machine)
         if not self.running:
             raise ValueError("a request does not fit into a replica: give it more GPUs")

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.figures import pyplot, save
+from benchmarks.common.markdown import table
+
 
 def write(directory: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """Write ``fleet-<gpu>`` .json, .md, .png and .svg; returns the Markdown."""
@@ -30,40 +33,37 @@ def markdown(settings: dict[str, Any], results: list[dict[str, Any]]) -> str:
         f"95 % of the requests within {settings['target_ms']:g} ms per output token, waiting "
         f"included; seed {settings['seed']}.",
         "",
-        "| requests/s | " + " | ".join(policies) + " |",
-        "| ---: |" + " ---: |" * len(policies),
     ]
+    rows = []
     for rate in dict.fromkeys(result["rate"] for result in results):
         full = gpus[rate, policies[0]]
         cells = [f"{full}"]
         cells += [f"{gpus[rate, p]} ({full / gpus[rate, p]:.1f}x fewer)" for p in policies[1:]]
-        lines.append(f"| {rate:g} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "How the smallest fleets ran:",
-        "",
-        "| requests/s | cache | GPUs | ms/token p50 | p95 | mean batch | tokens/s per replica | "
-        "preemptions per request |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+        rows.append([f"{rate:g}", *cells])
+    lines += [*table(["requests/s", *policies], rows), "", "How the smallest fleets ran:", ""]
+    rows = []
     for result in results:
         chosen = result["tried"][-1]
-        lines.append(
-            f"| {result['rate']:g} | {result['policy']} | {result['gpus']} | "
-            f"{chosen['p50'] * 1e3:.1f} | {chosen['p95'] * 1e3:.1f} | {chosen['mean_batch']:.0f} | "
-            f"{chosen['tokens_per_second']:.0f} | {chosen['preemptions_per_request']:.2f} |"
+        rows.append(
+            [
+                f"{result['rate']:g}",
+                result["policy"],
+                f"{result['gpus']}",
+                f"{chosen['p50'] * 1e3:.1f}",
+                f"{chosen['p95'] * 1e3:.1f}",
+                f"{chosen['mean_batch']:.0f}",
+                f"{chosen['tokens_per_second']:.0f}",
+                f"{chosen['preemptions_per_request']:.2f}",
+            ]
         )
+    header = ["requests/s", "cache", "GPUs", "ms/token p50", "p95", "mean batch"]
+    header += ["tokens/s per replica", "preemptions per request"]
+    lines += table(header, rows, num_left=2)
     return "\n".join(lines) + "\n"
 
 
 def plot(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """GPUs over the load, and the latency over the fleet's size at the largest load."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vase"
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     largest = max(result["rate"] for result in results)
     for policy in dict.fromkeys(result["policy"] for result in results):
@@ -84,9 +84,7 @@ def plot(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) ->
     figure.suptitle(
         f"Predicted, not measured: {settings['model']} on {settings['gpu']}", fontsize=10
     )
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path, "vase", dpi=120)
 
 
 def _finite(value: Any) -> Any:

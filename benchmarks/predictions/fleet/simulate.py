@@ -8,7 +8,7 @@ nothing here is measured on a GPU. The same seed gives the same numbers.
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -28,17 +28,6 @@ from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 OTHER_MEMORY = 2 << 30
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The full cache (``budget`` None) or a budget."""
-
-    budget: int | None
-
-    @property
-    def name(self) -> str:
-        return "full cache" if self.budget is None else f"budget {self.budget}"
 
 
 def parse() -> argparse.Namespace:
@@ -64,12 +53,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_settings(args: argparse.Namespace, shard: Shard, policy: Policy) -> Settings:
+def make_settings(
+    args: argparse.Namespace, shard: Shard, schedule: EvictionSchedule | None
+) -> Settings:
     gpu, block_size = GPUS[args.gpu], 16
     memory = kv_cache_memory(int(gpu.memory), 0.9, OTHER_MEMORY, round(shard.weight_bytes))
-    schedule, state_blocks = None, 0
-    if policy.budget is not None:
-        schedule = EvictionSchedule(policy.budget, args.window)
+    state_blocks = 0
+    if schedule is not None:
         state_blocks = RingLayout(args.window, shard.group_size, block_size).num_blocks
     return Settings(
         shard=shard,
@@ -101,7 +91,8 @@ def guess(settings: Settings, load: Load) -> int:
 def main() -> int:
     args = parse()
     shard = Shard(read_model_shape(args.model)[0], args.tensor_parallel_size)
-    policies = [Policy(None), *(Policy(budget) for budget in args.budgets)]
+    policies: dict[str, EvictionSchedule | None] = {"full cache": None}
+    policies |= {f"budget {n}": EvictionSchedule(n, args.window) for n in args.budgets}
     clock, console = Clock(), Console(stderr=True)
     results = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -109,16 +100,16 @@ def main() -> int:
         task = progress.add_task("fleets", total=len(args.rates) * len(policies))
         for rate in args.rates:
             load = make_load(args, rate)
-            for policy in policies:
-                settings = make_settings(args, shard, policy)
+            for policy, schedule in policies.items():
+                settings = make_settings(args, shard, schedule)
 
                 def run(
                     number: int,
                     settings: Settings = settings,
                     load: Load = load,
-                    policy: Policy = policy,
+                    policy: str = policy,
                 ) -> Outcome:
-                    text = f"{load.rate:g} requests/s, {policy.name}, {number} replicas"
+                    text = f"{load.rate:g} requests/s, {policy}, {number} replicas"
                     progress.update(task, description=text)
                     return simulate(settings, load, number, clock, args.seed)
 
@@ -126,7 +117,7 @@ def main() -> int:
                 results.append(
                     {
                         "rate": rate,
-                        "policy": policy.name,
+                        "policy": policy,
                         "gpus": tried[-1].num_replicas * args.tensor_parallel_size,
                         "tried": [asdict(outcome) for outcome in tried],
                     }

@@ -10,14 +10,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-# One thread: two that share a busy core wait for each other. No binding: others run here too.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+from benchmarks.common.environment import IN_PROCESS, QUIET
+
+ENVIRONMENT = {**QUIET, **IN_PROCESS, "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.figures import pyplot, save
+
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Write ``path``.png and ``path``.svg: lines are predicted, dots are measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vase"
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     full = [cell for cell in report["cells"] if cell["policy"] == "full"]
     for index, batch in enumerate(sorted({cell["batch"] for cell in full})):
@@ -44,6 +40,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
         f"{summary['fitted_overhead_ms']:.1f} ms",
         fontsize=9,
     )
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path, "vase", dpi=120)

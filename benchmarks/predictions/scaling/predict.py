@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 
+from benchmarks.common.markdown import table
 from benchmarks.common.paths import MODELS, ROOT
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.command import kv_cache_memory
@@ -46,13 +47,7 @@ def fits(shard: Shard, gpu: str, batch: int, cache: Cache) -> bool:
     return batch * num_blocks_held(length, BLOCK_SIZE, schedule, state_blocks) <= usable
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
-    lines.insert(1, "| --- |" + " ---: |" * (len(header) - 1))
-    return "\n".join(lines)
-
-
-def parts_table(shard: Shard, batch: int = 16) -> str:
+def parts_table(shard: Shard, batch: int = 16) -> list[str]:
     """Bytes and operations of one step, and its time on an H200."""
     machine = GPUS["h200"].machine()
     steps = [step(shard, batch, cache) for cache in CACHES]
@@ -88,13 +83,13 @@ def milliseconds(shard: Shard, gpu: str, batch: int, cache: Cache) -> str:
     return f"{step(shard, batch, cache).seconds(GPUS[gpu].machine()) * 1e3:.1f}"
 
 
-def batch_table(shard: Shard, gpu: str) -> str:
+def batch_table(shard: Shard, gpu: str) -> list[str]:
     """Milliseconds of a step against the batch."""
     rows = [[c[0], *(milliseconds(shard, gpu, batch, c) for batch in BATCHES)] for c in CACHES]
     return table([f"ms per step, {gpu.upper()}", *(f"B = {batch}" for batch in BATCHES)], rows)
 
 
-def tensor_parallel_table(shard: Shard, batch: int = 64) -> str:
+def tensor_parallel_table(shard: Shard, batch: int = 64) -> list[str]:
     """Milliseconds of a step against the number of GPUs."""
     shards = [Shard(shard.model, degree) for degree in (1, 2, 4, 8)]
     rows = [[c[0], *(milliseconds(part, "h200", batch, c) for part in shards)] for c in CACHES]
@@ -105,12 +100,13 @@ def tensor_parallel_table(shard: Shard, batch: int = 64) -> str:
 def tables() -> dict[str, str]:
     """The tables by the name of their place in the document."""
     shard = Shard(read_model_shape(str(MODEL))[0])
-    return {
+    lines = {
         "parts": parts_table(shard),
         "h200": batch_table(shard, "h200"),
         "h100": batch_table(shard, "h100"),
         "tp": tensor_parallel_table(shard),
     }
+    return {name: "\n".join(own) for name, own in lines.items()}
 
 
 def fill(text: str) -> str:
