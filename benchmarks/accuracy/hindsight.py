@@ -54,7 +54,7 @@ def kept(attention: torch.Tensor, prompt: int, schedule: EvictionSchedule) -> to
 
     Args:
         attention: [tokens, tokens], of the full cache, the most of the head's queries.
-        prompt: its first so many tokens, read densely.
+        prompt: tokens of the prompt, whose prefill attends to all of them.
 
     Returns:
         [tokens, tokens] bool, causal.

@@ -21,7 +21,7 @@ class Published:
         system: the engine that ran it.
         cache: what kept the KV cache small, and how small.
         concurrency: sequences at a time; None where the source does not say.
-        output_len: tokens of an answer; None where the source does not say.
+        output_len: tokens of an output; None where the source does not say.
         tokens_per_second: output tokens of all sequences together; None where it did not run.
         outcome: what happened where it did not run.
         peak_gb: peak GPU memory in GB, where the source says it.
@@ -47,7 +47,7 @@ class Published:
         return f"{self.tokens_per_second:g}{memory}"
 
     @property
-    def answers(self) -> str:
+    def output_tokens(self) -> str:
         return "not stated" if self.output_len is None else str(self.output_len)
 
     @property

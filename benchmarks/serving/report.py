@@ -112,7 +112,7 @@ def against_published(results: list[Result]) -> list[str]:
         where = f"measured here, {device}"
         rows.append([policy, first["model"], str(length), str(concurrency), number, where])
     for other in published.load():
-        cache, numbers = f"{other.cache} ({other.system})", [other.answers, other.at_a_time]
+        cache, numbers = f"{other.cache} ({other.system})", [other.output_tokens, other.at_a_time]
         rows.append([cache, other.model, *numbers, other.throughput, other.measured_by])
     header = ["cache", "model", "output tokens", "concurrency", SPEED, "whose number"]
     lines = ["## Best throughput, and what others published", "", *table(header, rows, num_left=2)]

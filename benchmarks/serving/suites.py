@@ -60,7 +60,7 @@ CPU_MODEL = {
 CPU_WORKLOADS = (
     Workload(
         "pressure",
-        "many long answers in KV memory for about four of full length",
+        "many long outputs in KV memory for about four of full length",
         kv_tokens=4 * 4128,
         max_model_len=4160,
         num_requests=32,
@@ -72,7 +72,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "pressure-16k",
-        "answers of 4k to 16k in memory for four of the longest, a quarter of the shortest kept",
+        "outputs of 4k to 16k in memory for four of the longest, a quarter of the shortest kept",
         kv_tokens=4 * 16416,
         max_model_len=16448,
         num_requests=32,
@@ -85,7 +85,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "length",
-        "time per token over the length of a single answer, memory in plenty",
+        "time per token over the length of a single output, memory in plenty",
         kv_tokens=2 * 16640,
         max_model_len=16640,
         num_requests=1,
@@ -97,7 +97,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "relaxed",
-        "short answers and memory in plenty: eviction has nothing to win",
+        "short outputs and memory in plenty: eviction cannot gain anything",
         kv_tokens=32768,
         max_model_len=1600,
         num_requests=192,
@@ -109,7 +109,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "short-and-tight",
-        "answers far below the budget in tight memory: reserving room costs more than preempting",
+        "outputs far below the budget in tight memory: reserving room costs more than preempting",
         kv_tokens=2048,
         max_model_len=1600,
         num_requests=64,
@@ -120,7 +120,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "chat",
-        "short answers, and the server is not told that they are short",
+        "short outputs, and the server is not told that they are short",
         kv_tokens=8192,
         max_model_len=1600,
         num_requests=512,
@@ -133,7 +133,7 @@ CPU_WORKLOADS = (
     ),
     Workload(
         "shared-prefix",
-        "a long prompt that all requests share, short answers: prefix caching does the work",
+        "a long prompt that all requests share, short outputs: prefix caching does the work",
         kv_tokens=16384,
         max_model_len=1600,
         num_requests=48,
@@ -154,7 +154,7 @@ def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
     """
     return tuple(
         Workload(
-            f"answers-{length // 1024}k-concurrency-{concurrency}",
+            f"outputs-{length // 1024}k-concurrency-{concurrency}",
             f"{concurrency} outputs of {length} tokens at a time",
             kv_tokens=kv_tokens,
             max_model_len=1024 + length + 64,

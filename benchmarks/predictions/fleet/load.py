@@ -1,4 +1,4 @@
-"""Requests of reasoning users: Poisson arrivals, prompts and answers with a long tail."""
+"""Requests of reasoning users: Poisson arrivals, prompts and outputs with a long tail."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """A replica: one engine that batches continuously, as a process of the simulation.
 
 It keeps vLLM's rules: first come, first served; a request is admitted when its prompt's blocks are
-free; when blocks run out, the youngest request loses its cache and waits to be computed again.
+free; when blocks run out, the youngest request loses its cache and waits to be recomputed.
 Prefix caching finds what is left of its blocks, as far as nobody has overwritten them since; the
 full cache has it on, eviction has it off.
 Between two changes of the batch it advances several steps at once, at the step time of
@@ -84,7 +84,7 @@ class Settings:
         return self.state_blocks + cdiv(slots, self.block_size)
 
     def admission_blocks(self, request: Request) -> int:
-        """Blocks that a request needs to start; one computed again peaks at its first eviction."""
+        """Blocks that a request needs to start; one that is recomputed peaks at its first eviction."""
         peak = min(request.position + 1, request.first)
         return self.state_blocks + cdiv(peak, self.block_size)
 

@@ -28,7 +28,7 @@ def markdown(settings: dict[str, Any], results: list[dict[str, Any]]) -> str:
         "# GPUs for a load of reasoning requests (predicted, not measured)",
         "",
         f"{settings['model']} on {settings['gpu']}, {settings['tensor_parallel_size']} GPU(s) a "
-        f"replica; answers lognormal, median {settings['output_median']:g} tokens, sigma "
+        f"replica; outputs lognormal, median {settings['output_median']:g} tokens, sigma "
         f"{settings['output_sigma']:g}, at most {settings['max_model_len']} with the prompt; "
         f"95 % of the requests within {settings['target_ms']:g} ms per output token, waiting "
         f"included; seed {settings['seed']}.",

@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     add("--window", type=int, default=64, metavar="W")
     add("--rates", type=float, nargs="+", default=[0.5, 1, 2, 4], metavar="R", help="requests/s")
     add("--target-ms", type=float, default=50.0, help="95 %% of requests: ms per output token")
-    add("--output-median", type=float, default=8000.0, help="tokens of an answer")
+    add("--output-median", type=float, default=8000.0, help="tokens of an output")
     add("--output-sigma", type=float, default=0.8, help="spread of its logarithm")
     add("--prompt-median", type=float, default=300.0, help="tokens of a prompt")
     add("--max-model-len", type=int, default=32768, metavar="N")

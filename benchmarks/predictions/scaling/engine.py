@@ -49,7 +49,7 @@ class Engine:
 
 @contextmanager
 def engine(arguments: dict[str, Any]) -> Iterator[Engine]:
-    """Start an engine; ready when its first cell is answered."""
+    """Start an engine; ready when its first cell is measured."""
     os.environ.update(ENVIRONMENT)
     context = get_context("spawn")
     ours, theirs = context.Pipe()
