@@ -84,7 +84,7 @@ class Settings:
         return self.state_blocks + cdiv(slots, self.block_size)
 
     def admission_blocks(self, request: Request) -> int:
-        """Blocks that a request needs to start; one that is recomputed peaks at its first eviction."""
+        """Blocks that a request needs to start; a recomputed one peaks at its first eviction."""
         peak = min(request.position + 1, request.first)
         return self.state_blocks + cdiv(peak, self.block_size)
 
