@@ -13,6 +13,7 @@ from benchmarks.common.load import RunFailedError, run_load, time_per_token
 from benchmarks.common.monitor import Monitor, thinned
 from benchmarks.common.policy import Policy
 from benchmarks.common.server import (
+    ERROR,
     blocks_left,
     evictions_so_far,
     running_server,
@@ -62,6 +63,8 @@ class Service:
     Attributes:
         arguments: that it was started with.
         settings: what vLLM made of its defaults.
+        full_cache_count: evictions that the full cache's server counts, which should be None.
+        log_start: characters of its log that are not judged.
     """
 
     suite: Suite
@@ -72,6 +75,14 @@ class Service:
     server: Server
     arguments: list[str]
     settings: dict[str, str]
+    full_cache_count: int | None = None
+    log_start: int = 0
+
+    def evictions(self) -> int | None:
+        """Evictions so far."""
+        if self.policy.budget is None:
+            return self.full_cache_count
+        return evictions_so_far(self.server)
 
     def measure(self, concurrency: int, timeout: float, watch: Callable[[Monitor], None]) -> Run:
         """Load the server, watch it and check what it did.
@@ -91,7 +102,7 @@ class Service:
         run = self.workload.at(concurrency)
         # A server sees each seed once, or its prefix cache would know the prompts.
         requests = draw_requests(run, SEED * concurrency // self.workload.concurrency)
-        before = evictions_so_far(self.server)
+        before = self.evictions()
         begin = time.monotonic()
         with Monitor(self.server, self.suite.sample_seconds) as monitor:
             load = run_load(
@@ -104,7 +115,7 @@ class Service:
                 lambda: watch(monitor),
             )
         seconds = time.monotonic() - begin
-        after = evictions_so_far(self.server)
+        after = self.evictions()
         evictions = None if after is None or before is None else after - before
         series = monitor.series
         observed = checks.Observed(
@@ -114,7 +125,7 @@ class Service:
             evictions=evictions,
             series=series,
             blocks_left=blocks_left(self.server),
-            log=self.server.log(),
+            log=self.server.log()[self.log_start :],
         )
         result: Run = {
             "evictions": evictions,
@@ -168,7 +179,14 @@ def service(
         settings = settings_in_effect(server)
         if wrong := checks.settings_problems(settings):
             raise RunFailedError("; ".join(wrong))
+        if error := ERROR.search(server.log()):
+            raise RunFailedError(f"the server logged an error: {error[0]}")
+        count = evictions_so_far(server) if policy.budget is None else None
         short = workload.warm_up(policy.budget, policy.window)
         few = draw_requests(short, WARM_UP_SEED)
         run_load(server, few, short.concurrency, model, timeout)
-        yield Service(suite, workload, policy, model, shard, server, arguments, settings)
+        # A server without eviction logs that it was asked for a count which it does not have.
+        start = len(server.log()) if policy.budget is None else 0
+        yield Service(
+            suite, workload, policy, model, shard, server, arguments, settings, count, start
+        )
