@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ RESULTS = paths.RESULTS / "serving"
 SWEEP_OPTIONS = ("concurrency", "max_concurrency", "input_len", "output_len", "waves")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, default="cpu")
     parser.add_argument("--workloads", nargs="+", help="some of the suite's only")
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     sweeps.add_argument("--input-len", type=int, help="mean length of the prompts")
     sweeps.add_argument("--output-len", type=int, help="of every output")
     sweeps.add_argument("--waves", type=int, help="requests for each concurrent client")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     suite = SUITES[args.suite]
     for kind in ("workloads", "policies"):
         known = [item.name for item in getattr(suite, kind)]
