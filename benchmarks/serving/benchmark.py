@@ -82,6 +82,20 @@ class Benchmark:
         if not self.workload.is_sweep:
             done = max((run["round"] for run in self.results.content["runs"]), default=0)
             self.results.content["workload"]["rounds"] = done + rounds
+        try:
+            self.run_rounds(range(done + 1, done + rounds + 1))
+        finally:
+            # Why each sweep ended is known after its last run.
+            if self.results.content["runs"]:
+                self.results.write()
+        return all(run["status"] == "ok" for run in self.results.content["runs"])
+
+    def run_rounds(self, numbers: range) -> None:
+        """Run what is left of these rounds.
+
+        Raises:
+            CheckFailedError, OutOfTimeError: see :meth:`run_policy`.
+        """
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
         with (
             tempfile.TemporaryDirectory(prefix="serving-") as directory,
@@ -89,16 +103,12 @@ class Benchmark:
             Progress(*columns, TimeElapsedColumn(), transient=True) as progress,
         ):
             load_arguments = prepare_model(self.suite, Path(directory))
-            for number in range(done + 1, done + rounds + 1):
+            for number in numbers:
                 for policy in self.policies if number % 2 else self.policies[::-1]:
-                    task = progress.add_task(
-                        f"{self.workload.name}, round {number}, {policy.name}",
-                        total=None,
-                        state="starting",
-                    )
+                    name = f"{self.workload.name}, round {number}, {policy.name}"
+                    task = progress.add_task(name, total=None, state="starting")
                     self.run_policy(policy, number, Path(directory), load_arguments, progress, task)
                     progress.remove_task(task)
-        return all(run["status"] == "ok" for run in self.results.content["runs"])
 
     def run_policy(
         self,
