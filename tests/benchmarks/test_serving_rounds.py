@@ -10,7 +10,7 @@ import pytest
 from benchmarks.common.load import RunFailedError, RunTimeoutError
 from benchmarks.serving import benchmark
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
-from benchmarks.serving.run import parse_arguments
+from benchmarks.serving.run import parse_arguments, run_suite
 from benchmarks.serving.suites import SUITES
 from benchmarks.serving.sweep import Clock, OutOfTimeError
 
@@ -133,6 +133,26 @@ def test_a_sweep_is_cut_off_in_time_and_goes_on(tmp_path, servers):
     servers.outcomes.clear()
     assert make(tmp_path, "smoke").run()
     assert servers.asked[0] == ("full", 4)
+
+
+def test_a_call_without_time_says_that_the_same_command_goes_on(tmp_path, servers):
+    assert make(tmp_path, "smoke").run()
+    stopped = stored(tmp_path)
+    # As if the call had been stopped before its last run.
+    stopped |= {"runs": stopped["runs"][:-1], "ends": {}}
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(json.dumps(stopped))
+    servers.asked.clear()
+    args = parse_arguments(["--suite", "smoke", "--output", str(tmp_path)])
+    good, state = run_suite(SUITES["smoke"], args, Clock(0, time.monotonic() - 1))
+    assert good
+    assert state == "out of time (0 s are left): the same command goes on"
+    assert stored(tmp_path)["runs"] == stopped["runs"]
+    assert servers.asked == []
+    good, state = run_suite(SUITES["smoke"], args, Clock(None, 0.0))
+    assert (good, state) == (True, "all runs are there")
+    assert servers.asked == [("vase-64-window-16", 4)]
+    assert stored(tmp_path)["runs"][:-1] == stopped["runs"]
 
 
 def test_a_server_that_the_end_of_the_time_breaks_off_has_not_failed(tmp_path, servers):
