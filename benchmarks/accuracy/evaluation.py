@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.methods import Method
 from benchmarks.common.checks import eviction_problems
 from benchmarks.common.environment import KEEP_ALIVE, ONE_THREAD
@@ -18,7 +19,6 @@ from benchmarks.common.server import evictions_so_far, running_server
 from vase_vllm.tools.server import Server
 
 HERE = Path(__file__).parent
-MODEL = HERE / "testbed_model"
 TASK = "vase_walks"
 CONCURRENCY = 64
 ENVIRONMENT = {**ONE_THREAD, **KEEP_ALIVE}
