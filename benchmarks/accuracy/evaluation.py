@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.methods import WINDOW, Method
-from vase_vllm.layout.schedule import EvictionSchedule
+from benchmarks.accuracy.check import MODEL
+from benchmarks.accuracy.methods import Method
+from benchmarks.common.checks import eviction_problems
+from benchmarks.common.environment import KEEP_ALIVE, ONE_THREAD
+from benchmarks.common.policy import Policy
+from benchmarks.common.server import evictions_so_far, running_server
 from vase_vllm.tools.server import Server
 
 HERE = Path(__file__).parent
-MODEL = HERE / "testbed_model"
 TASK = "vase_walks"
 CONCURRENCY = 64
-# One thread that no core is bound to: two servers on one machine then stay apart. The client keeps
-# its connections for as long as the server computes.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
-}
+ENVIRONMENT = {**ONE_THREAD, **KEEP_ALIVE}
 CLIENT_ENVIRONMENT = {"TQDM_DISABLE": "1", "LMEVAL_LOG_LEVEL": "ERROR"}
 """The progress bar is ours; it has to be set before a client process imports tqdm."""
 SERVE_ARGUMENTS = (
@@ -41,6 +38,11 @@ class Configuration:
     compression: int | None
     budget: int | None
     seed: int
+
+    @property
+    def policy(self) -> Policy:
+        """How it is served."""
+        return self.method.at(self.budget, self.seed)
 
     @property
     def key(self) -> tuple[str, int | None, int]:
@@ -98,13 +100,6 @@ def finished_requests(server: Server) -> int:
     return int(sum(s.value for s in samples if s.name == "vllm:request_success_total"))
 
 
-def expected_evictions(budget: int, prompts: list[int], completions: list[int]) -> int:
-    """Evictions of sequences of these lengths, in tokens, that were never preempted."""
-    schedule = EvictionSchedule(budget, WINDOW)
-    lengths = zip(prompts, completions, strict=True)
-    return sum(schedule.evictions(*pair)[0] for pair in lengths)
-
-
 def problems_with(
     configuration: Configuration,
     samples: list[dict[str, Any]],
@@ -116,18 +111,12 @@ def problems_with(
     found = []
     if len(samples) != asked:
         found.append(f"{len(samples)} of {asked} problems answered")
-    if configuration.budget is None:
-        if evictions is not None:
-            found.append("the full cache's server counts evictions")
-        return found
     prompts = [1 + len(sample["prompt"].split()) for sample in samples]
     words = [len(sample["completion"].split()) for sample in samples]
     # A word is a token; the end-of-sequence token, which ends a completion, is no word.
     completions = [min(count + 1, most_tokens) for count in words]
-    expected = expected_evictions(configuration.budget, prompts, completions)
-    if evictions != expected:
-        found.append(f"{evictions} evictions, {expected} expected")
-    return found
+    lengths = zip(prompts, completions, strict=True)
+    return found + eviction_problems(configuration.policy.schedule, lengths, evictions)
 
 
 def evaluate(
@@ -149,10 +138,7 @@ def evaluate(
         ``marks`` is a list over the problems for each mark.
     """
     method = configuration.method
-    arguments = [
-        *SERVE_ARGUMENTS,
-        *method.serve_arguments(configuration.budget, configuration.seed),
-    ]
+    arguments = [*SERVE_ARGUMENTS, *configuration.policy.serve_arguments()]
     result: dict[str, Any] = {
         "method": method.name,
         "compression": configuration.compression,
@@ -163,14 +149,12 @@ def evaluate(
     started = time.monotonic()
     watch("starting", 0)
     try:
-        with Server(MODEL, arguments) as server:
-            server.wait_until("Application startup complete", timeout=600)
+        with running_server(MODEL, arguments) as server:
             answers: Future[list[dict[str, Any]]] = clients.submit(ask, server.url, limit)
             while not wait([answers], timeout=1).done:
                 watch("answering", finished_requests(server))
             samples = answers.result()
-            stats = server.post("/collective_rpc", {"method": "get_kv_eviction_stats"})
-            evictions = stats.json()["results"][0]["evictions"] if stats.ok else None
+            evictions = evictions_so_far(server)
     except Exception as error:  # whatever it is, the other configurations are still to be measured
         return result | {"status": "failed", "reason": str(error)[-1500:]}
     result |= {"seconds": round(time.monotonic() - started, 1), "evictions": evictions}

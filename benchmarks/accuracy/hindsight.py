@@ -29,7 +29,7 @@ from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.methods import COMPRESSIONS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, Problem, read_jsonl
-from benchmarks.provenance import provenance
+from benchmarks.common.provenance import provenance
 from vase_vllm.layout.schedule import EvictionSchedule
 
 SINKS = 4
@@ -54,7 +54,7 @@ def kept(attention: torch.Tensor, prompt: int, schedule: EvictionSchedule) -> to
 
     Args:
         attention: [tokens, tokens], of the full cache, the most of the head's queries.
-        prompt: its first so many tokens, read densely.
+        prompt: tokens of the prompt, whose prefill attends to all of them.
 
     Returns:
         [tokens, tokens] bool, causal.

@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,12 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.accuracy.check import MODEL
 from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, read_jsonl
-from benchmarks.provenance import provenance
+from benchmarks.common.figures import pyplot, save
+from benchmarks.common.provenance import provenance
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-matplotlib.rcParams["svg.hashsalt"] = "magnitudes"
 QUANTILES = 200
 TOP_SHARE = 0.25  # of the tokens: as many as vase protects by default
 Values = NDArray[np.float32]
@@ -163,9 +159,7 @@ def plot(heads: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("value range / its median")
     axes[0].legend(frameon=False, fontsize="small")
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path, "magnitudes")
 
 
 def show(heads: list[dict[str, Any]]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks.accuracy.tasks import Problem
+from benchmarks.common.policy import Policy
 
 WINDOW = 16
 """Small beside the smallest budget, so that a method decides about most of it."""
@@ -13,7 +14,7 @@ COMPRESSIONS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Method:
-    """One way to serve.
+    """What is compared, at any budget and with any seed.
 
     Attributes:
         name: as the tables and plots call it.
@@ -29,15 +30,12 @@ class Method:
     draws: bool = False
     ablation: bool = False
 
-    def serve_arguments(self, budget: int | None, seed: int) -> list[str]:
-        """What distinguishes this method's server from the others'."""
+    def at(self, budget: int | None, seed: int) -> Policy:
+        """The method with a budget and a seed, as it is served."""
         if self.policy is None:
-            return []
-        settings = {"budget": budget, "window": WINDOW, "seed": seed, **self.settings}
-        arguments = ["--kv-eviction", self.policy]
-        for key, value in settings.items():
-            arguments += [f"--kv-eviction-config.{key}", str(value)]
-        return arguments
+            return Policy(self.name)
+        settings = {"window": str(WINDOW), "seed": str(seed), **self.settings}
+        return Policy(self.name, budget, self.policy, tuple(settings.items()))
 
 
 def _ablation(name: str, draws: bool, **settings: str) -> Method:

@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 from benchmarks.accuracy.methods import METHODS, Method
+from benchmarks.common.figures import pyplot, save
 
-matplotlib.rcParams["svg.hashsalt"] = "accuracy"
 Points = dict[str, dict[str, list[tuple[int, float, float, float]]]]
 COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#666666")
 MARKERS = "osD^vPX"
@@ -81,6 +76,4 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
     for axis in panels[0]:
         axis.legend(frameon=False, fontsize="small", loc="upper right", bbox_to_anchor=(1, 0.97))
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path, "accuracy")

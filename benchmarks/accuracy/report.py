@@ -15,6 +15,7 @@ from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plots import plot
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
+from benchmarks.common.markdown import table as markdown_table
 from vase_vllm.layout.schedule import EvictionSchedule
 
 MAIN = "questions_right"
@@ -69,7 +70,7 @@ def percent(value: float, ends: tuple[float, float] | None = None, sign: str = "
 
 def row(
     result: dict[str, Any], method: str, compression: int | None, weights: NDArray[np.float64]
-) -> str:
+) -> list[str]:
     """One method at one compression."""
     runs = good_runs(result, method, compression)
     cells = []
@@ -83,7 +84,7 @@ def row(
         values = per_problem(runs, MAIN) - per_problem(other, MAIN)
         difference = percent(float(values.mean()), interval(values, weights), "+")
     cells.insert(1, difference)
-    return f"| {method} | {' | '.join(cells)} | {len(runs)} |"
+    return [method, *cells, str(len(runs))]
 
 
 def table(
@@ -95,20 +96,21 @@ def table(
     """All methods at one compression, the ablations of vase after the others; failed ones named."""
     header = [*COLUMNS.values(), "seeds"]
     header.insert(1, f"minus {REFERENCE}")
-    lines = [f"| | {' | '.join(header)} |", "| --- |" + " ---: |" * len(header)]
-    for method in METHODS:
-        if good_runs(result, method.name, compression):
-            lines.append(row(result, method.name, compression, weights))
+    rows = [
+        row(result, method.name, compression, weights)
+        for method in METHODS
+        if good_runs(result, method.name, compression)
+    ]
     if budget is not None:
         free = percent(before_eviction(result, budget))
-        lines.append(f"| *before any eviction* | {free} |" + " - |" * (len(header) - 1))
+        rows.append(["*before any eviction*", free, *["-"] * (len(header) - 1)])
     failed = [
         f"- {run['method']}, seed {run['seed']}: **{run['status']}**: "
         + " ".join(run["reason"].split())[-300:]
         for run in result["runs"]
         if run["compression"] == compression and run["status"] != "ok"
     ]
-    return [*lines, "", *failed, *([""] if failed else [])]
+    return [*markdown_table(["", *header], rows), "", *failed, *([""] if failed else [])]
 
 
 def markdown(result: dict[str, Any]) -> str:

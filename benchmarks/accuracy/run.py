@@ -34,9 +34,10 @@ from benchmarks.accuracy.evaluation import (
 )
 from benchmarks.accuracy.methods import COMPRESSIONS, METHODS, WINDOW, budget_for, mean_length
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
-from benchmarks.provenance import provenance
+from benchmarks.common import paths
+from benchmarks.common.provenance import provenance
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+RESULTS = paths.RESULTS / "accuracy"
 MOST_TOKENS = 1024
 """``max_gen_toks`` of walks.yaml."""
 

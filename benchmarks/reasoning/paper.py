@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.reasoning.suite import TASKS, Policy
+from benchmarks.common.policy import Policy
+from benchmarks.reasoning.suite import TASKS
 
 COLUMNS = ("AIME25", "AIME26", "HMMT25", "GPQA-D", "MATH", "LiveCodeBench")
 MODELS = ("Qwen3-4B", "Qwen3-14B")
@@ -19,8 +20,8 @@ ROWS = {
 def published(task: str, policy: Policy) -> str:
     """The cell of a task and a policy at the paper's budget, else a dash."""
     known = TASKS.get(task)
-    if known is None or known.paper is None or policy.label not in ROWS:
+    if known is None or known.paper is None or policy.name not in ROWS:
         return "–"
     if policy.budget not in (None, known.budget):
         return "–"
-    return ROWS[policy.label].split()[COLUMNS.index(known.paper)].replace("/", " / ")
+    return ROWS[policy.name].split()[COLUMNS.index(known.paper)].replace("/", " / ")

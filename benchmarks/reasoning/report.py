@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.markdown import table
+from benchmarks.common.policy import Policy
 from benchmarks.reasoning.paper import MODELS, published
-from benchmarks.reasoning.suite import FULL, Policy
+from benchmarks.reasoning.suite import FULL, read_policy
 
-HEADER = f"""\
-| task | policy | budget | problems x samples | accuracy % | minus full cache | no answer % \
-| tokens an answer | evictions | paper, as published: {" / ".join(MODELS)} |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEADER = (
+    *("task", "policy", "budget", "problems x samples", "accuracy %", "minus full cache"),
+    *("no answer %", "output tokens", "evictions"),
+    f"paper, as published: {' / '.join(MODELS)}",
+)
 NOTES = """\
 ± is one standard error over the problems (of the difference: over the problems' differences), with
 the samples of a problem averaged first. The paper's numbers are for its own models, prompts and
@@ -60,9 +63,9 @@ def read_rows(output: Path) -> list[Row]:
     groups: dict[tuple[str, Policy], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(output.glob("*/*/run.json")):
         run = json.loads(path.read_text())
-        groups[run["task"], Policy(run["policy"], run["budget"])].append(run)
+        groups[run["task"], read_policy(run["policy"], run["budget"])].append(run)
     rows = [make_row(task, policy, runs) for (task, policy), runs in groups.items()]
-    return sorted(rows, key=lambda row: (row.task, row.policy.budget or 0, row.policy.label))
+    return sorted(rows, key=lambda row: (row.task, row.policy.budget or 0, row.policy.name))
 
 
 def make_row(task: str, policy: Policy, runs: list[dict[str, Any]]) -> Row:
@@ -89,8 +92,8 @@ def percent(mean: float, error: float, sign: str = "") -> str:
 
 def markdown(rows: list[Row], settings: dict[str, Any]) -> str:
     """The whole report."""
-    full = {row.task: row for row in rows if row.policy.label == FULL}
-    lines = [HEADER]
+    full = {row.task: row for row in rows if row.policy.name == FULL}
+    table_rows = []
     for row in rows:
         base = full.get(row.task)
         difference = "–"
@@ -98,7 +101,7 @@ def markdown(rows: list[Row], settings: dict[str, Any]) -> str:
             difference = percent(*mean_and_error(row.scores - base.scores), sign="+")
         cells = [
             row.task,
-            row.policy.label,
+            row.policy.name,
             "–" if row.policy.budget is None else row.policy.budget,
             f"{len(row.scores)} x {row.seeds}",
             percent(*row.accuracy),
@@ -108,9 +111,10 @@ def markdown(rows: list[Row], settings: dict[str, Any]) -> str:
             "–" if row.evictions is None else f"{row.evictions:,}",
             published(row.task, row.policy),
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        table_rows.append(list(map(str, cells)))
     stated = "\n".join(f"- {name}: `{json.dumps(value)}`" for name, value in settings.items())
-    return "\n\n".join([f"# Accuracy of {settings['model']}", stated, "\n".join(lines), NOTES, ""])
+    lines = "\n".join(table(HEADER, table_rows, num_left=len(HEADER)))
+    return "\n\n".join([f"# Accuracy of {settings['model']}", stated, lines, NOTES, ""])
 
 
 def write(output: Path, settings: dict[str, Any]) -> str:
@@ -119,7 +123,7 @@ def write(output: Path, settings: dict[str, Any]) -> str:
     summary = [
         {
             "task": row.task,
-            "policy": row.policy.label,
+            "policy": row.policy.name,
             "budget": row.policy.budget,
             "problems": len(row.scores),
             "seeds": row.seeds,

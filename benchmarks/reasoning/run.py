@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +24,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common import paths
+from benchmarks.common.environment import KEEP_ALIVE
+from benchmarks.common.policy import Policy
+from benchmarks.common.server import evictions_so_far, running_server
 from benchmarks.reasoning import report
 from benchmarks.reasoning.harness import Request, RunFailedError, cache, command, evaluate
-from benchmarks.reasoning.suite import FULL, TASKS, Policy, plan
+from benchmarks.reasoning.suite import FULL, TASKS, directory_name, plan
 from vase_vllm.tools.server import Server
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = paths.RESULTS / "reasoning"
 PACKAGES = ("lm-eval", "math-verify")
 START_SECONDS = 2 * 3600  # the weights may have to be downloaded first
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
@@ -57,28 +61,27 @@ def serving(policy: Policy, args: argparse.Namespace) -> Iterator[tuple[str, Ser
     """The URL of a server with this policy, and the server if it is ours.
 
     Raises:
-        RuntimeError: it does not start; its output is kept beside the results.
+        RunFailedError: it does not start; its output is kept beside the results.
     """
     if args.base_url:
         yield args.base_url.rstrip("/").removesuffix("/v1"), None
         return
-    directory = args.output / policy.directory
-    directory.mkdir(parents=True, exist_ok=True)
     arguments = [*policy.serve_arguments(), *shlex.split(args.serve_arguments)]
-    with Server(args.model, [*arguments, "--served-model-name", args.model]) as server:
+    arguments += ["--served-model-name", args.model]
+    name = directory_name(policy)
+    log = args.output / name / "server.log"
+    with ExitStack() as stack:
         try:
-            server.wait_until("Application startup complete", timeout=START_SECONDS)
+            server = stack.enter_context(running_server(args.model, arguments, START_SECONDS, log))
         except RuntimeError as error:
-            log = directory / "server.log"
-            log.write_text(server.log())
             reason = str(error).splitlines()[0].rstrip(":")
-            raise RunFailedError(f"{policy.directory}: {reason}, see {log}") from None
+            raise RunFailedError(f"{name}: {reason}, see {log}") from None
         yield server.url, server
 
 
-def evictions_so_far(server: Server | None, policy: Policy) -> int | None:
+def count_evictions(server: Server | None) -> int | None:
     """The server's own count; None where there is nothing to count or nobody to ask."""
-    return None if server is None or policy.budget is None else server.eviction_stats()["evictions"]
+    return None if server is None else evictions_so_far(server)
 
 
 def run_policy(
@@ -93,15 +96,15 @@ def run_policy(
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     failures = []
-    bar = progress.add_task(f"{policy.directory}: starting the server", total=None)
+    bar = progress.add_task(f"{directory_name(policy)}: starting the server", total=None)
     try:
         with serving(policy, args) as (url, server):
             for task, seed in runs:
-                name = f"{policy.directory} {task} seed {seed}"
+                name = f"{directory_name(policy)} {task} seed {seed}"
                 progress.reset(bar, total=None, description=name)
-                directory = args.output / policy.directory / f"{task}-seed{seed}"
+                directory = args.output / directory_name(policy) / f"{task}-seed{seed}"
                 resumed = any(directory.glob(f"{cache(directory).name}*"))
-                before, start = evictions_so_far(server, policy), time.monotonic()
+                before, start = count_evictions(server), time.monotonic()
 
                 def show(done: int, total: int) -> None:
                     progress.update(bar, completed=done, total=total)
@@ -112,11 +115,11 @@ def run_policy(
                 except RunFailedError as error:
                     failures.append(f"{name}: {error}")
                     continue
-                after = evictions_so_far(server, policy)
+                after = count_evictions(server)
                 counted = not resumed and before is not None and after is not None
                 result = {
                     "task": task,
-                    "policy": policy.label,
+                    "policy": policy.name,
                     "budget": policy.budget,
                     "seed": seed,
                     "seconds": round(time.monotonic() - start, 1),
@@ -227,15 +230,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
 
-    # An idle connection that the server closes under its client ends lm-eval.
-    os.environ.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "600")
+    for name, value in KEEP_ALIVE.items():
+        os.environ.setdefault(name, value)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     failures = []
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         overall = progress.add_task("runs", total=len(servers))
         for policy, tasks in servers:
             runs = [(task, seed) for seed in range(args.seeds) for task in tasks]
-            results = args.output / policy.directory
+            results = args.output / directory_name(policy)
             left = [r for r in runs if not (results / f"{r[0]}-seed{r[1]}" / "run.json").exists()]
             if left:
                 failures += run_policy(policy, left, request, args, progress)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common.policy import Policy
+
 TASKS_DIRECTORY = Path(__file__).parent / "tasks"
 FULL = "full"
 
@@ -38,40 +40,31 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Policy:
-    """One way to serve.
+def read_policy(label: str, budget: int | None) -> Policy:
+    """The policy that the command line names: ``full``, ``vase``, ``vase:sampling=greedy``.
 
-    Attributes:
-        label: as the command line names it: ``full``, ``vase``, ``vase:sampling=greedy``.
-        budget: tokens that a sequence keeps; the full cache has none.
+    Args:
+        budget: tokens that a sequence keeps; None for the full cache.
+
+    Raises:
+        ValueError: the label is not NAME or NAME:KEY=VALUE,...
     """
+    if budget is None:
+        return Policy(label)
+    name, _, options = label.partition(":")
+    settings = []
+    for option in filter(None, options.split(",")):
+        key, separator, value = option.partition("=")
+        if not (key and separator and value):
+            raise ValueError(f"policy {label!r}: write NAME or NAME:KEY=VALUE,KEY=VALUE")
+        settings.append((key, value))
+    return Policy(label, budget, name, tuple(settings))
 
-    label: str
-    budget: int | None
 
-    @property
-    def directory(self) -> str:
-        """The name of its results' directory."""
-        name = re.sub(r"[^\w.=-]+", "-", self.label)
-        return name if self.budget is None else f"{name}-{self.budget}"
-
-    def serve_arguments(self) -> list[str]:
-        """What distinguishes this policy's server.
-
-        Raises:
-            ValueError: the label is not NAME or NAME:KEY=VALUE,...
-        """
-        if self.budget is None:
-            return []
-        name, _, options = self.label.partition(":")
-        arguments = ["--kv-eviction", name, "--kv-eviction-config.budget", str(self.budget)]
-        for option in filter(None, options.split(",")):
-            key, separator, value = option.partition("=")
-            if not (key and separator and value):
-                raise ValueError(f"policy {self.label!r}: write NAME or NAME:KEY=VALUE,KEY=VALUE")
-            arguments += [f"--kv-eviction-config.{key}", value]
-        return arguments
+def directory_name(policy: Policy) -> str:
+    """The name of the directory of a policy's results."""
+    name = re.sub(r"[^\w.=-]+", "-", policy.name)
+    return name if policy.budget is None else f"{name}-{policy.budget}"
 
 
 def plan(
@@ -93,11 +86,9 @@ def plan(
     servers = []
     for label in labels:
         if label == FULL:
-            servers.append((Policy(FULL, None), tasks))
+            servers.append((read_policy(FULL, None), tasks))
             continue
         for budget in budgets or sorted({TASKS[name].budget for name in tasks}):
             own = [name for name in tasks if budgets or TASKS[name].budget == budget]
-            servers.append((Policy(label, budget), own))
-    for policy, _ in servers:
-        policy.serve_arguments()
+            servers.append((read_policy(label, budget), own))
     return servers

@@ -161,8 +161,8 @@ def test_only_methods_that_draw_run_with_several_seeds() -> None:
 
 
 def test_serve_arguments() -> None:
-    assert BY_NAME["full"].serve_arguments(None, 0) == []
-    arguments = BY_NAME["cur-fixed"].serve_arguments(88, 2)
+    assert BY_NAME["full"].at(None, 0).serve_arguments() == []
+    arguments = BY_NAME["cur-fixed"].at(88, 2).serve_arguments()
     assert arguments[:2] == ["--kv-eviction", "cur"]
     pairs = dict(zip(arguments[2::2], arguments[3::2], strict=True))
     assert pairs == {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import bring_wheels
+from benchmarks.serving import bring_wheels
 
 SCRIPT = Path(bring_wheels.__file__)
 

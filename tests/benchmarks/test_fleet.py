@@ -1,19 +1,19 @@
 """The simulation of a fleet: its rules, and what must hold whatever the numbers are."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.fleet import fleet
-from benchmarks.fleet.load import Lengths, Load
-from benchmarks.fleet.replica import Replica, Request, Settings
+from benchmarks.common.paths import RESULTS
+from benchmarks.predictions.fleet import fleet
+from benchmarks.predictions.fleet.load import Lengths, Load
+from benchmarks.predictions.fleet.replica import Replica, Request, Settings
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import Machine, ModelShape, Shard, num_blocks_held
 
-FLEETS = Path(__file__).parents[2] / "benchmarks" / "results" / "fleet"
+FLEETS = RESULTS / "predictions" / "fleet"
 SHARD = Shard(ModelShape(2, 4, 2, 32, 128, 2, 1_000_000, 2_000_000))
 MACHINE = Machine(bandwidth=1e10, peak=1e13, overhead=1e-3)
 SCHEDULE = EvictionSchedule(budget=128, window=32)

@@ -16,9 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.common.policy import Policy
 from benchmarks.reasoning import harness, report, run
 from benchmarks.reasoning.paper import COLUMNS, ROWS, published
-from benchmarks.reasoning.suite import FULL, TASKS, TASKS_DIRECTORY, Policy, plan
+from benchmarks.reasoning.suite import (
+    FULL,
+    TASKS,
+    TASKS_DIRECTORY,
+    directory_name,
+    plan,
+    read_policy,
+)
 from benchmarks.reasoning.tasks import marking
 from vase_vllm.tools.tiny_model import byte_tokenizer, make_tiny_model
 
@@ -93,13 +101,13 @@ def test_choices_are_shuffled_by_the_question_alone() -> None:
 def test_plan_gives_each_task_its_recommended_budget() -> None:
     tasks = ["aime25", "math500", "hmmt25"]
     assert plan([FULL, "vase"], None, tasks) == [
-        (Policy(FULL, None), tasks),
-        (Policy("vase", 1024), ["math500"]),
-        (Policy("vase", 4096), ["aime25", "hmmt25"]),
+        (read_policy(FULL, None), tasks),
+        (read_policy("vase", 1024), ["math500"]),
+        (read_policy("vase", 4096), ["aime25", "hmmt25"]),
     ]
     assert plan(["rkv"], [64, 128], tasks) == [
-        (Policy("rkv", 64), tasks),
-        (Policy("rkv", 128), tasks),
+        (read_policy("rkv", 64), tasks),
+        (read_policy("rkv", 128), tasks),
     ]
 
 
@@ -111,13 +119,13 @@ def test_plan_refuses_what_it_cannot_know() -> None:
 
 
 def test_policy_options_reach_the_server() -> None:
-    policy = Policy("vase:sampling=greedy,window=32", 512)
+    policy = read_policy("vase:sampling=greedy,window=32", 512)
     assert policy.serve_arguments() == [
         *["--kv-eviction", "vase", "--kv-eviction-config.budget", "512"],
         *["--kv-eviction-config.sampling", "greedy", "--kv-eviction-config.window", "32"],
     ]
-    assert policy.directory == "vase-sampling=greedy-window=32-512"
-    assert Policy(FULL, None).serve_arguments() == []
+    assert directory_name(policy) == "vase-sampling=greedy-window=32-512"
+    assert read_policy(FULL, None).serve_arguments() == []
 
 
 def test_every_task_has_its_file() -> None:
@@ -127,30 +135,30 @@ def test_every_task_has_its_file() -> None:
 
 def test_paper_is_shown_at_its_budget_only() -> None:
     assert all(len(cells.split()) == len(COLUMNS) for cells in ROWS.values())
-    assert published("aime25", Policy("vase", 4096)) == "59.17 / 63.96"
-    assert published("math500", Policy(FULL, None)) == "93.93 / 95.22"
-    assert published("aime25", Policy("vase", 2048)) == "–"
-    assert published("aime24", Policy("vase", 4096)) == "–"
-    assert published("aime25", Policy("vase:sampling=greedy", 4096)) == "–"
+    assert published("aime25", read_policy("vase", 4096)) == "59.17 / 63.96"
+    assert published("math500", read_policy(FULL, None)) == "93.93 / 95.22"
+    assert published("aime25", read_policy("vase", 2048)) == "–"
+    assert published("aime24", read_policy("vase", 4096)) == "–"
+    assert published("aime25", read_policy("vase:sampling=greedy", 4096)) == "–"
 
 
 def save_run(output: Path, policy: Policy, seed: int, scores: list[int], evictions: Any) -> None:
-    directory = output / policy.directory / f"aime25-seed{seed}"
+    directory = output / directory_name(policy) / f"aime25-seed{seed}"
     directory.mkdir(parents=True)
     answers = [
         {"problem": n, "exact_match": score, "no_answer": 1 - score, "tokens": 100 * n}
         for n, score in enumerate(scores)
     ]
-    result = {"task": "aime25", "policy": policy.label, "budget": policy.budget}
+    result = {"task": "aime25", "policy": policy.name, "budget": policy.budget}
     result |= {"answers": answers, "evictions": evictions}
     (directory / "run.json").write_text(json.dumps(result))
 
 
 def test_report_pairs_problems_and_counts_them_once(tmp_path: Path) -> None:
-    save_run(tmp_path, Policy(FULL, None), 0, [1, 1, 1, 0], None)
-    save_run(tmp_path, Policy(FULL, None), 1, [1, 1, 0, 0], None)
-    save_run(tmp_path, Policy("vase", 4096), 0, [1, 0, 1, 0], 7)
-    save_run(tmp_path, Policy("vase", 4096), 1, [1, 0, 0, 0], 8)
+    save_run(tmp_path, read_policy(FULL, None), 0, [1, 1, 1, 0], None)
+    save_run(tmp_path, read_policy(FULL, None), 1, [1, 1, 0, 0], None)
+    save_run(tmp_path, read_policy("vase", 4096), 0, [1, 0, 1, 0], 7)
+    save_run(tmp_path, read_policy("vase", 4096), 1, [1, 0, 0, 0], 8)
     full, vase = (
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in report.write(tmp_path, {"model": "m"}).splitlines()

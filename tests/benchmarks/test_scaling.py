@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.scaling import predict, run
+from benchmarks.predictions.scaling import predict, run
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import Machine, ModelShape, Shard
 
@@ -11,7 +11,7 @@ SHARD = Shard(ModelShape(4, 8, 4, 64, 256, 4, 3_300_000, 13_200_000))
 
 def test_the_document_has_the_tables_that_the_formulas_give():
     text = predict.DOCUMENT.read_text()
-    assert text == predict.fill(text), "run python -m benchmarks.scaling.predict --write"
+    assert text == predict.fill(text), "run benchmarks.predictions.scaling.predict --write"
 
 
 @pytest.mark.parametrize("peak", [5e10, 1e12], ids=["some parts compute", "all parts stream"])

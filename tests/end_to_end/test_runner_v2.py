@@ -11,10 +11,18 @@ from tests.support.interpreted import run_case, run_interpreted
 
 pytestmark = pytest.mark.slow
 
-SHARED = random_prompt(200, 0)[:64]
+# The interpreter samples from a small vocabulary much faster.
+MODEL = {"vocab_size": 1024}
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    return random_prompt(num_tokens, seed, MODEL["vocab_size"])
+
+
+SHARED = prompt(64, 0)
 ON_RUNNER_V1 = {
     "eviction": {"budget": 48, "window": 16},
-    "prompts": [random_prompt(length, length) for length in (10, 48, 70, 100)],
+    "prompts": [prompt(length, length) for length in (10, 48, 70, 100)],
     "num_tokens": 80,
     "options": {"max_num_batched_tokens": 40},
 }
@@ -31,7 +39,7 @@ SETTINGS = {
 CASES = {
     name: {
         "eviction": {"budget": 48, "window": 16, **settings},
-        "prompts": [random_prompt(length, length) for length in (45, 70)],
+        "prompts": [prompt(length, length) for length in (45, 70)],
         "num_tokens": 40,
         "options": {"max_num_batched_tokens": 40},
     }
@@ -39,7 +47,7 @@ CASES = {
 }
 PREFIX_CACHING = {
     "eviction": {"budget": 48, "window": 16},
-    "prompts": [SHARED + random_prompt(3, seed) for seed in range(3)],
+    "prompts": [SHARED + prompt(3, seed) for seed in range(3)],
     "num_tokens": 24,
 }
 
@@ -51,16 +59,16 @@ def on_gpu_pages(models):
     # One prompt after the other; the second and third find what the first has left.
     options = {"max_num_batched_tokens": 40, "max_num_seqs": 1}
     cases = [*warmed_up, PREFIX_CACHING | {"options": options}]
-    results = run_interpreted(models.qwen3(), cases, triton_attention=True)
+    results = run_interpreted(models.qwen3(**MODEL), cases, triton_attention=True)
     return dict(zip([*CASES, "prefix caching"], results, strict=True))
 
 
 def test_v2_silently_not_evicting(models):
     """The trap of others' ports: hooks that runner V2 never calls. It must evict, and alike."""
-    expected = run_case(models.qwen3(), **ON_RUNNER_V1)
+    expected = run_case(models.qwen3(**MODEL), **ON_RUNNER_V1)
     assert expected["runner"] == "vllm.v1.worker.cpu_model_runner"
     assert expected["stats"]["evictions"] >= 12
-    (result,) = run_interpreted(models.qwen3(), [ON_RUNNER_V1], triton_attention=False)
+    (result,) = run_interpreted(models.qwen3(**MODEL), [ON_RUNNER_V1], triton_attention=False)
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert result["stats"] == expected["stats"]
     assert result["tokens"] == expected["tokens"]
@@ -71,7 +79,7 @@ def test_evictions_on_gpu_pages_in_the_real_engine(models, on_gpu_pages, name):
     result = on_gpu_pages[name]
     assert "error" not in result, result["error"]
     assert result["impl"] == "EvictionTritonAttentionImpl"
-    expected = run_case(models.qwen3(), **CASES[name])
+    expected = run_case(models.qwen3(**MODEL), **CASES[name])
     assert expected["impl"] == "EvictionCPUAttentionBackendImpl"
     assert result["stats"] == expected["stats"]
     assert result["stats"]["evictions"] >= 4
@@ -82,7 +90,7 @@ def test_prefix_caching_on_gpu_pages(models, on_gpu_pages):
     result = on_gpu_pages["prefix caching"]
     assert "error" not in result, result["error"]
     options = {"enable_prefix_caching": False}
-    without = run_case(models.qwen3(), **PREFIX_CACHING, options=options)
+    without = run_case(models.qwen3(**MODEL), **PREFIX_CACHING, options=options)
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
     # The first eviction, at position 80, needs the queries from 64 on.
     assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 64, 64])

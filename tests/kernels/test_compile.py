@@ -11,7 +11,7 @@ def test_qwen3_8b_shape_compiles_without_spills():
     root = Path(__file__).parents[2]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "benchmarks/compile_check.py", "--quick"],
+        [sys.executable, "benchmarks/kernels/compile_check.py", "--quick"],
         cwd=root,
         env=environment,
         capture_output=True,

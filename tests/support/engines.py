@@ -59,10 +59,10 @@ def eviction_stats(llm: LLM) -> dict[str, int]:
     return llm.collective_rpc("get_kv_eviction_stats")[0]
 
 
-def random_prompt(num_tokens: int, seed: int) -> list[int]:
+def random_prompt(num_tokens: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Token ids of the tiny models' vocabulary, no special ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
+    return torch.randint(2, vocab_size, (num_tokens,), generator=generator).tolist()
 
 
 def greedy(max_tokens: int) -> SamplingParams:

@@ -1,0 +1,204 @@
+"""What eviction costs a decode step on the CPU: its own share, and that of the wrapper around.
+
+    python -m benchmarks.decode_step.overhead [--output FILE.json]
+
+The model has the layers of Qwen3-8B (32 query heads, 8 KV heads, head size 128), four of them,
+random weights in bf16 and a small vocabulary, so that the output layer does not hide anything.
+16 sequences decode together.
+
+* share of evictions: budget 1024, every sequence beyond it; time in evictions / time in steps, over
+  whole periods of the window.
+* wrapper: steps in which no eviction is due, against the same engine without the plugin's wrapper,
+  the two stepping in turn; median of the ratios of neighbouring steps, less one.
+
+Times are processor time of the process, which other jobs on the machine disturb least.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.environment import IN_PROCESS, QUIET
+
+os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
+
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+from transformers import Qwen3Config
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from benchmarks.common.provenance import provenance
+from vase_vllm.worker.evictor import TorchEvictor
+
+BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4
+WRAPPER_STEPS, PERIODS = 150, 2
+
+
+def make_config(directory: Path) -> None:
+    """Write the config of the model; it is loaded with dummy weights."""
+    Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_hidden_layers=NUM_LAYERS,
+        vocab_size=4096,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    ).save_pretrained(directory)
+
+
+def make_engine(directory: Path, eviction: dict[str, Any] | None) -> LLM:
+    """An in-process engine that does one thing at a time and can be stepped by hand."""
+    return LLM(
+        str(directory),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=4096,
+        kv_cache_memory_bytes=1 << 30,
+        max_num_batched_tokens=4096,
+        disable_log_stats=True,
+        additional_config={"kv_eviction": eviction} if eviction else {},
+    )
+
+
+def fill(llm: LLM, prompt_lengths: list[int]) -> None:
+    """Queue one long request for each length and run the prefill of all prompts."""
+    params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
+    for index, length in enumerate(prompt_lengths):
+        prompt = [(7 * index + 31 * position) % 4000 for position in range(length)]
+        llm.llm_engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), params)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    with Progress(transient=True) as progress:
+        task = progress.add_task("prefill", total=sum(prompt_lengths))
+        while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
+            llm.llm_engine.step()
+            done = sum(
+                min(r.num_computed_tokens, r.num_prompt_tokens) for r in scheduler.requests.values()
+            )
+            progress.update(task, completed=done)
+
+
+def clear(llm: LLM) -> None:
+    """Abort everything that the engine still has."""
+    llm.llm_engine.abort_request([str(index) for index in range(BATCH)])
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+
+
+def timed_step(llm: LLM) -> float:
+    """Processor seconds of one engine step."""
+    start = time.process_time()
+    llm.llm_engine.step()
+    return time.process_time() - start
+
+
+def measure_wrapper(full: LLM, evicting: LLM) -> dict[str, float]:
+    """Overhead of a step without evictions: neighbouring steps of the two engines, in turn."""
+    for llm in (full, evicting):
+        fill(llm, [32] * BATCH)
+    ratios, steps = [], []
+    for index in track(range(WRAPPER_STEPS), "wrapper", transient=True):
+        # The order alternates too, so that none always runs on the other's warm caches.
+        if index % 2:
+            base, wrapped = timed_step(full), timed_step(evicting)
+        else:
+            wrapped, base = timed_step(evicting), timed_step(full)
+        ratios.append(wrapped / base)
+        steps.append(base)
+    for llm in (full, evicting):
+        clear(llm)
+    ratios, steps = ratios[20:], steps[20:]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "overhead": statistics.median(ratios) - 1,
+        "overhead_lower_quartile": quartiles[0] - 1,
+        "overhead_upper_quartile": quartiles[2] - 1,
+        "full_cache_step_ms": statistics.median(steps) * 1e3,
+    }
+
+
+def measure_evictions(evicting: LLM) -> dict[str, float]:
+    """Share of evictions in the steps of sequences that are all beyond their budget."""
+    seconds: list[float] = []
+    original = TorchEvictor.evict
+
+    def timed_evict(*args: Any) -> int:
+        start = time.process_time()
+        result = original(*args)
+        seconds.append(time.process_time() - start)
+        return result
+
+    # Prompts end at different points of the period: evictions spread over the steps, as in service.
+    fill(evicting, [BUDGET + 4 * index for index in range(BATCH)])
+    for _ in track(range(WINDOW + 4), "reaching the steady state", transient=True):
+        evicting.llm_engine.step()
+    TorchEvictor.evict = timed_evict
+    try:
+        steps = [
+            timed_step(evicting) for _ in track(range(PERIODS * WINDOW), "evicting", transient=True)
+        ]
+    finally:
+        TorchEvictor.evict = original
+    clear(evicting)
+    assert len(seconds) == PERIODS * BATCH, "every sequence evicts once in each period"
+    return {
+        "share": sum(seconds) / sum(steps),
+        "evictions_per_step": len(seconds) / len(steps),
+        "eviction_ms": statistics.median(seconds) * 1e3,
+        "step_ms": sum(steps) / len(steps) * 1e3,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        make_config(Path(directory))
+        evicting = make_engine(Path(directory), {"budget": BUDGET, "window": WINDOW})
+        evictions = measure_evictions(evicting)
+        full = make_engine(Path(directory), None)
+        wrapper = measure_wrapper(full, evicting)
+    table = Table(title=f"Cost of eviction at batch {BATCH}, budget {BUDGET}, window {WINDOW}")
+    table.add_column("what")
+    table.add_column("share of a decode step", justify="right")
+    table.add_column("how")
+    table.add_row(
+        "evictions",
+        f"{evictions['share']:.1%}",
+        f"{evictions['eviction_ms']:.1f} ms each, {evictions['evictions_per_step']:.2f} a step of "
+        f"{evictions['step_ms']:.0f} ms",
+    )
+    table.add_row(
+        "wrapper, no eviction due",
+        f"{wrapper['overhead']:+.1%}",
+        f"quartiles {wrapper['overhead_lower_quartile']:+.1%} to "
+        f"{wrapper['overhead_upper_quartile']:+.1%} of a step of "
+        f"{wrapper['full_cache_step_ms']:.0f} ms",
+    )
+    Console().print(table)
+    if args.output:
+        result = {
+            **provenance(),
+            "threads": os.environ["OMP_NUM_THREADS"],
+            "settings": {"budget": BUDGET, "window": WINDOW, "batch": BATCH, "layers": NUM_LAYERS},
+            "evictions": evictions,
+            "wrapper": wrapper,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
