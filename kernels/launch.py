@@ -121,9 +121,8 @@ def scoring_tile(
 
     Hopper and Blackwell GPUs of the data centre multiply straight from shared memory; on others
     the queries take registers, and half as many rows fit. Registers are bounded so that a second
-    program shares the SM wherever this causes no spills, which ``benchmarks/kernels/compile_check.py``
-    verifies. An explicit bound also stops ptxas from spilling a few bytes for an occupancy of its
-    own choice.
+    program shares the SM wherever this causes no spills, which ``make compile-check`` verifies. An
+    explicit bound also stops ptxas from spilling a few bytes for an occupancy of its own choice.
 
     Args:
         num_rows: query rows of a KV head, G * W.
