@@ -48,7 +48,7 @@ demo: setup ## serve a tiny model with and without eviction, on the CPU
 	@$(PY) -m vase_vllm.tools.demo
 
 test: $(VENV)/.accuracy ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.accuracy ## run the tests that start no engine
 	$(PY) -m pytest -m "not slow"

@@ -145,7 +145,7 @@ def main() -> int:
     good = True
     if not args.report_only:
         os.environ.update(ENVIRONMENT | CLIENT_ENVIRONMENT)
-        # Terminated, it still stops its servers (after the runs in hand).
+        # Its servers run in threads, in which a server does not handle signals by itself.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         held_out = read_jsonl(HELD_OUT_FILE)
         result: dict[str, Any] = {

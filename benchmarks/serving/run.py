@@ -9,7 +9,6 @@ See README.md in this folder for what is measured and how to read it.
 
 import argparse
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -110,8 +109,6 @@ def run_suite(suite: Suite, args: argparse.Namespace, clock: Clock) -> tuple[boo
 
 def main() -> int:
     args = parse_arguments()
-    # Stopped from outside, it takes its server along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Importing vLLM counts.
     start = time.monotonic() - (time.time() - psutil.Process().create_time())
     suite = chosen_suite(args)

@@ -106,7 +106,7 @@ def test_every_running_request_is_preempted_at_once(models, prompts, alone):
 
 @pytest.mark.parametrize("chunk", [17, 33, 2048])
 def test_eviction_in_the_middle_of_a_chunked_prefill(models, prompts, alone, chunk):
-    """However the prompt is cut, even to single tokens at window boundaries, it is read densely."""
+    """However the prompt is cut, even to single tokens at window ends, prefill evicts nothing."""
     index = 31
     with engine(models.qwen3(), EVICTION, max_num_batched_tokens=chunk) as llm:
         # A companion that decodes takes one token of every step, and shifts the cuts.

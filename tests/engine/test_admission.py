@@ -19,11 +19,11 @@ lengths = st.lists(st.integers(1, 50) | st.just(CUT_OFF), max_size=80)
 
 
 def remember(lengths):
-    answers = OutputLengths()
+    outputs = OutputLengths()
     for length in lengths:
         # Whatever length it was cut off at, it counts as longer than any.
-        answers.add(7 if length == CUT_OFF else length, cut_off=length == CUT_OFF)
-    return answers
+        outputs.add(7 if length == CUT_OFF else length, cut_off=length == CUT_OFF)
+    return outputs
 
 
 def survival(lengths, so_far, ahead):
@@ -34,17 +34,17 @@ def survival(lengths, so_far, ahead):
 
 
 @given(lengths, st.integers(0, 60), st.integers(0, 60))
-def test_survival_is_that_of_the_longer_answers(lengths, so_far, ahead):
+def test_survival_is_that_of_the_longer_outputs(lengths, so_far, ahead):
     found = remember(lengths).survival(np.array([so_far]), np.array([ahead]))
     assert found == pytest.approx(survival(lengths, so_far, ahead))
 
 
-def test_old_answers_are_forgotten():
-    answers = remember([1000] * NUM_REMEMBERED + [10] * (NUM_REMEMBERED // 2))
-    assert answers.survival(np.array([0]), np.array([500])) == 0.5
+def test_old_outputs_are_forgotten():
+    outputs = remember([1000] * NUM_REMEMBERED + [10] * (NUM_REMEMBERED // 2))
+    assert outputs.survival(np.array([0]), np.array([500])) == 0.5
     for _ in range(NUM_REMEMBERED // 2):
-        answers.add(10, cut_off=False)
-    assert answers.survival(np.array([0]), np.array([9, 500])).tolist() == [[1, 0]]
+        outputs.add(10, cut_off=False)
+    assert outputs.survival(np.array([0]), np.array([9, 500])).tolist() == [[1, 0]]
 
 
 @given(
@@ -73,7 +73,7 @@ def test_the_peak_is_no_more_than_the_worst_and_no_less_than_now(lengths, reques
         assert peak >= (runs * blocks).sum() + margin - 1e-6
 
 
-def serve(models, admission, answers):
+def serve(models, admission, outputs):
     """Requests without a length of their own, in a pool for three sequences at their bound.
 
     Returns:
@@ -81,7 +81,7 @@ def serve(models, admission, answers):
     """
     eviction = {"budget": 24, "window": 8, "sinks": 1, "admission": admission}
     simulation = Simulation(make_scheduler(models.qwen3(), eviction, 4, 3 * 9 + 1, chunk=64))
-    for index, length in enumerate(answers):
+    for index, length in enumerate(outputs):
         simulation.add(str(index), [10 + index % 7] * 3, max_tokens=400, stops_at=length)
     requests = dict(simulation.scheduler.requests)
     most_running = 0
@@ -89,14 +89,14 @@ def serve(models, admission, answers):
         simulation.step()
         most_running = max(most_running, len(simulation.scheduler.running))
     assert simulation.num_used_blocks == 0
-    assert [requests[str(i)].num_output_tokens for i in range(len(answers))] == answers
+    assert [requests[str(i)].num_output_tokens for i in range(len(outputs))] == outputs
     return most_running, sum(request.num_preemptions for request in requests.values())
 
 
 SHORT = np.random.default_rng(0).integers(1, 12, 120).tolist()
 
 
-def test_room_kept_for_short_answers_is_for_short_answers(models):
+def test_room_kept_for_short_outputs_is_for_short_outputs(models):
     assert serve(models, "reserve", SHORT) == (3, 0)
     most_running, preemptions = serve(models, "expected", SHORT)
     assert most_running >= 6
@@ -104,11 +104,11 @@ def test_room_kept_for_short_answers_is_for_short_answers(models):
     assert serve(models, "optimistic", SHORT)[1] > preemptions
 
 
-@pytest.mark.parametrize("answers", [[60] * 40, [300] * 10], ids=["long", "too few"])
-def test_room_kept_for_long_answers_is_all(models, answers):
-    assert serve(models, "expected", answers) == (3, 0)
+@pytest.mark.parametrize("outputs", [[60] * 40, [300] * 10], ids=["long", "too few"])
+def test_room_kept_for_long_outputs_is_all(models, outputs):
+    assert serve(models, "expected", outputs) == (3, 0)
 
 
-def test_answers_that_become_longer_are_all_served(models):
+def test_outputs_that_become_longer_are_all_served(models):
     _, preemptions = serve(models, "expected", SHORT[:40] + [60] * 40)
     assert preemptions > 0

@@ -118,7 +118,7 @@ def test_only_a_sequence_whose_queries_are_kept_has_a_ring(llm, num_tokens, num_
 
 
 def test_reservation_knows_how_long_a_request_can_become(models):
-    """Answers that cannot reach the bound reserve no more than they can fill."""
+    """Outputs that cannot reach the bound reserve no more than they can fill."""
     pool = {"kv_cache_memory_bytes": 13 * BLOCK_BYTES}
     with engine(models.qwen3(), EVICTION, **pool) as llm:
         # 12 usable blocks, two for each: queries are kept from position 112 - 16 on, and none of

@@ -20,7 +20,7 @@ request = st.tuples(
     st.integers(0, 1),  # which beginning
     st.integers(0, 60),  # how much of it
     st.integers(1, 20),  # tokens of its own
-    st.integers(1, 60),  # tokens of its answer
+    st.integers(1, 60),  # tokens of its output
     st.integers(0, 40),  # step of its arrival
 )
 

@@ -9,11 +9,16 @@ from vase_vllm.integration.request_check import reason_to_reject
 EVICTION = {"kv_eviction": {"policy": "vase", "budget": 96, "window": 16}}
 
 
-def engine_config(num_blocks, additional_config=EVICTION):
+def engine_config(num_blocks, additional_config=EVICTION, **parallel):
+    one_engine = {
+        "data_parallel_size": 1,
+        "data_parallel_size_local": 1,
+        "local_engines_only": False,
+    }
     return SimpleNamespace(
         additional_config=additional_config,
         cache_config=SimpleNamespace(num_gpu_blocks=num_blocks, block_size=32),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(**one_engine | parallel),
         model_config=SimpleNamespace(
             max_model_len=2048,
             get_num_attention_heads=lambda _: 4,
@@ -39,6 +44,21 @@ def test_a_prompt_that_can_never_fit(prompt_len, num_required):
     reason = reason_to_reject(engine_config(num_required), request(prompt_len))
     assert reason.startswith(f"The prompt ({prompt_len} tokens) needs {num_required} KV cache")
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("local_engines_only", "num_engines"), [(False, 8), (True, 2)], ids=["internal", "hybrid"]
+)
+def test_the_pool_of_an_engine_under_data_parallelism(local_engines_only, num_engines):
+    """Behind an external or hybrid load balancer an API server sees its own engines' blocks."""
+    parallel = {
+        "data_parallel_size": 8,
+        "data_parallel_size_local": 2,
+        "local_engines_only": local_engines_only,
+    }
+    fits = engine_config(9 * num_engines, **parallel)
+    assert reason_to_reject(fits, request(200)) is None
+    assert reason_to_reject(engine_config(8 * num_engines, **parallel), request(200))
 
 
 def test_the_pool_may_not_be_known_yet():

@@ -271,10 +271,11 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
 def test_what_only_the_engine_knows_is_refused_in_one_line(
     tiny_model, tmp_path, arguments, message
 ):
-    result = run_inspect(tiny_model, tmp_path, *HELLO, *arguments)
+    result = run_inspect(tiny_model, tmp_path / "pictures", *HELLO, *arguments)
     assert result.returncode != 0
     assert message in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.slow

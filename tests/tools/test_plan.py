@@ -175,7 +175,7 @@ def test_plan_of_qwen3_8b():
     assert evicting.speedup > evicting.speedup_equal_batch > 1
 
 
-def test_short_answers_gain_nothing():
+def test_short_outputs_gain_nothing():
     workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=512, mean_output_len=500)
     evicting = make_plan(SHAPE, 1, workload, [EvictionSchedule(4096, 64)]).evicting[0]
     assert 0.8 < evicting.speedup < 1

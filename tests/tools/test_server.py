@@ -79,7 +79,9 @@ def test_nothing_survives_an_exception(error):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_nothing_survives_a_signal_to_the_parent(number):
     program = f"""
-        import sys, time
+        import signal, sys, time
+        # Whoever runs the tests in the background has it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from vase_vllm.tools.server import Server
         server = Server("a-model", [])
         server.command = [sys.executable, "-c", {STUBBORN!r}]
@@ -95,7 +97,10 @@ def test_nothing_survives_a_signal_to_the_parent(number):
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert len(pids) == 2
         parent.send_signal(number)
-        assert parent.wait(60) != 0
+        try:
+            assert parent.wait(60) != 0
+        finally:
+            parent.kill()
     assert not survivors(pids)
 
 

@@ -141,8 +141,12 @@ def test_unprintable_model_emits_any_byte_but_no_special_token(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": "int8"}, "dtype is 'int8'"), ({"query_heads": 3}, r"query_heads \(3\)")],
-    ids=["dtype", "heads"],
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"query_heads": 3}, r"query_heads \(3\)"),
+        ({"layers": 0}, r"layers \(0\) must be at least 1"),
+    ],
+    ids=["dtype", "heads", "layers"],
 )
 def test_impossible_options_are_refused_by_name(tmp_path: Path, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
@@ -165,6 +169,16 @@ def test_command_writes_what_the_function_writes(
 def test_command_reports_impossible_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["tiny-model", str(tmp_path), "--kv-heads=3"]) == 2
     assert "query_heads (8)" in capsys.readouterr().err
+
+
+def test_command_reports_a_place_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    assert cli.main(["tiny-model", str(tmp_path / "file" / "model")]) == 2
+    errors = capsys.readouterr().err
+    assert "Not a directory" in errors
+    assert errors.count("\n") == 1
 
 
 def test_command_version(capsys: pytest.CaptureFixture[str]):

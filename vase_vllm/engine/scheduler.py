@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -13,6 +14,8 @@ from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
+
+logger = init_logger("vllm.vase_vllm")
 
 
 class _EvictionMixin(Scheduler):
@@ -37,8 +40,23 @@ class _EvictionMixin(Scheduler):
             manager.bind(self._admission)
         # All groups share one schedule: any manager knows when a request evicts.
         self._manager = managers[0]
+        self._log_capacity()
         if len(self.kv_cache_config.kv_cache_groups) > 1:
             self._check_longest_prompt()
+
+    def _log_capacity(self) -> None:
+        """Say what vLLM's own lines about KV cache and scheduler mean under eviction."""
+        spec = self._manager.kv_cache_spec
+        num_blocks = self.kv_cache_config.num_blocks
+        logger.info(
+            "KV eviction: the KV cache holds %s tokens in %s blocks of %d, and a sequence at its "
+            "bound %d of these blocks. vLLM's own figures above count a sequence as "
+            "--max-model-len tokens. The custom scheduler class of vLLM's warning is vase-vllm's.",
+            f"{num_blocks * spec.block_size:,}",
+            f"{num_blocks:,}",
+            spec.block_size,
+            spec.num_state_blocks + cdiv(spec.schedule.bound, spec.block_size),
+        )
 
     def _check_longest_prompt(self) -> None:
         """Refuse a hybrid model's pool that cannot hold a prompt of the model's length.

@@ -109,6 +109,9 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
             **engine_args.additional_config,
             ADDITIONAL_CONFIG_KEY: settings_of(args),
         }
+        # API servers that this process spawns get the parsed arguments, and read them before they
+        # load the plugin: what they read must say it already.
+        args.additional_config = engine_args.additional_config
         return engine_args
 
     return from_cli_args

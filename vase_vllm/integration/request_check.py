@@ -43,8 +43,14 @@ def _reason_not_to_fit(
     num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
     num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
     num_required = num_state_blocks + cdiv(num_slots, block_size)
-    # Block 0 of each engine's pool is the null block.
-    num_usable = num_blocks // parallel.data_parallel_size - 1
+    # vLLM adds up the blocks of the engines behind this API server: all of them, or its own behind
+    # an external or hybrid load balancer. Block 0 of each engine's pool is the null block.
+    num_engines = (
+        parallel.data_parallel_size_local
+        if parallel.local_engines_only
+        else parallel.data_parallel_size
+    )
+    num_usable = num_blocks // num_engines - 1
     if num_required <= num_usable:
         return None
     return (

@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.engine_arguments = others
     try:
         return args.run(args)
-    except ValueError as error:
-        print(f"vase-vllm: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"vase-vllm: {reason}", file=sys.stderr)
         return 2
 
 

@@ -67,6 +67,18 @@ def make_tiny_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    sizes = {
+        "layers": layers,
+        "hidden_size": hidden_size,
+        "query_heads": query_heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_position_embeddings,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
     if query_heads % kv_heads:
         raise ValueError(f"query_heads ({query_heads}) must be a multiple of kv_heads ({kv_heads})")
 

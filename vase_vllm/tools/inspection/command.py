@@ -83,13 +83,19 @@ def run_inspect(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args)
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 1")
+    engine_args, config = _engine_arguments(args.engine_arguments)
     output = Path(args.output)
+    is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {output}: {error.strerror}") from None
-    engine_args, config = _engine_arguments(args.engine_arguments)
-    replay = _replay(engine_args, config, prompt, args)
+    try:
+        replay = _replay(engine_args, config, prompt, args)
+    except BaseException:
+        if is_new:
+            output.rmdir()
+        raise
     summaries = {layer: summarise(history) for layer, history in replay.histories.items()}
     files = _write(output, replay, summaries, engine_args.model, config)
     files += _draw(output, replay, engine_args.model, config, args.kv_heads)
