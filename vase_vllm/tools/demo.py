@@ -8,6 +8,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.tools.server import Server
 from vase_vllm.tools.tiny_model import make_tiny_model
@@ -87,7 +88,7 @@ def main() -> int:
 
     # The state blocks hold the newest queries. This model has four query heads per KV head.
     state_blocks = RingLayout(WINDOW, group_size=4, block_size=BLOCK_SIZE).num_blocks
-    max_blocks = -(-(BUDGET + WINDOW) // BLOCK_SIZE) + state_blocks
+    max_blocks = cdiv(BUDGET + WINDOW, BLOCK_SIZE) + state_blocks
     evictions, blocks = samples[-1][2], max(sample[3] for sample in samples)
     if evictions < 24 or blocks > max_blocks or bounded_concurrency <= full_concurrency:
         console.print(
