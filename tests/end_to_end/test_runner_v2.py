@@ -40,8 +40,8 @@ CASES = {
     name: {
         "eviction": {"budget": 48, "window": 16, **settings},
         # Each evicts twice: at 64 and 80, at 80 and 96.
-        "prompts": [prompt(length, length) for length in (60, 75)],
-        "num_tokens": 24,
+        "prompts": [prompt(length, length) for length in (62, 78)],
+        "num_tokens": 20,
         "options": {"max_num_batched_tokens": 40},
     }
     for name, settings in SETTINGS.items()

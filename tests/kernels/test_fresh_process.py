@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.timeout(900)
 def test_kernels_under_the_interpreter():
     directory = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
