@@ -124,6 +124,8 @@ class PagedEviction:
         slot_priority: [due, n] int32, for scoring by age: the number that ranks each slot, such as
             the position of its token, one row for each of ``rows``; all layers and heads share it.
             n is at least ``max_num_cached - window``.
+        nan_keys: [due] int32, written in place: the key of a row that has a priority of NaN, which
+            ranks lowest. None keeps this to itself.
     """
 
     kv_pointers: torch.Tensor
@@ -142,6 +144,7 @@ class PagedEviction:
     scratch: torch.Tensor | None = None
     num_splits: int | None = None
     slot_priority: torch.Tensor | None = None
+    nan_keys: torch.Tensor | None = None
 
     def run(self) -> None:
         """Launch the eviction, without waiting for it.
@@ -175,6 +178,8 @@ class PagedEviction:
             check_ring(window, self.group_size, block_size, num_columns, self.num_state_blocks)
         scoring = self.parameters.scoring
         check_slot_priority(self.slot_priority, scoring, num_due, self._max_candidates, device)
+        if self.nan_keys is not None:
+            check_tensor("nan_keys", self.nan_keys, (num_due,), (torch.int32,), device)
         num_token_blocks = num_columns - BlockTableRow.NUM_HEADER - self.num_state_blocks
         if self.max_num_cached > num_token_blocks * block_size:
             raise ValueError(
@@ -298,6 +303,7 @@ class PagedEviction:
         return dict(
             layer_indices=self.layer_indices,
             slot_priority=self.slot_priority,
+            nan_keys=self.nan_keys,
             num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
             protected=parameters.protected,
             seed_low=_signed(parameters.seed),

@@ -128,6 +128,7 @@ def select_and_move(
     scores,  # [tasks, capacity] fp32, in for "attention"; reused for the list of freed slots
     ordered,  # [tasks, capacity] int32; ranges in, overwritten with the priorities
     slot_priority,  # [due, num_priorities] int32, what ranks each slot; None unless "age"
+    nan_keys,  # [due] int32, out: a row's key where a priority is NaN; or None
     task_offset,
     capacity,
     budget,
@@ -173,12 +174,13 @@ def select_and_move(
         # Protected: the largest value ranges, or the sinks alone. All others get their priority.
         if SCORING == "attention":
             threshold, ties = kth_largest(ordered, candidates, protected, TILE)
+        due = (local_task + task_offset) // (num_kv_heads * num_layers)
         if SCORING == "age":
-            due = (local_task + task_offset) // (num_kv_heads * num_layers)
             slot_priority += due.to(tl.int64) * num_priorities
         key = tl.load(task.table_row + 1)
         stream = tl.load(layer_indices + task.layer) * 65536 + first_kv_head + task.head
         ties_seen = 0
+        is_nan = tl.zeros([TILE], tl.int32)
         for start in range(0, candidates, TILE):
             slots = start + tl.arange(0, TILE)
             live = slots < candidates
@@ -197,8 +199,11 @@ def select_and_move(
                 bits = ordered_positions(tl.load(slot_priority + slots, mask=live, other=0))
             else:
                 bits = ordered_bits(priority)
+                is_nan |= (live & ~kept & (priority != priority)).to(tl.int32)
             bits = tl.where(kept, HIGHEST, bits)
             tl.store(ordered + slots, bits.to(tl.int32, bitcast=True), mask=live)
+        if nan_keys is not None:
+            tl.store(nan_keys + due, key, mask=tl.max(is_nan, axis=0) > 0)
         tl.debug_barrier()
 
         # Survivors; the slots below the budget that do not survive, in ascending order.

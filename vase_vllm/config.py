@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 Admission = Literal["expected", "reserve", "optimistic"]
+Prefill = Literal["dense", "bounded"]
 
 
 class EvictionConfig(BaseModel):
@@ -47,6 +48,10 @@ class EvictionConfig(BaseModel):
     """First tokens of the sequence, never evicted."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Seed of the draws."""
+    prefill: Prefill = "dense"
+    """What a prompt holds while it is computed: ``dense``, all of its tokens until the first
+    eviction, which follows the prompt; ``bounded``, never more than ``budget + window``: it is
+    computed in chunks of ``window`` tokens with an eviction between two, like an output."""
     admission: Admission = "reserve"
     """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
     it, so that none is preempted; ``expected``, when they probably can, judged by the lengths of
@@ -75,7 +80,7 @@ class EvictionConfig(BaseModel):
     @cached_property
     def schedule(self) -> EvictionSchedule:
         """When a sequence evicts and where its tokens lie."""
-        return EvictionSchedule(self.budget, self.window)
+        return EvictionSchedule(self.budget, self.window, self.prefill == "bounded")
 
     @cached_property
     def fused(self) -> EvictionParameters | None:

@@ -128,6 +128,7 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         num_state_blocks=num_state_blocks,
         max_num_cached=parameters.budget + window,
         slot_priority=empty(1, parameters.budget) if configuration.scoring == "age" else None,
+        nan_keys=empty(1),
     ).launches(limits)
     if not attention:
         # No queries are stored, and the remapping is the same.

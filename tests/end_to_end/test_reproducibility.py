@@ -104,6 +104,22 @@ def test_every_running_request_is_preempted_at_once(models, prompts, alone):
     assert [results[str(index)] for index in range(6)] == alone[:6]
 
 
+def test_a_bounded_prefill_alone_in_company_and_after_a_preemption(models, prompts):
+    """Whatever else is in the batch, and wherever a preemption falls."""
+    chosen = [prompts[31], prompts[20], prompts[3]]
+    with engine(models.qwen3(), EVICTION | {"prefill": "bounded"}) as llm:
+        alone = [generate(llm, [prompt], greedy(NUM_TOKENS))[0] for prompt in chosen]
+        for steps in (3, 60):
+            for index, prompt in enumerate(chosen):
+                add_request(llm, str(index), prompt, greedy(NUM_TOKENS))
+            for _ in range(steps):
+                llm.llm_engine.step()
+            scheduler(llm).reset_prefix_cache(reset_running_requests=True)
+            results = drain(llm)
+            assert [results[str(index)] for index in range(3)] == alone
+        assert num_used_blocks(llm) == 0
+
+
 @pytest.mark.parametrize("chunk", [17, 33, 2048])
 def test_eviction_in_the_middle_of_a_chunked_prefill(models, prompts, alone, chunk):
     """However the prompt is cut, even to single tokens at window ends, prefill evicts nothing."""

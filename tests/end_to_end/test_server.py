@@ -71,28 +71,48 @@ def test_more_requests_than_the_pool_holds_all_finish_alike(server):
     assert server.num_used_blocks() == 0
 
 
-def test_metrics_count_what_the_workers_evict(server):
-    def evictions():
-        samples = server.metrics()["vllm:kv_eviction_evictions"].samples
-        assert samples[0].name == "vllm:kv_eviction_evictions_total"
-        assert samples[0].labels == {"model_name": "tiny", "engine": "0"}
-        return samples[0].value
+def evictions(server):
+    """Evictions by `/metrics`."""
+    samples = server.metrics()["vllm:kv_eviction_evictions"].samples
+    assert samples[0].name == "vllm:kv_eviction_evictions_total"
+    assert samples[0].labels == {"model_name": "tiny", "engine": "0"}
+    return samples[0].value
 
-    before = evictions(), server.eviction_stats()["evictions"]
+
+def test_metrics_count_what_the_workers_evict(server):
+    before = evictions(server)
     complete(server, "m" * 200, max_tokens=250)
-    assert evictions() - before[0] == server.eviction_stats()["evictions"] - before[1] > 10
+    assert evictions(server) - before > 10
+    assert evictions(server) == server.eviction_stats()["evictions"]
     settings = server.metrics()["vllm:kv_eviction_config_info"].samples[0].labels
     assert (settings["policy"], settings["budget"]) == ("vase", "128")
 
 
-def test_a_client_that_hangs_up_frees_its_blocks(server):
+def test_a_client_that_hangs_up_is_counted_and_frees_its_blocks(server):
+    before = evictions(server)
     body = {"model": "tiny", "prompt": "c" * 40, "max_tokens": 3000, "stream": True}
     response = requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=60)
     lines = response.iter_lines()
     # vLLM's gauge follows the engine's steps; were it never to move, the stream would end here.
-    while not server.num_used_blocks():
+    while evictions(server) < before + 2:
         next(lines)
+    assert server.num_used_blocks() > 0
+    samples = {
+        name: server.metrics()[f"vllm:kv_eviction_{name}"].samples[0].value
+        for name in ("held_tokens", "logical_tokens", "evicting_requests")
+    }
+    assert 128 < samples["held_tokens"] <= 144 < samples["logical_tokens"]
+    assert samples["evicting_requests"] == 1
     response.close()
     # One more request makes the engine step, and its metrics current.
     complete(server, "d", max_tokens=5)
     assert server.num_used_blocks() == 0
+    assert server.metrics()["vllm:kv_eviction_held_tokens"].samples[0].value == 0
+    assert evictions(server) == server.eviction_stats()["evictions"]
+
+
+def test_settings_that_a_request_cannot_have_are_http_400(server):
+    refused = complete(server, "e", vllm_xargs={"kv_eviction_budget": 64})
+    assert refused.status_code == 400
+    message = refused.json()["error"]["message"]
+    assert message.startswith("vllm_xargs.kv_eviction_budget: a request has no settings")

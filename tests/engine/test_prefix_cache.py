@@ -34,14 +34,22 @@ request = st.tuples(
     num_spare=st.integers(0, 40),
     chunk=st.sampled_from([8, 24, 100]),
     admission=st.sampled_from(["expected", "reserve", "optimistic"]),
+    prefill=st.sampled_from(["dense", "bounded"]),
 )
 def test_every_block_holds_what_it_should(
-    models, requests, block_size, num_spare, chunk, admission
+    models, requests, block_size, num_spare, chunk, admission, prefill
 ):
     """Whatever comes when: hits, copies of copies, evictions, preemptions, a pool that is full."""
-    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1, "admission": admission}
-    # The longest prompt is dense until its first eviction.
-    num_blocks = 2 + -(-(80 + WINDOW + 1) // block_size) + num_spare
+    eviction = {
+        "budget": BUDGET,
+        "window": WINDOW,
+        "sinks": 1,
+        "admission": admission,
+        "prefill": prefill,
+    }
+    # What the longest prompt holds until its first eviction, the null block and a state block.
+    most_slots = 80 + WINDOW + 1 if prefill == "dense" else BUDGET + WINDOW
+    num_blocks = 2 + -(-most_slots // block_size) + num_spare
     simulation = Simulation(make_scheduler(models.qwen3(), eviction, block_size, num_blocks, chunk))
     for _ in range(20):
         # With "expected", a history that makes room look larger than it is.
@@ -121,6 +129,18 @@ def test_a_chunk_is_found_before_the_prompt_is_read(simulation):
     simulation.add("second", prompt(60, [60]), 5)
     finish(simulation)
     assert simulation.num_cached_tokens["second"] >= 24
+
+
+def test_a_bounded_prefill_is_found_up_to_its_first_eviction(models):
+    """A prompt of 60 evicts first at 32, for which the queries from 24 on are needed."""
+    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1, "prefill": "bounded"}
+    simulation = Simulation(make_scheduler(models.qwen3(), eviction, 4, 200, chunk=100))
+    for name in ("first", "again"):
+        simulation.add(name, prompt(60, []), 5)
+        finish(simulation)
+    # At 32, 40, 48 and 56.
+    assert simulation.num_evictions == 2 * 4
+    assert simulation.num_cached_tokens == {"first": 0, "again": 24}
 
 
 @pytest.mark.parametrize(("num_blocks", "num_hit"), [(24, 0), (25, 28)])

@@ -2,13 +2,19 @@
 
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.v1.engine import async_llm
+from vllm.v1.metrics.loggers import (
+    AggregateStatLoggerBase,
+    PrometheusStatLogger,
+    StatLoggerManager,
+)
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
-from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats
+from vllm.v1.metrics.stats import SchedulerStats
 
+from vase_vllm.engine.statistics import EvictionStatistics
 from vase_vllm.integration.metrics import EvictionStatLogger
 
 EVICTION = {"kv_eviction": {"policy": "vase", "budget": 96, "window": 16, "protected": 7}}
@@ -32,12 +38,10 @@ def stat_logger(additional_config):
     return logger
 
 
-def finished(*lengths):
-    stats = IterationStats()
-    stats.finished_requests = [
-        FinishedRequestStats("length", num_prompt_tokens=prompt, num_generation_tokens=output)
-        for prompt, output in lengths
-    ]
+def reported(**numbers):
+    """What a scheduler reports of a step."""
+    stats = SchedulerStats()
+    EvictionStatistics(**numbers).put_into(stats)
     return stats
 
 
@@ -45,16 +49,35 @@ def value(name, **labels):
     return REGISTRY.get_sample_value(f"vllm:kv_eviction_{name}", labels)
 
 
-def test_finished_requests_are_counted():
+def test_steps_are_counted():
     logger = stat_logger(EVICTION)
-    # The first evicts at 112, 128, 144 and 160: positions up to 168 are read. The second is short,
-    # the third's prompt is cut from 208 to 96 tokens at once.
-    logger.record(None, finished((20, 150), (20, 30), (200, 20)), engine_idx=1)
-    assert value("evictions_total", **LABELS) == 4 + 0 + 1
-    assert value("evicted_tokens_total", **LABELS) == 4 * 16 + 0 + 112
-    assert value("evictions_total", **LABELS | {"engine": "0"}) == 0
-    logger.record(None, None, engine_idx=1)
+    first = {"evictions": 4, "evicted_tokens": 64, "held_tokens": 100, "logical_tokens": 164}
+    logger.record(reported(**first, evicting_requests=1), None, engine_idx=1)
+    assert value("evictions_total", **LABELS) == 4
+    assert value("held_tokens", **LABELS) == 100
+    assert value("evicting_requests", **LABELS) == 1
+    logger.record(reported(evictions=1, evicted_tokens=112), None, engine_idx=1)
     assert value("evictions_total", **LABELS) == 5
+    assert value("evicted_tokens_total", **LABELS) == 176
+    assert value("logical_tokens", **LABELS) == 0
+    assert value("evictions_total", **LABELS | {"engine": "0"}) == 0
+
+
+def test_steps_without_statistics_change_nothing():
+    logger = stat_logger(EVICTION)
+    logger.record(None, None)
+    logger.record(SchedulerStats(), None)
+    assert value("evictions_total", **LABELS | {"engine": "0"}) == 0
+
+
+def test_vllm_sees_nothing_of_our_numbers():
+    stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2})
+    EvictionStatistics(evictions=3).put_into(stats)
+    # As they travel between the processes.
+    sent = msgspec.msgpack.encode(stats)
+    received = msgspec.msgpack.decode(sent, type=SchedulerStats)
+    assert EvictionStatistics.take_from(received) == EvictionStatistics(evictions=3)
+    assert received == SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2})
 
 
 def test_settings_are_labels():
@@ -66,25 +89,28 @@ def test_settings_are_labels():
     assert "protected=7" in labels["settings"]
 
 
-def test_an_engine_without_eviction_has_no_such_metrics():
-    logger = stat_logger({})
-    logger.record(None, finished((20, 150)))
-    assert not [f for f in REGISTRY.collect() if "kv_eviction" in f.name]
+@pytest.mark.parametrize(("eviction", "counted"), [(EVICTION, True), ({}, False)])
+def test_vllm_is_given_the_logger_only_where_eviction_is_on(models, eviction, counted):
+    """In a process that has patched vLLM for an engine with eviction, others stay as they are."""
+    options = {"model": str(models.qwen3()), "skip_tokenizer_init": True}
+    AsyncEngineArgs(**options, additional_config=EVICTION).create_engine_config()
+    config = AsyncEngineArgs(**options, additional_config=eviction).create_engine_config()
+    manager = StatLoggerManager(config, [0], custom_stat_loggers=[CustomLogger])
+    kinds = [type(logger) for logger in manager.stat_loggers]
+    # Ours takes its numbers out before any other logger looks.
+    assert (kinds[0] is EvictionStatLogger) == counted
+    assert CustomLogger in kinds
+    assert PrometheusStatLogger in kinds
 
 
-@pytest.mark.parametrize(
-    ("eviction", "disable_log_stats", "counted"),
-    [(EVICTION, False, True), (EVICTION, True, False), ({}, False, False)],
-)
-def test_vllm_is_given_the_logger_only_where_eviction_and_statistics_are_on(
-    models, monkeypatch, eviction, disable_log_stats, counted
-):
-    monkeypatch.setattr(async_llm, "load_stat_logger_plugin_factories", lambda: [str])
-    AsyncEngineArgs(
-        model=str(models.qwen3()),
-        skip_tokenizer_init=True,
-        additional_config=eviction,
-        disable_log_stats=disable_log_stats,
-    ).create_engine_config()
-    expected = [str, EvictionStatLogger] if counted else [str]
-    assert async_llm.load_stat_logger_plugin_factories() == expected
+class CustomLogger(AggregateStatLoggerBase):
+    """A user's own."""
+
+    def __init__(self, vllm_config, engine_indexes):
+        pass
+
+    def record(self, *args, **kwargs):
+        pass
+
+    def log_engine_initialized(self):
+        pass

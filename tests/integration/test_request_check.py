@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
 
 from vase_vllm.integration.request_check import reason_to_reject
 
@@ -27,9 +28,12 @@ def engine_config(num_blocks, additional_config=EVICTION, **parallel):
     )
 
 
-def request(prompt_len, resumable=False):
+def request(prompt_len, resumable=False, **xargs):
     return SimpleNamespace(
-        prompt_token_ids=[2] * prompt_len, prompt_embeds=None, resumable=resumable
+        prompt_token_ids=[2] * prompt_len,
+        prompt_embeds=None,
+        resumable=resumable,
+        sampling_params=SamplingParams(extra_args=xargs or None),
     )
 
 
@@ -69,6 +73,22 @@ def test_a_streaming_input_session():
     reason = reason_to_reject(engine_config(100), request(5, resumable=True))
     assert reason.startswith("Streaming-input sessions are not supported with --kv-eviction: send")
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize("key", ["kv_eviction", "kv_eviction_budget", "kv_evict", "eviction"])
+def test_settings_of_a_request_that_would_have_no_effect(key):
+    reason = reason_to_reject(engine_config(100), request(5, **{key: "none"}))
+    assert reason.startswith(f"vllm_xargs.{key}: a request has no settings of its own")
+    assert "\n" not in reason
+
+
+def test_what_is_no_setting_of_eviction_is_let_through():
+    others = {"kv_transfer_params": {}, "my_logits_processor": 3}
+    assert reason_to_reject(engine_config(100), request(5, **others)) is None
+    pooling = SimpleNamespace(
+        prompt_token_ids=[2], prompt_embeds=None, resumable=False, sampling_params=None
+    )
+    assert reason_to_reject(engine_config(100), pooling) is None
 
 
 @pytest.mark.parametrize("resumable", [False, True])

@@ -172,6 +172,7 @@ class Pool:
         if self.arrival is not None:
             num_candidates = max_num_cached - case.parameters.window
             slot_priority = self.arrival[rows, :num_candidates].contiguous()
+        self.nan_keys = torch.full((len(rows),), -1, dtype=torch.int32)
         PagedEviction(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
             self.caches[0],
@@ -188,6 +189,7 @@ class Pool:
             scratch=scratch,
             num_splits=case.num_splits,
             slot_priority=slot_priority,
+            nan_keys=self.nan_keys,
         ).run()
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:

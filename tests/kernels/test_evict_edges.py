@@ -132,6 +132,20 @@ def test_nan_and_infinite_activations_are_evicted_from_as_the_reference_does(
     check_filled(fill, replace(PARAMETERS, sampling=sampling))
 
 
+def test_the_keys_of_rows_with_nan_priorities_are_told():
+    """Of one layer and head of the second row; a row that is not due tells nothing."""
+    sequences = (
+        Sequence(FIRST, FIRST, key=5),
+        Sequence(FIRST, FIRST, key=6),
+        Sequence(FIRST, FIRST - 1, key=7),
+    )
+    pool = Pool(Case(PARAMETERS, sequences))
+    for row in (1, 2):
+        pool.ring_vector(pool.caches[-1], row, pool.case.num_kv_heads - 1, 2, 0)[3] = torch.nan
+    pool.evict()
+    assert pool.nan_keys.tolist() == [-1, 6, -1]
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf], ids=str)
 def test_nan_and_infinite_values_keep_the_count_exact(number):
     """The two paths may protect different tokens of such a request, but as many of them."""

@@ -13,11 +13,17 @@ shapes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 200)).
 )
 
 
-@given(shapes)
-def test_closed_form_equals_the_counters(shape):
+# A bounded prefill evicts as if all of it were output.
+both = pytest.mark.parametrize("bounded", [False, True], ids=["dense", "bounded"])
+
+
+@both
+@given(shape=shapes)
+def test_closed_form_equals_the_counters(shape, bounded):
     budget, window, num_prompt = shape
-    schedule = EvictionSchedule(budget, window)
+    schedule = EvictionSchedule(budget, window, bounded)
     first = schedule.first_eviction(num_prompt)
+    num_prompt *= not bounded
     num_tokens = first + 4 * window
     positions = torch.arange(num_tokens)
     slots = schedule.slots(positions, torch.tensor(first)).tolist()
@@ -29,13 +35,14 @@ def test_closed_form_equals_the_counters(shape):
             assert schedule.num_cached(position, first) == evicted_at
 
 
-@given(shapes, st.integers(1, 400))
-def test_evictions_are_counted_as_played(shape, num_output):
+@both
+@given(shape=shapes, num_output=st.integers(1, 400))
+def test_evictions_are_counted_as_played(shape, num_output, bounded):
     budget, window, num_prompt = shape
     # The last token of an output is never fed back: it has no position in the cache.
-    played = play(budget, window, num_prompt, num_prompt + num_output - 1)
+    played = play(budget, window, num_prompt * (not bounded), num_prompt + num_output - 1)
     sizes = [evicted_at for _, _, evicted_at in played if evicted_at is not None]
-    schedule = EvictionSchedule(budget, window)
+    schedule = EvictionSchedule(budget, window, bounded)
     assert schedule.evictions(num_prompt, num_output) == (
         len(sizes),
         sum(size - budget for size in sizes),
@@ -56,10 +63,20 @@ def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
         assert schedule.num_slots(num_tokens, first) <= max(first, schedule.bound)
 
 
-@given(shapes, st.integers(0, 300))
-def test_a_chunk_never_crosses_an_eviction(shape, position):
+@given(shapes, st.integers(1, 400))
+def test_a_bounded_prefill_never_holds_more_than_the_bound(shape, num_tokens):
     budget, window, num_prompt = shape
-    schedule = EvictionSchedule(budget, window)
+    schedule = EvictionSchedule(budget, window, bounded_prefill=True)
+    first = schedule.first_eviction(num_prompt)
+    assert first == schedule.bound
+    assert schedule.num_slots(num_tokens, first) == min(num_tokens, schedule.bound)
+
+
+@both
+@given(shape=shapes, position=st.integers(0, 300))
+def test_a_chunk_never_crosses_an_eviction(shape, position, bounded):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window, bounded)
     first = schedule.first_eviction(num_prompt)
     length = schedule.tokens_until_eviction(position, first)
     assert length > 0

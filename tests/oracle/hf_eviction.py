@@ -4,9 +4,10 @@ Slow and plain: float32, CPU, one sequence, the model's own modules called layer
 keys are one tensor, [KV heads, length, D], in order of position, and so are its values. An eviction
 gathers the survivors of every KV head; their keys keep the rotation of their true positions.
 
-An eviction is due right after a decode step (never the prefill) that leaves the cached length above
-the budget T by a multiple of the window W. It runs just before the next step, at whose position it
-is logged; a step that never comes evicts nothing.
+An eviction is due right after a decode step (never a dense prefill) that leaves the cached length
+above the budget T by a multiple of the window W. It runs just before the next step, at whose
+position it is logged; a step that never comes evicts nothing. A bounded prefill runs in chunks that
+end where evictions are due.
 """
 
 from collections.abc import Sequence
@@ -147,6 +148,19 @@ class EvictingDecoder:
         self._prompt_length = len(prompt_token_ids)
         return self._forward(prompt_token_ids)
 
+    def prefill_bounded(self, prompt_token_ids: Sequence[int]) -> torch.Tensor:
+        """Read the prompt with evictions on the way. Returns all logits, [prompt, vocab]."""
+        if self.next_position:
+            raise ValueError("prefill comes first and only once")
+        chunk_logits = []
+        while self.next_position < len(prompt_token_ids):
+            if self._eviction_is_due():
+                self._evict()
+            room = self.settings.budget + self.settings.window - self.cached_length
+            start = self.next_position
+            chunk_logits.append(self._all_logits(prompt_token_ids[start : start + room]))
+        return torch.cat(chunk_logits)
+
     def step(self, token_id: int) -> torch.Tensor:
         """Evict if it is due, then run one token. Returns its logits, [vocab] float32."""
         if not self.next_position:
@@ -162,6 +176,16 @@ class EvictingDecoder:
 
     @torch.inference_mode()
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run tokens. Returns the logits of the last one, [vocab]."""
+        return self.model.lm_head(self._hidden(token_ids)[-1])
+
+    @torch.inference_mode()
+    def _all_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run tokens. Returns the logits of all, [m, vocab]."""
+        return self.model.lm_head(self._hidden(token_ids))
+
+    def _hidden(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Run tokens through the layers and the last norm: [m, hidden]."""
         core = self.model.model
         positions = torch.arange(self.next_position, self.next_position + len(token_ids))
         hidden = core.embed_tokens(torch.tensor(token_ids))[None]  # [1, m, hidden]
@@ -171,7 +195,7 @@ class EvictingDecoder:
             hidden = hidden + self._attention(layer.self_attn, normed, rotation, positions, cache)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.next_position += len(token_ids)
-        return self.model.lm_head(core.norm(hidden[0, -1]))
+        return core.norm(hidden[0])
 
     def _attention(
         self,
@@ -276,6 +300,7 @@ def generate_with_eviction(
     sampling: str | Selector = "greedy",
     generator: torch.Generator | None = None,
     margins: Margins = selection_margins,
+    bounded_prefill: bool = False,
 ) -> OracleResult:
     """Decode exactly `max_new_tokens` tokens, always the one with the largest logit.
 
@@ -287,7 +312,10 @@ def generate_with_eviction(
     settings = Settings(budget, window, protected, sinks, smoothing, temperature)
     decoder = EvictingDecoder(model, settings, sampling, generator, margins)
     result = OracleResult([], [], [], decoder.evictions)
-    logits = decoder.prefill(prompt_token_ids)
+    if bounded_prefill:
+        logits = decoder.prefill_bounded(prompt_token_ids)[-1]
+    else:
+        logits = decoder.prefill(prompt_token_ids)
     for index in range(max_new_tokens):
         if index:
             logits = decoder.step(result.token_ids[-1])

@@ -185,7 +185,7 @@ def test_as_many_survive_where_numbers_are_nan_or_infinite(own, shape, what, num
 def test_broken_numbers_are_warned_of_once_per_request(monkeypatch):
     warnings: list[str] = []
     monkeypatch.setattr(
-        "vase_vllm.worker.evictor.logger.warning",
+        "vase_vllm.worker.nan_warnings.logger.warning",
         lambda text, *args: warnings.append(text % args),
     )
     settings = {"policy": "vase", "budget": 12, "window": 4, "sinks": 1}
@@ -196,7 +196,7 @@ def test_broken_numbers_are_warned_of_once_per_request(monkeypatch):
     for key, layer in ((2, 0), (2, 1), (3, 0)):
         evictor.survivors(bad.candidates(key=key, layer=layer))
     assert len(warnings) == 2
-    assert "NaN in layer 0 (content key 2, first eviction at" in warnings[0]
+    assert "NaN (content key 2, first eviction at" in warnings[0]
     assert "content key 3" in warnings[1]
 
 

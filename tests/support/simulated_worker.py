@@ -20,10 +20,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.block_table_row import BlockTableRow
-from vase_vllm.layout.schedule import EvictionSchedule
 
 EVICTED = "evicted"
 STOP_TOKEN = 3
@@ -54,7 +54,7 @@ def make_scheduler(
         num_kv_heads=1,
         head_size=8,
         dtype=torch.float32,
-        schedule=EvictionSchedule(eviction["budget"], eviction["window"]),
+        schedule=EvictionConfig.parse(eviction).schedule,
         num_state_blocks=1,
     )
     groups = [KVCacheGroupSpec(["layer"], spec)]
@@ -141,6 +141,7 @@ class Simulation:
         first = row[BlockTableRow.FIRST]
         token_blocks = row[self.spec.num_front :]
         schedule = self.spec.schedule
+        assert stop - start <= schedule.tokens_until_eviction(start, first)
         if schedule.due(start, first):
             self.num_evictions += 1
             for slot in range(

@@ -207,8 +207,14 @@ class EvictionManager(FullAttentionManager):
         """Put the blocks of the prompt that earlier steps have computed into the prefix cache.
 
         Outputs are not cached: their end is evicted, and copying the rest would cost every step.
+        Nor is what a bounded prefill computes after its first eviction, which rearranges the blocks
+        once this step's copies are made.
         """
-        num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+        num_computed = min(
+            request.num_computed_tokens,
+            request.num_prompt_tokens,
+            self.first_eviction(request.request_id),
+        )
         start = self.num_cached_block.get(request.request_id, 0)
         stop = num_computed // self.block_size
         if start >= stop:
@@ -234,7 +240,7 @@ class EvictionManager(FullAttentionManager):
         if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
             return
         spec = self.kv_cache_spec
-        num_kept = spec.num_front + cdiv(spec.schedule.bound, self.block_size)
+        num_kept = BlockTableRow.NUM_HEADER + spec.num_blocks(spec.schedule.bound)
         if len(row) > num_kept:
             surplus = row[num_kept:]
             del row[num_kept:]

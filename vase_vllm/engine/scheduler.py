@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.admission import AdmissionContext
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.engine.statistics import EvictionStatistics
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
 
@@ -19,11 +23,12 @@ logger = init_logger("vllm.vase_vllm")
 
 
 class _EvictionMixin(Scheduler):
-    """Binds the block managers to the requests and bounds recomputed chunks.
+    """Binds the block managers to the requests and ends chunks where evictions fall.
 
     A preempted sequence prefills its prompt again, then recomputes its output in chunks that end
     where its evictions fall. It goes through the same cache states as the first time, so its
-    continuation does not depend on whether, or when, it was preempted.
+    continuation does not depend on whether, or when, it was preempted. A bounded prefill computes
+    the prompt in such chunks, too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +45,7 @@ class _EvictionMixin(Scheduler):
             manager.bind(self._admission)
         # All groups share one schedule: any manager knows when a request evicts.
         self._manager = managers[0]
+        self._statistics = EvictionStatistics()
         self._log_capacity()
         if len(self.kv_cache_config.kv_cache_groups) > 1:
             self._check_longest_prompt()
@@ -48,14 +54,16 @@ class _EvictionMixin(Scheduler):
         """Say what vLLM's own lines about KV cache and scheduler mean under eviction."""
         spec = self._manager.kv_cache_spec
         num_blocks = self.kv_cache_config.num_blocks
+        is_hybrid = len(self.kv_cache_config.kv_cache_groups) > 1
         logger.info(
-            "KV eviction: the KV cache holds %s tokens in %s blocks of %d, and a sequence at its "
+            "KV eviction: the KV cache holds %s tokens in %s blocks of %d%s, and a sequence at its "
             "bound %d of these blocks. vLLM's own figures above count a sequence as "
             "--max-model-len tokens. The custom scheduler class of vLLM's warning is vase-vllm's.",
             f"{num_blocks * spec.block_size:,}",
             f"{num_blocks:,}",
             spec.block_size,
-            spec.num_state_blocks + cdiv(spec.schedule.bound, spec.block_size),
+            ", shared with the sliding-window layers" if is_hybrid else "",
+            spec.num_blocks(spec.schedule.bound),
         )
 
     def _check_longest_prompt(self) -> None:
@@ -64,11 +72,13 @@ class _EvictionMixin(Scheduler):
         The API server refuses prompts that can never fit, but it does not know how many blocks
         the other groups of a hybrid model take beside ours.
         """
+        schedule = self._manager.kv_cache_spec.schedule
+        num_slots = min(schedule.first_eviction(self.max_model_len), self.max_model_len)
         num_required = 0
         for group in self.kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
             if isinstance(spec, EvictionSpec):
-                num_required += spec.num_state_blocks + cdiv(self.max_model_len, spec.block_size)
+                num_required += spec.num_blocks(num_slots)
             else:
                 num_bytes = spec.max_memory_usage_bytes(self.vllm_config)
                 num_required += cdiv(num_bytes, spec.page_size_bytes)
@@ -77,8 +87,8 @@ class _EvictionMixin(Scheduler):
             raise EvictionError(
                 f"--kv-eviction: a prompt of --max-model-len {self.max_model_len} needs "
                 f"{num_required} KV cache blocks in this hybrid model, and the pool has "
-                f"{num_usable}: lower --max-model-len, or raise --kv-cache-memory-bytes or "
-                "--gpu-memory-utilization"
+                f"{num_usable}: set --kv-eviction-config.prefill bounded, lower --max-model-len, "
+                "or raise --kv-cache-memory-bytes or --gpu-memory-utilization"
             )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -110,6 +120,36 @@ class _EvictionMixin(Scheduler):
         if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
             return cache.empty_kv_cache_blocks, 0, 0, False
         return blocks, num_hit, boundary, diverged
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's hook on the end of scheduling: count the evictions in front of this step."""
+        if self.log_stats:
+            schedule, counted = self._manager.kv_cache_spec.schedule, self._statistics
+            for request_id in scheduler_output.num_scheduled_tokens:
+                position = self.requests[request_id].num_computed_tokens
+                first = self._manager.first_eviction(request_id)
+                if schedule.due(position, first):
+                    counted.evictions += 1
+                    counted.evicted_tokens += schedule.num_cached(position, first) - schedule.budget
+        super()._update_after_schedule(scheduler_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """vLLM's statistics of a step, and ours."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        counted, self._statistics = self._statistics, EvictionStatistics()
+        sequences = [
+            (request.num_computed_tokens, self._manager.first_eviction(request.request_id))
+            for request in self.running
+        ]
+        positions, first = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
+        held = self._manager.kv_cache_spec.schedule.slots(positions - 1, first) + 1
+        counted.held_tokens = int(held.sum())
+        counted.logical_tokens = int(positions.sum())
+        counted.evicting_requests = int((positions > first).sum())
+        counted.put_into(stats)
+        return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's hook on the end of a request: its output's length predicts those to come."""

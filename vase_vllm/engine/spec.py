@@ -27,10 +27,14 @@ class EvictionSpec(FullAttentionSpec):
         """Entries of a row in front of the token blocks."""
         return BlockTableRow.NUM_HEADER + self.num_state_blocks
 
+    def num_blocks(self, num_slots: int) -> int:
+        """Blocks of a sequence with this many token slots, its query ring included."""
+        return self.num_state_blocks + cdiv(num_slots, self.block_size)
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one sequence: vLLM's start-up check and "Maximum concurrency" count this."""
         num_slots = min(self.schedule.bound, vllm_config.model_config.max_model_len)
-        return (self.num_state_blocks + cdiv(num_slots, self.block_size)) * self.page_size_bytes
+        return self.num_blocks(num_slots) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Width of a block-table row; the worker indexes it by position before we remap."""

@@ -9,21 +9,26 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vase_vllm.config import EvictionConfig
+from vase_vllm.engine.statistics import EvictionStatistics
 
 LABELS = ("model_name", "engine")
+COUNTERS = {
+    "evictions": "Evictions of sequences from the KV cache.",
+    "evicted_tokens": "Tokens evicted, per layer and KV head.",
+}
+GAUGES = {
+    "held_tokens": "Tokens that running requests hold in the KV cache, per layer and KV head.",
+    "logical_tokens": "Tokens that running requests have computed, evicted or not.",
+    "evicting_requests": "Running requests that have evicted.",
+}
+"""Metric to its documentation; each is a field of :class:`EvictionStatistics`."""
 
 
 class EvictionStatLogger(AggregateStatLoggerBase):
-    """Counts what the schedule makes of every request that finishes.
+    """Exports what the engines' schedulers count, step by step.
 
-    What a sequence evicts follows from its length, so the API server counts it without asking the
-    workers. Evictions that a preempted sequence repeats are not in it; of an aborted request vLLM
-    reports no lengths.
-
-    Metrics, labelled as vLLM's own:
-        ``vllm:kv_eviction_evictions_total``: evictions.
-        ``vllm:kv_eviction_evicted_tokens_total``: tokens evicted, per layer and KV head.
-        ``vllm:kv_eviction_config_info``: 1, with the settings as labels.
+    All metrics have the prefix ``vllm:kv_eviction_`` and vLLM's own labels. Beside ``COUNTERS`` and
+    ``GAUGES`` there is ``vllm:kv_eviction_config_info``: 1, with the settings as labels.
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
@@ -35,21 +40,24 @@ class EvictionStatLogger(AggregateStatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Register the metrics. Sooner, vLLM's own logger would unregister them on its way."""
-        config = self._config
-        if config is None:
-            return
-        evictions = Counter(
-            "vllm:kv_eviction_evictions",
-            "Evictions from the KV cache of requests that have finished.",
-            LABELS,
-        )
-        evicted_tokens = Counter(
-            "vllm:kv_eviction_evicted_tokens",
-            "Tokens evicted, per layer and KV head, from requests that have finished.",
-            LABELS,
-        )
-        self._evictions = create_metric_per_engine(evictions, self._labels)
-        self._evicted_tokens = create_metric_per_engine(evicted_tokens, self._labels)
+        self._counters = {
+            name: create_metric_per_engine(
+                Counter(f"vllm:kv_eviction_{name}", documentation, LABELS), self._labels
+            )
+            for name, documentation in COUNTERS.items()
+        }
+        self._gauges = {
+            name: create_metric_per_engine(
+                Gauge(
+                    f"vllm:kv_eviction_{name}",
+                    documentation,
+                    LABELS,
+                    multiprocess_mode="mostrecent",
+                ),
+                self._labels,
+            )
+            for name, documentation in GAUGES.items()
+        }
         # Prometheus' Info does not work with several processes; vLLM uses a gauge for the same.
         # A policy's own keys may be no names of labels: they stand in one label, as in the log.
         info = Gauge(
@@ -58,6 +66,8 @@ class EvictionStatLogger(AggregateStatLoggerBase):
             ("engine", "policy", "budget", "window", "settings"),
             multiprocess_mode="mostrecent",
         )
+        config = self._config
+        assert config is not None, "this logger is added only where eviction is on"
         for index in self._labels:
             values = (index, config.policy.name, config.budget, config.window, config)
             info.labels(*values).set(1)
@@ -69,12 +79,13 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Count the requests that this iteration finished."""
-        if self._config is None or iteration_stats is None:
+        """Export what a step of an engine reports."""
+        if scheduler_stats is None:
             return
-        for request in iteration_stats.finished_requests:
-            num_evictions, num_evicted = self._config.schedule.evictions(
-                request.num_prompt_tokens, request.num_generation_tokens
-            )
-            self._evictions[engine_idx].inc(num_evictions)
-            self._evicted_tokens[engine_idx].inc(num_evicted)
+        statistics = EvictionStatistics.take_from(scheduler_stats)
+        if statistics is None:
+            return
+        for name, counters in self._counters.items():
+            counters[engine_idx].inc(getattr(statistics, name))
+        for name, gauges in self._gauges.items():
+            gauges[engine_idx].set(getattr(statistics, name))

@@ -12,8 +12,8 @@ EngineArgs.create_engine_config     choose our worker and         a hook for plu
                                     scheduler, refuse the rest    engine's config
 InputProcessor.process_inputs       reject with HTTP 400 what can a KV manager's say in request
                                     never be served               validation
-async_llm.load_stat_logger_         our metrics at /metrics, but  stat logger plugins that do not
-    plugin_factories                only where eviction is on     overrule --disable-log-stats
+StatLoggerManager.__init__          our metrics at /metrics, but  stat logger plugins that do not
+                                    only where eviction is on     overrule --disable-log-stats
 =================================== ============================= ===============================
 
 Each calls the original and does nothing more unless eviction is on. What a worker does to the
@@ -65,11 +65,10 @@ def _apply_to_requests() -> None:
 
 def _apply_to_metrics() -> None:
     """Add our metrics to vLLM's, in a process that makes an engine's config with eviction."""
-    from vllm.v1.engine import async_llm
+    from vllm.v1.metrics.loggers import StatLoggerManager
 
-    original = async_llm.load_stat_logger_plugin_factories
-    if not _is_patched(original):
-        async_llm.load_stat_logger_plugin_factories = _load_stat_logger_plugin_factories(original)
+    if not _is_patched(StatLoggerManager.__init__):
+        StatLoggerManager.__init__ = _init_stat_loggers(StatLoggerManager.__init__)
 
 
 def _apply_to_uncaught_errors() -> None:
@@ -130,8 +129,7 @@ def _create_engine_config(original: Callable[..., VllmConfig]) -> Callable[..., 
         if config is not None:
             activate(vllm_config, config)
             _apply_to_requests()
-            if not self.disable_log_stats:
-                _apply_to_metrics()
+            _apply_to_metrics()
         return vllm_config
 
     return create_engine_config
@@ -165,16 +163,25 @@ def _process_inputs(
     return process_inputs
 
 
-def _load_stat_logger_plugin_factories(
-    original: Callable[[], list[Any]],
-) -> Callable[[], list[Any]]:
+def _init_stat_loggers(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def load_stat_logger_plugin_factories() -> list[Any]:
+    def init(
+        self: Any,
+        vllm_config: VllmConfig,
+        engine_idxs: list[int] | None = None,
+        custom_stat_loggers: list[Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        from vase_vllm.config import EvictionConfig
         from vase_vllm.integration.metrics import EvictionStatLogger
 
-        return [*original(), EvictionStatLogger]
+        if EvictionConfig.from_vllm(vllm_config) is not None:
+            # Before vLLM's own, which must not see what is ours among an engine's statistics.
+            custom_stat_loggers = [EvictionStatLogger, *(custom_stat_loggers or [])]
+        original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
 
-    return load_stat_logger_plugin_factories
+    return init
 
 
 def _excepthook(original: Callable[..., Any]) -> Callable[..., Any]:

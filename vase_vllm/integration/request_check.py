@@ -20,10 +20,24 @@ def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str
             "Streaming-input sessions are not supported with --kv-eviction: send each turn as a "
             "request of its own, or serve without --kv-eviction."
         )
+    if reason := _reason_not_to_know(request):
+        return reason
     prompt_len = length_from_prompt_token_ids_or_embeds(
         request.prompt_token_ids, request.prompt_embeds
     )
     return _reason_not_to_fit(vllm_config, config, prompt_len)
+
+
+def _reason_not_to_know(request: EngineCoreRequest) -> str | None:
+    """Why a request's own settings of eviction would have no effect, or None."""
+    sampling = request.sampling_params
+    for key in (sampling.extra_args or {}) if sampling is not None else ():
+        if "evict" in key.lower():
+            return (
+                f"vllm_xargs.{key}: a request has no settings of its own for --kv-eviction; "
+                "remove it, and set --kv-eviction-config where the server starts."
+            )
+    return None
 
 
 def _reason_not_to_fit(
@@ -31,8 +45,8 @@ def _reason_not_to_fit(
 ) -> str | None:
     """Why a prompt of ``prompt_len`` tokens can never fit, or None.
 
-    Prefill is dense: until its first eviction a sequence needs a block for every token of its
-    prompt, and if the whole pool has fewer, the request would wait for ever.
+    Until its first eviction a sequence needs a block for every token, with a dense prefill for all
+    of its prompt; if the whole pool has fewer, the request would wait for ever.
     """
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
@@ -55,6 +69,6 @@ def _reason_not_to_fit(
         return None
     return (
         f"The prompt ({prompt_len} tokens) needs {num_required} KV cache blocks until its first "
-        f"eviction, and the pool has {num_usable}: shorten the prompt, or raise "
-        "--kv-cache-memory-bytes or --gpu-memory-utilization."
+        f"eviction, and the pool has {num_usable}: shorten the prompt, set --kv-eviction-config."
+        "prefill bounded, or raise --kv-cache-memory-bytes or --gpu-memory-utilization."
     )

@@ -5,9 +5,11 @@ from the length of its prompt. Everything else is a pure function of ``first`` a
 the scheduler and the workers agree without exchanging messages, a preempted sequence that is
 recomputed lies exactly where it lay, and there is no state to go stale.
 
-Prefill is dense: it evicts nothing. From then on a sequence evicts whenever its cached length
-becomes ``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the
-budget at once. Evictions run just before the step of the position that needs the room.
+A dense prefill evicts nothing. From then on a sequence evicts whenever its cached length becomes
+``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the budget
+at once. A bounded prefill evicts from the prompt as from an output, so that no sequence ever caches
+more than ``budget + window`` tokens, and no number depends on where a prompt ends. Evictions run
+just before the step of the position that needs the room.
 """
 
 from dataclasses import dataclass
@@ -29,10 +31,12 @@ class EvictionSchedule:
     Attributes:
         budget: tokens cached right after an eviction (T).
         window: tokens between evictions (W).
+        bounded_prefill: whether the prompt is evicted from while it is computed.
     """
 
     budget: int
     window: int
+    bounded_prefill: bool = False
 
     @property
     def bound(self) -> int:
@@ -57,8 +61,10 @@ class EvictionSchedule:
         """Position of the first eviction, which is the cached length at it.
 
         ``first = T + W * ceil((max(L, T) + 1 - T) / W)``: after the prompt, at the earliest after
-        its first decode step, and never before ``T + W``.
+        its first decode step, and never before ``T + W``. A bounded prefill has it at ``T + W``.
         """
+        if self.bounded_prefill:
+            return self.bound
         surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
         return self.budget + self.window * cdiv(surplus, self.window)
 
@@ -105,8 +111,8 @@ class EvictionSchedule:
     def tokens_until_eviction(self, position: int, first: int) -> int:
         """How many tokens from ``position`` on one step may compute.
 
-        An eviction must fall between two steps. Only a preempted sequence that computes its
-        output again ever has more tokens ready than this.
+        An eviction must fall between two steps. Only a preempted sequence that recomputes its
+        output, and a bounded prefill, ever have more tokens ready than this.
         """
         if position < first:
             return first - position

@@ -7,8 +7,6 @@ fused kernel does not know.
 from typing import Protocol
 
 import torch
-from cachetools import LRUCache
-from vllm.logger import init_logger
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
@@ -19,10 +17,9 @@ from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.draws import Draws
+from vase_vllm.worker.nan_warnings import NaNWarnings
 from vase_vllm.worker.pages import CandidatePages, PageLayout
 from vase_vllm.worker.query_ring import load_queries
-
-logger = init_logger("vllm.vase_vllm")
 
 
 class EvictionObserver(Protocol):
@@ -62,8 +59,7 @@ class TorchEvictor:
         self.page_layout = page_layout
         self.scale = scale
         self.kv_heads = kv_heads
-        # Requests that have been warned of: their content key and first eviction.
-        self._warned: LRUCache[tuple[int, int], None] = LRUCache(maxsize=1024)
+        self._nan_warnings = NaNWarnings(self.policy.name)
 
     def evict(
         self,
@@ -128,27 +124,12 @@ class TorchEvictor:
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
         if priority.isnan().any():
-            self._warn_of_nan(candidates)
+            self._nan_warnings.warn(candidates.draws.eviction.key, candidates.first)
         priority[:, : limits.sinks] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
         if observer is not None:
             observer.observe(candidates, priority, keep)
         return keep
-
-    def _warn_of_nan(self, candidates: Candidates) -> None:
-        """Log once per request that its numbers are broken; NaN then counts as the lowest rank."""
-        request = candidates.draws.eviction.key, candidates.first
-        if request in self._warned:
-            return
-        self._warned[request] = None
-        logger.warning(
-            "KV eviction: a request's priorities are NaN in layer %d (content key %d, first "
-            "eviction at position %d): its activations overflow, or the policy %s fails. It keeps "
-            "as many tokens as any other request, and other requests are not affected.",
-            candidates.draws.layer,
-            *request,
-            self.policy.name,
-        )
 
     def _move(self, kv_cache: torch.Tensor, blocks: torch.Tensor, keep: torch.Tensor) -> None:
         """Move the survivors above the budget into freed slots.

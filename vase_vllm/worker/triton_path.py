@@ -17,6 +17,7 @@ from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
+from vase_vllm.worker.nan_warnings import NOT_NAN, NaNWarnings
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.step import PreparedStep, StepContext
 
@@ -41,6 +42,7 @@ class TritonPath:
         self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
+        self._nan_warnings = NaNWarnings(context.config.policy.name)
         self._pointers: tuple[int, torch.Tensor] | None = None
         self._evictor = TorchEvictor(
             context.config,
@@ -58,6 +60,7 @@ class TritonPath:
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """See :class:`StepPath`."""
+        self._nan_warnings.poll()
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
         if self._pointers is None and self._is_fused and num_rows:
@@ -156,6 +159,7 @@ class TritonPath:
         )
         kv_caches = [layer.kv_cache for layer in self.layers.values()]
         due = self._to_device(due_rows.astype(np.int32))
+        nan_keys = torch.full_like(due, NOT_NAN)
         PagedEviction(
             self._kv_pointers(kv_caches),
             kv_caches[0],
@@ -170,7 +174,9 @@ class TritonPath:
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
             slot_priority=None if slot_priority is None else self._to_device(slot_priority),
+            nan_keys=nan_keys,
         ).run()
+        self._nan_warnings.watch(nan_keys, first)
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
         """Copy an array to the device without waiting for the copy."""
