@@ -15,8 +15,8 @@ from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plots import plot
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
-from benchmarks.common.markdown import table as markdown_table
 from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.markdown import table as markdown_table
 
 MAIN = "questions_right"
 COLUMNS = {

@@ -1,34 +1,12 @@
 """Where numbers come from: the day, the command, the machine and the versions."""
 
-import platform
 import shlex
 import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import cpuinfo
-import psutil
-from vllm.platforms import current_platform
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    device = current_platform.get_device_name() if current_platform.is_cuda() else None
-    processor = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
-    return {"processor": processor, "cores": psutil.cpu_count(), "accelerator": device}
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+from vase_vllm.tools.provenance import machine, versions
 
 
 def provenance(packages: Iterable[str] = ("vllm", "torch", "vase-vllm")) -> dict[str, Any]:

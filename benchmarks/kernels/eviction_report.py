@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.common.markdown import table
+from vase_vllm.tools.markdown import table
 
 HEAD = ("date", "torch", "triton", "cuda", "python", "command", "shape")
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.markdown import table
 from benchmarks.common.policy import Policy
 from benchmarks.reasoning.paper import MODELS, published
 from benchmarks.reasoning.suite import FULL, read_policy
+from vase_vllm.tools.markdown import table
 
 HEADER = (
     *("task", "policy", "budget", "problems x samples", "accuracy %", "minus full cache"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common.policy import Policy
+from vase_vllm.tools.policy_label import parse_policy_label
 
 TASKS_DIRECTORY = Path(__file__).parent / "tasks"
 FULL = "full"
@@ -51,14 +52,8 @@ def read_policy(label: str, budget: int | None) -> Policy:
     """
     if budget is None:
         return Policy(label)
-    name, _, options = label.partition(":")
-    settings = []
-    for option in filter(None, options.split(",")):
-        key, separator, value = option.partition("=")
-        if not (key and separator and value):
-            raise ValueError(f"policy {label!r}: write NAME or NAME:KEY=VALUE,KEY=VALUE")
-        settings.append((key, value))
-    return Policy(label, budget, name, tuple(settings))
+    name, settings = parse_policy_label(label)
+    return Policy(label, budget, name, tuple(settings.items()))
 
 
 def directory_name(policy: Policy) -> str:

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.common.dummy_weights import write_dummy_model
-from benchmarks.common.markdown import table
 from benchmarks.common.paths import MODELS
 from benchmarks.common.policy import Policy
 from benchmarks.common.provenance import provenance
 from benchmarks.serving.measure import kv_memory_bytes
 from benchmarks.serving.run import RESULTS
 from benchmarks.serving.suites import CPU_MODEL, SUITES
+from vase_vllm.tools.markdown import table
 from vase_vllm.tools.plan.cost import Shard
 from vase_vllm.tools.plan.model_shape import read_model_shape
 

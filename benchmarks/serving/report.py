@@ -5,7 +5,6 @@ import statistics
 from pathlib import Path
 
 from benchmarks.common import published
-from benchmarks.common.markdown import table
 from benchmarks.serving.columns import (
     COLUMNS,
     RATIOS,
@@ -19,6 +18,7 @@ from benchmarks.serving.columns import (
     ratio_cell,
 )
 from benchmarks.serving.plots import plot, plot_sweep
+from vase_vllm.tools.markdown import table
 
 SETTINGS = {
     "prefix caching": "prefix_caching",

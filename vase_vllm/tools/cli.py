@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from vase_vllm import __version__
 from vase_vllm.tools import tiny_model
+from vase_vllm.tools.evaluation import command as evaluate_command
 from vase_vllm.tools.inspection import command as inspect_command
 from vase_vllm.tools.plan import command as plan_command
 
@@ -122,6 +123,13 @@ COMMANDS = (
         "serve one request and draw which positions each KV head holds over time",
         inspect_command.add_inspect_arguments,
         inspect_command.run_inspect,
+        takes_engine_arguments=True,
+    ),
+    Command(
+        "evaluate",
+        "measure what eviction costs a model, by the probabilities that it gives to texts",
+        evaluate_command.add_evaluate_arguments,
+        evaluate_command.run_evaluate,
         takes_engine_arguments=True,
     ),
 )

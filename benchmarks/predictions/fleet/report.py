@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.figures import pyplot, save
-from benchmarks.common.markdown import table
+from vase_vllm.tools.markdown import table
 
 
 def write(directory: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> str:

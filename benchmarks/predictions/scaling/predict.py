@@ -8,9 +8,9 @@ import argparse
 import re
 import sys
 
-from benchmarks.common.markdown import table
 from benchmarks.common.paths import MODELS, ROOT
 from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.markdown import table
 from vase_vllm.tools.plan.command import kv_cache_memory
 from vase_vllm.tools.plan.cost import Part, Shard, Step, num_blocks_held
 from vase_vllm.tools.plan.gpus import GPUS

@@ -1,0 +1,166 @@
+"""Scores sequences with the real engine, in this process."""
+
+import argparse
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vase_vllm import ADDITIONAL_CONFIG_KEY
+from vase_vllm.config import EvictionConfig
+from vase_vllm.errors import EvictionError
+from vase_vllm.tools.evaluation.methods import Method
+from vase_vllm.tools.evaluation.scores import Scores
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+OURS = {
+    "max_model_len": "evaluate sets it from the lengths of the sequences",
+    "max_logprobs": "evaluate sets it from --top-logprobs",
+}
+"""Engine arguments that a user cannot set, and why."""
+
+
+def parse_engine_arguments(model: str, arguments: Sequence[str]) -> "EngineArgs":
+    """Parse vLLM's own arguments.
+
+    Raises:
+        EvictionError: an argument is one that `evaluate` sets itself.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    load_general_plugins()
+    parser = FlexibleArgumentParser(
+        prog="vase-vllm evaluate", usage=argparse.SUPPRESS, add_help=False
+    )
+    EngineArgs.add_cli_args(parser)
+    # The logits of a step's tokens are all kept for their log-probabilities: few tokens a step.
+    parser.set_defaults(
+        model=None,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=512,
+        max_num_seqs=1,
+        use_tqdm_on_load=False,
+        **dict.fromkeys(OURS),
+    )
+    parsed = parser.parse_args(list(arguments))
+    if parsed.model is not None:
+        raise EvictionError(f"--model {parsed.model}: name the model once, right after evaluate")
+    for name, reason in OURS.items():
+        if (value := getattr(parsed, name)) is not None:
+            raise EvictionError(f"--{name.replace('_', '-')} {value}: {reason}; remove it")
+    parsed.model = model
+    engine_args = EngineArgs.from_cli_args(parsed)
+    if EvictionConfig.from_additional(engine_args.additional_config) is not None:
+        raise EvictionError("--kv-eviction: evaluate compares --policies; remove it")
+    return engine_args
+
+
+class ScoringEngine:
+    """An engine that scores one sequence at a time; :func:`scoring_engine` starts it."""
+
+    def __init__(self, llm: "LLM", method: Method) -> None:
+        self._llm = llm
+        self._method = method
+
+    def score(self, token_ids: Sequence[int], top_logprobs: int) -> Scores:
+        """Compute a sequence as its prompt, evicting as in an output.
+
+        Args:
+            top_logprobs: how many of the most probable tokens to report beside the true one.
+
+        Raises:
+            RuntimeError: the engine did not evict as often as the schedule says.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        # prompt_logprobs must be known to the constructor: it keeps vLLM from reading a cached
+        # prefix, of which there would be no log-probabilities.
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            detokenize=False,
+            prompt_logprobs=top_logprobs,
+            flat_logprobs=True,
+        )
+        before = self._num_evictions()
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+        (request,) = self._llm.generate([prompt], params, use_tqdm=False)
+        if self._method.config is not None:
+            due, _ = self._method.config.schedule.evictions(len(token_ids), 1)
+            if (evictions := self._num_evictions() - before) != due:
+                raise RuntimeError(
+                    f"{self._method.name}: {evictions} evictions in a sequence of "
+                    f"{len(token_ids)} tokens, which are not the {due} that were due"
+                )
+        return _to_scores(request.prompt_logprobs, top_logprobs)
+
+    def _num_evictions(self) -> int:
+        if self._method.config is None:
+            return 0
+        return self._llm.collective_rpc("get_kv_eviction_stats")[0]["evictions"]
+
+
+def _to_scores(flat: Any, top_logprobs: int) -> Scores:
+    """Arrays of vLLM's FlatLogprobs.
+
+    Position 0 has none. The others have the true token first, then the top ones; where the true
+    token is one of these, it is there twice.
+    """
+    shape = (len(flat) - 1, 1 + top_logprobs)
+    token_ids = np.array(flat.token_ids, dtype=np.int32).reshape(shape)
+    logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(shape)
+    ranks = np.array(flat.ranks, dtype=np.int32).reshape(shape)[:, 0]
+    return Scores(token_ids, logprobs, ranks)
+
+
+@contextmanager
+def scoring_engine(
+    engine_args: "EngineArgs", method: Method, max_model_len: int, top_logprobs: int
+) -> Iterator[ScoringEngine]:
+    """Start an engine with this method, and end it.
+
+    Raises:
+        EvictionError: the engine rejects its arguments.
+    """
+    from pydantic import ValidationError
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    additional = dict(engine_args.additional_config or {})
+    if method.eviction is not None:
+        additional[ADDITIONAL_CONFIG_KEY] = method.eviction
+    own_args = replace(
+        engine_args,
+        additional_config=additional,
+        max_model_len=max_model_len,
+        max_logprobs=top_logprobs,
+    )
+    try:
+        try:
+            llm = LLM.from_engine_args(own_args)
+        except ValidationError as error:
+            # The message of pydantic itself has many lines.
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise EvictionError(f"{method.name}: {reason}") from None
+        engine = ScoringEngine(llm, method)
+        try:
+            yield engine
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm, engine
+    finally:
+        # An engine that refuses to start leaves its process groups behind as well.
+        gc.collect()
+        cleanup_dist_env_and_memory()
