@@ -78,6 +78,12 @@ def run_evaluate(args: argparse.Namespace) -> int:
     texts = _texts(args)
     engine_args = parse_engine_arguments(args.model, args.engine_arguments)
     samples = _samples(args, methods, texts, _tokenizer(engine_args))
+    longest = max(len(sample.token_ids) for sample in samples)
+    if longest >= (limit := engine_args.create_model_config().max_model_len):
+        raise EvictionError(
+            f"a sequence of {longest} tokens, and one more, is longer than the model's context "
+            f"({limit}): lower --max-tokens and --distances"
+        )
     fingerprint = model_fingerprint(args.model, engine_args.revision)
     output = Path(args.output)
     common = {
@@ -85,6 +91,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "engine": args.engine_arguments,
         **versions(["vllm", "vase-vllm"]),
     }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvictionError(f"--output {output}: {error.strerror}") from None
     store = CellStore(output / "cells", common)
     measure(engine_args, methods, samples, store)
     evaluation = Evaluation.collect(args.model, fingerprint, methods, texts, samples, store)
@@ -102,7 +112,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 def _texts(args: argparse.Namespace) -> list["Text"]:
     from vase_vllm.tools.evaluation.texts import own_texts, read_texts
 
-    return (read_texts(args.texts) if args.texts else own_texts())[: args.num_texts]
+    return read_texts(args.texts)[: args.num_texts] if args.texts else own_texts(args.num_texts)
 
 
 def _tokenizer(engine_args: Any) -> Any:

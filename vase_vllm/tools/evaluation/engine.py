@@ -60,7 +60,7 @@ def parse_engine_arguments(model: str, arguments: Sequence[str]) -> "EngineArgs"
     for name, reason in OURS.items():
         if (value := getattr(parsed, name)) is not None:
             raise EvictionError(f"--{name.replace('_', '-')} {value}: {reason}; remove it")
-    parsed.model = model
+    parsed.model, parsed.max_logprobs = model, EngineArgs.max_logprobs
     engine_args = EngineArgs.from_cli_args(parsed)
     if EvictionConfig.from_additional(engine_args.additional_config) is not None:
         raise EvictionError("--kv-eviction: evaluate compares --policies; remove it")

@@ -1,21 +1,18 @@
 """Runs the engines that are needed for the cells that are missing."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vase_vllm.tools.evaluation.cells import CellStore
-from vase_vllm.tools.evaluation.engine import ScoringEngine, scoring_engine
+from vase_vllm.tools.evaluation.engine import scoring_engine
 from vase_vllm.tools.evaluation.methods import Method
 from vase_vllm.tools.evaluation.samples import Sample
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
-
-StartEngine = Callable[["EngineArgs", Method, int, int], AbstractContextManager[ScoringEngine]]
 
 
 def measure(
@@ -23,7 +20,6 @@ def measure(
     methods: Sequence[Method],
     samples: Sequence[Sample],
     store: CellStore,
-    start_engine: StartEngine = scoring_engine,
 ) -> None:
     """Score each sample with each method, except for what is in the store already.
 
@@ -49,7 +45,7 @@ def measure(
                 continue
             progress.update(bar, description=f"{method.name}: starting the engine")
             # The token after the sequence, which vLLM insists on, needs a position as well.
-            with start_engine(engine_args, method, longest + 1, most_logprobs) as engine:
+            with scoring_engine(engine_args, method, longest + 1, most_logprobs) as engine:
                 for sample in left:
                     progress.update(bar, description=f"{method.name}: {sample.name}")
                     scores = engine.score(sample.token_ids, sample.top_logprobs)

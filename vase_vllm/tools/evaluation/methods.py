@@ -69,13 +69,16 @@ def choose_methods(labels: Sequence[str], budgets: Sequence[int], window: int) -
             common = {"policy": policy, "budget": budget, "window": window, "prefill": "bounded"}
             if twice := sorted(common.keys() & settings):
                 raise EvictionError(
-                    f"--policies {label}: {twice[0]} is the same for all policies here; "
-                    "use --budgets and --window, or remove it"
+                    f"--policies {label}: remove {twice[0]}, which all policies share here "
+                    "(--budgets and --window; the prefill is bounded)"
                 )
             own = {key: _typed(value) for key, value in settings.items()}
-            method = Method(label, budget, {**common, **own})
-            assert method.config is not None  # parsed, so that a wrong setting is refused here
-            methods.append(method)
+            eviction = {**common, **own}
+            try:
+                EvictionConfig.parse(eviction)
+            except EvictionError as error:
+                raise EvictionError(f"--policies {label} --budgets {budget}: {error}") from None
+            methods.append(Method(label, budget, eviction))
     if len(methods) == 1:
         raise EvictionError("--policies: name a policy besides full, and a budget with --budgets")
     return methods

@@ -138,7 +138,6 @@ class Evaluation:
             ],
             "recall": [asdict(row) for row in self.recall],
         }
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "evaluation.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 from vase_vllm.tools.evaluation.likelihood import ALL, GROUPS, LikelihoodRow
 from vase_vllm.tools.evaluation.recall_results import LEAST_SOLVED, RecallRow
 from vase_vllm.tools.evaluation.statistics import Estimate
+from vase_vllm.tools.evaluation.texts import HALVES
 from vase_vllm.tools.markdown import table as markdown_table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 NUM_TEXT_COLUMNS = 1
-TITLES = {
-    "choice": "texts to choose a method by (choice)",
-    "report": "texts to report on it (report)",
-    ALL: "all texts",
-}
+RECALL_COLUMNS = ("recalled, %", "NLL of a value's token")
+TITLES = {"choice": "choice half", "report": "report half", ALL: "both halves"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,10 @@ class Table:
 
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False, title=self.title, title_justify="left")
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index < NUM_TEXT_COLUMNS else "right")
+            if index < NUM_TEXT_COLUMNS:
+                table.add_column(name, no_wrap=True)
+            else:
+                table.add_column(name, justify="right")
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -54,8 +55,8 @@ def likelihood_tables(rows: Sequence[LikelihoodRow]) -> Iterator[Table]:
             if not own:
                 continue
             yield Table(
-                f"Likelihood, budget {budget}: {TITLES[group]}, {own[0].texts} of them, "
-                f"full cache {own[0].full_nll:.3f} nats per token",
+                f"Likelihood, budget {budget}, {TITLES[group]} (texts: {own[0].texts}; full cache: "
+                f"{own[0].full_nll:.3f} nats per token)",
                 [
                     "policy",
                     "rise of the NLL, nats",
@@ -77,25 +78,39 @@ def likelihood_tables(rows: Sequence[LikelihoodRow]) -> Iterator[Table]:
 
 
 def recall_tables(rows: Sequence[RecallRow]) -> Iterator[Table]:
-    """A table for each kind, distance and group that counts."""
+    """A table for each kind and distance that counts, with columns for each half."""
     for kind, distance in dict.fromkeys((row.kind, row.distance) for row in rows if row.counts):
-        for group in GROUPS:
-            own = [r for r in rows if (r.kind, r.distance, r.group) == (kind, distance, group)]
-            if not own:
-                continue
-            yield Table(
-                f"Recall, {kind} at distance {distance}: {TITLES[group]}, {own[0].cases} cases",
-                ["policy", "budget", "recalled, %", "NLL of a value's token, nats"],
+        own = {
+            (row.group, row.method, row.budget): row
+            for row in rows
+            if (row.kind, row.distance) == (kind, distance) and row.group in HALVES
+        }
+        sizes = {group: row.cases for (group, _, _), row in own.items()}
+        titles = ", ".join(f"{TITLES[group]}: {count} cases" for group, count in sizes.items())
+        yield Table(
+            f"Recall, {kind} at distance {distance} ({titles})",
+            [
+                "policy",
+                "budget",
+                *(f"{group}: {column}" for group in sizes for column in RECALL_COLUMNS),
+            ],
+            [
                 [
-                    [
-                        row.method,
-                        "-" if row.budget is None else str(row.budget),
-                        _text(row.recalled, _percent),
-                        _text(row.nll, _plain),
-                    ]
-                    for row in own
-                ],
-            )
+                    method,
+                    "-" if budget is None else str(budget),
+                    *(
+                        cell
+                        for group in sizes
+                        for cell in _recall_cells(own[group, method, budget])
+                    ),
+                ]
+                for method, budget in dict.fromkeys(key[1:] for key in own)
+            ],
+        )
+
+
+def _recall_cells(row: RecallRow) -> list[str]:
+    return [_text(row.recalled, _percent), _text(row.nll, _plain)]
 
 
 def not_counted(rows: Sequence[RecallRow]) -> list[str]:

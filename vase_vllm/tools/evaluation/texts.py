@@ -8,8 +8,9 @@ and a hash of each text.
 import ast
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,11 @@ Half = Literal["choice", "report"]
 HALVES: tuple[Half, Half] = ("choice", "report")
 """Methods are chosen by the texts of one half, and what is said of them comes from the other."""
 
-REFERENCE = "pydoc_data.topics"
 DOCUMENTED = (
     ("_pydecimal", "datetime", "statistics", "threading", "pathlib"),
     ("subprocess", "random", "zipfile", "heapq", "email.message", "unittest.mock"),
 )
-SOURCES = (("argparse", "tarfile"), ("logging.handlers", "configparser"))
+SOURCES = ("argparse", "tarfile", "logging.handlers", "configparser")
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,24 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def own_texts() -> list[Text]:
+def own_texts(count: int | None = None) -> list[Text]:
     """Texts from Python's documentation and library, alternately of one half and the other.
 
-    The language reference as ``help()`` shows it, the docstrings of modules, and sources: four
-    pairs, so that the first texts are an even choice of all.
+    The language reference as ``help()`` shows it, the sources of modules, and the docstrings of
+    others: four pairs, so that the first texts are an even choice of all.
+
+    Args:
+        count: the first so many; None: all eight.
     """
-    pairs = [
-        (_reference(0), _reference(1)),
-        tuple((f"{name} source", _source(name)) for name in SOURCES[0]),
-        tuple((f"{modules[0]} docstrings", _docstrings(modules)) for modules in DOCUMENTED),
-        tuple((f"{name} source", _source(name)) for name in SOURCES[1]),
+    makers: list[tuple[str, Callable[[], str]]] = [
+        ("language reference 1", partial(_reference, 0)),
+        ("language reference 2", partial(_reference, 1)),
+        *((f"{name} source", partial(_source, name)) for name in SOURCES[:2]),
+        *((f"{names[0]} docstrings", partial(_docstrings, names)) for names in DOCUMENTED),
+        *((f"{name} source", partial(_source, name)) for name in SOURCES[2:]),
     ]
     return [
-        Text(name, half, content)
-        for pair in pairs
-        for half, (name, content) in zip(HALVES, pair, strict=True)
+        Text(name, HALVES[index % 2], make()) for index, (name, make) in enumerate(makers[:count])
     ]
 
 
@@ -85,12 +87,12 @@ def read_texts(files: Sequence[str]) -> list[Text]:
     return texts
 
 
-def _reference(remainder: int) -> tuple[str, str]:
+def _reference(remainder: int) -> str:
     """Every second topic of the language reference, by name."""
     from pydoc_data.topics import topics
 
     chosen = sorted(topics)[remainder::2]
-    return f"language reference {remainder + 1}", "\n\n".join(topics[name] for name in chosen)
+    return "\n\n".join(topics[name] for name in chosen)
 
 
 def _source(module: str) -> str:
