@@ -107,7 +107,7 @@ def test_what_is_declared_is_imported():
 
 KINDS = {".gpu", ".lock", ".md", ".py", ".toml", ".yaml", ".yml", ""}
 FROM_AN_INDEX = re.compile(
-    r"""pip3? install\b[^\n;&|`]*?(?<!a checkout of)\s["']?vase[-_]vllm(?![\w/-])"""
+    r"""pip3? install\b[^\n;&|`]*?(?<!a checkout of)[ \t]["']?vase[-_]vllm(?![\w/-])"""
 )
 
 
@@ -129,7 +129,8 @@ def test_an_installation_from_an_index_is_recognized(text, is_wrong):
 def texts() -> Iterator[Path]:
     """Everything that a person reads or a machine runs, without what is generated."""
     for folder, folders, names in os.walk(ROOT):
-        folders[:] = sorted(set(folders) - {".git", ".venv", "build", "dist", "results"})
+        hidden = {name for name in folders if name.startswith(".")} - {".ci"}
+        folders[:] = sorted(set(folders) - hidden - {"build", "dist", "results"})
         yield from (Path(folder, name) for name in names if Path(name).suffix in KINDS)
 
 

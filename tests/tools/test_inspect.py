@@ -203,9 +203,9 @@ def test_what_is_not_installed_is_named_with_the_remedy(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--model", "somewhere", "--max-model-len", "512", *HELLO],
-        ["somewhere", *HELLO, "--max_model_len", "512"],
-        [*HELLO, "somewhere", "--max-model-len=512"],
+        ["--model", ".", "--max-model-len", "512", *HELLO],
+        [".", *HELLO, "--max_model_len", "512"],
+        [*HELLO, ".", "--max-model-len=512"],
     ],
     ids=["as a flag", "first", "after its own flags"],
 )
@@ -218,7 +218,7 @@ def test_the_model_and_the_flags_are_written_as_for_vllm_serve(arguments, monkey
 
     monkeypatch.setattr(command, "replay", no_replay)
     assert cli.main(["inspect", "--output", str(tmp_path / "new"), *arguments]) == 2
-    assert (seen[0].model, seen[0].max_model_len) == ("somewhere", 512)
+    assert (seen[0].model, seen[0].max_model_len) == (".", 512)
     assert not (tmp_path / "new").exists()
 
 
@@ -297,7 +297,7 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
         ),
         ("/no/such/model", [], "/no/such/model"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=["nothing to evict", "no such layer", "no such model"],
 )
 def test_what_only_the_engine_knows_is_refused_in_one_line(
     tiny_model, tmp_path, model, arguments, message

@@ -217,7 +217,7 @@ def test_a_machine_turns_steps_into_tokens_per_second():
 def test_short_outputs_gain_nothing():
     workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=512, mean_output_len=500)
     evicting = make_plan(SHAPE, 1, workload, [EvictionSchedule(4096, 64)]).evicting[0]
-    assert 0.8 < evicting.speedup < 1
+    assert evicting.speedup < 0.98 < evicting.speedup_equal_batch < 1
 
 
 def plan_arguments(*more: str) -> list[str]:
@@ -243,7 +243,8 @@ def test_table_has_no_colour_when_piped(memory: list[str], capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "budget 4096" in out
     assert "\x1b" not in out
-    assert max(map(len, out.splitlines()[2:15])) <= 80
+    table, _, _ = out.partition("The maximum concurrency is")
+    assert max(map(len, table.splitlines()[1:])) <= 80  # the first line has the model's name
     assert ("tokens/s (predicted)" in out) == ("--gpu" in memory)
     assert ("not a measurement" in out) == ("--gpu" in memory)
 
