@@ -52,7 +52,7 @@ def from_transformers(directory: Path) -> Architecture:
         lookup_params=lookup,
         expert_params=sum(size for name, size in sizes.items() if ".experts." in name),
         num_experts=number_of_experts(text.to_dict()),
-        num_experts_per_token=getattr(text, "num_experts_per_tok", None)
+        num_experts_per_token=getattr(text, "num_experts_per_tok", 0)
         or getattr(text, "num_experts_per_token", 0),
     )
 
