@@ -194,6 +194,14 @@ def test_a_request_gives_back_what_a_long_prompt_held():
     assert evicting.batch == int(22754 / (8 + 516 / 3 + 260 * 2 / 3))
 
 
+def test_a_budget_that_does_not_fit_serves_nobody():
+    workload = Workload(40960, 16, 700 * 2**20, mean_prompt_len=512, mean_output_len=16384)
+    schedules = [EvictionSchedule(budget, 64) for budget in (2048, 4096, 6144)]
+    plan = make_plan(SHAPE, 1, workload, schedules, GPUS["h100"].machine)
+    assert [item.batch for item in plan.evicting] == [2, 1, 0]
+    assert plan.evicting[2].tokens_per_second == plan.evicting[2].speedup == 0
+
+
 def test_a_machine_turns_steps_into_tokens_per_second():
     machine = GPUS["h100"].machine
     workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=512, mean_output_len=16384)

@@ -22,12 +22,13 @@ from benchmarks.predictions.fleet.load import Lengths, Load
 from benchmarks.predictions.fleet.replica import Settings
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.tools.plan.capacity import MEMORY_UTILIZATION, kv_cache_memory
+from vase_vllm.tools.plan.capacity import kv_cache_memory
 from vase_vllm.tools.plan.cost import Shard, mean_cached
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 OTHER_MEMORY = 2 << 30
+MEMORY_UTILIZATION = 0.9
 
 
 def parse() -> argparse.Namespace:

@@ -179,9 +179,10 @@ def make_plan(
             f"{needed} of {num_blocks - 1} usable blocks, {smallest} at the smallest budget; "
             "raise --gpu-memory or lower --max-model-len"
         )
-    if num_blocks <= (most := max((run.most_blocks for run in runs), default=0)):
+    most = [run.most_blocks for run in runs if run.blocks_per_sequence < num_blocks]
+    if most and num_blocks <= min(most):
         raise ValueError(
-            f"a prompt of {workload.mean_prompt_len} tokens does not fit: it takes {most} of "
+            f"a prompt of {workload.mean_prompt_len} tokens does not fit: it takes {min(most)} of "
             f"{num_blocks - 1} usable blocks until its first eviction; raise --gpu-memory or lower "
             "--mean-prompt-len"
         )
@@ -223,6 +224,7 @@ class _Run:
         self.mean_blocks = sum(held) / output
         self.mean_cached = mean_cached(prompt, output, schedule)
         self.evicting = evicting_fraction(prompt, output, schedule) if schedule else 0.0
+        # Of a sequence of this workload, at its first eviction.
         self.most_blocks = self.blocks_per_sequence
         self.batch = (num_blocks - 1) / self.mean_blocks
         if workload.max_num_seqs is not None:
