@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.accuracy.grading import questions_within
-from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval, resample
+from benchmarks.accuracy.intervals import LEVEL, RESAMPLES, interval
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.plots import plot
 from benchmarks.accuracy.tasks import HELD_OUT_FILE, read_jsonl
@@ -68,36 +68,29 @@ def percent(value: float, ends: tuple[float, float] | None = None, sign: str = "
     return text + (f" ({100 * ends[0]:{sign}.1f} to {100 * ends[1]:{sign}.1f})" if ends else "")
 
 
-def row(
-    result: dict[str, Any], method: str, compression: int | None, weights: NDArray[np.float64]
-) -> list[str]:
+def row(result: dict[str, Any], method: str, compression: int | None) -> list[str]:
     """One method at one compression."""
     runs = good_runs(result, method, compression)
     cells = []
     for mark in COLUMNS:
         values = per_problem(runs, mark)
-        ends = interval(values, weights) if mark in INTERVALS else None
+        ends = interval(values) if mark in INTERVALS else None
         cells.append(percent(float(values.mean()), ends))
     other = good_runs(result, REFERENCE, compression)
     difference = "-"
     if other and method != REFERENCE:
         values = per_problem(runs, MAIN) - per_problem(other, MAIN)
-        difference = percent(float(values.mean()), interval(values, weights), "+")
+        difference = percent(float(values.mean()), interval(values), "+")
     cells.insert(1, difference)
     return [method, *cells, str(len(runs))]
 
 
-def table(
-    result: dict[str, Any],
-    compression: int | None,
-    budget: int | None,
-    weights: NDArray[np.float64],
-) -> list[str]:
+def table(result: dict[str, Any], compression: int | None, budget: int | None) -> list[str]:
     """All methods at one compression, the ablations of vase after the others; failed ones named."""
     header = [*COLUMNS.values(), "seeds"]
     header.insert(1, f"minus {REFERENCE}")
     rows = [
-        row(result, method.name, compression, weights)
+        row(result, method.name, compression)
         for method in METHODS
         if good_runs(result, method.name, compression)
     ]
@@ -119,7 +112,6 @@ def markdown(result: dict[str, Any]) -> str:
     machines = {f"{s['machine']['processor']}, {s['machine']['cores']} cores" for s in sessions}
     versions = {", ".join(f"{k} {v}" for k, v in s["versions"].items()) for s in sessions}
     compressions = sorted({r["compression"] for r in result["runs"] if r["compression"]})
-    weights = resample(result["problems"])
     budgets = {r["compression"]: r["budget"] for r in result["runs"]}
     lines = [
         "# Accuracy of eviction methods on the testbed",
@@ -149,12 +141,12 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "## Full cache",
         "",
-        *table(result, None, None, weights),
+        *table(result, None, None),
     ]
     for compression in compressions:
         budget = budgets[compression]
         lines += [f"## {compression}x: a budget of {budget} tokens", ""]
-        lines += table(result, compression, budget, weights)
+        lines += table(result, compression, budget)
     return "\n".join(lines)
 
 
@@ -171,7 +163,6 @@ def write(directory: Path) -> str:
 
 def points(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
     """For each of INTERVALS and method: (compression, mean, low, high); the full cache is 1x."""
-    weights = resample(result["problems"])
     compressions = sorted({r["compression"] or 1 for r in result["runs"]})
     found: dict[str, dict[str, list[tuple[int, float, float, float]]]] = {}
     for mark in INTERVALS:
@@ -180,6 +171,6 @@ def points(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float,
                 key = None if compression == 1 else compression
                 if runs := good_runs(result, method.name, key):
                     values = per_problem(runs, mark)
-                    point = (compression, float(values.mean()), *interval(values, weights))
+                    point = (compression, float(values.mean()), *interval(values))
                     found.setdefault(mark, {}).setdefault(method.name, []).append(point)
     return found

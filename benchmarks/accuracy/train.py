@@ -40,6 +40,7 @@ from benchmarks.accuracy.tasks import (
     Shape,
     make_problem,
 )
+from vase_vllm.layout.arithmetic import cdiv
 
 HERE = Path(__file__).parent
 SIZES = (3, 4, 5, 6, 8, 10, 13, HELD_OUT.nodes)
@@ -63,7 +64,7 @@ def make_config() -> Qwen3Config:
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         dtype="bfloat16",
-        vocab_size=-(-len(VOCABULARY) // 64) * 64,
+        vocab_size=cdiv(len(VOCABULARY), 64) * 64,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
@@ -116,7 +117,7 @@ def make_batch(
         completion = [IDS[word] for word in (*problem.completion.split(), EOS)]
         rows.append((prompt + completion, len(prompt)))
     length = max(len(row) for row, _ in rows)
-    length = -(-length // 32) * 32  # odd lengths halve the speed of bf16 attention on a CPU
+    length = cdiv(length, 32) * 32  # odd lengths halve the speed of bf16 attention on a CPU
     inputs = torch.full((len(rows), length), IDS[PAD])
     labels = torch.full((len(rows), length), IGNORED)
     for i, (row, prompt_length) in enumerate(rows):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import sem
 
 from benchmarks.common.policy import Policy
 from benchmarks.reasoning.paper import MODELS, published
@@ -54,8 +56,7 @@ class Row:
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean of independent values, and its standard error (NaN of a single one)."""
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)
+    return float(values.mean()), float(sem(values)) if len(values) > 1 else math.nan
 
 
 def read_rows(output: Path) -> list[Row]:

@@ -167,7 +167,9 @@ def installed() -> dict[str, str]:
     try:
         return {package: version(package) for package in PACKAGES}
     except PackageNotFoundError as error:
-        raise ValueError(f'{error.name} is missing: pip install "lm-eval[api,math]"') from None
+        raise ValueError(
+            f"{error.name} is missing: run pip install '.[accuracy]' in a checkout of vase-vllm"
+        ) from None
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

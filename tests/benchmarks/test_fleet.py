@@ -9,7 +9,7 @@ import pytest
 from benchmarks.common.paths import RESULTS
 from benchmarks.predictions.fleet import fleet
 from benchmarks.predictions.fleet.load import Lengths, Load
-from benchmarks.predictions.fleet.replica import Replica, Request, Settings
+from benchmarks.predictions.fleet.replica import Replica, Request, Settings, prefill
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import Machine, ModelShape, Shard, num_blocks_held
 
@@ -64,7 +64,7 @@ def test_a_lonely_request_takes_the_time_of_its_steps(evicts: bool):
     replica.submit(request)
     environment.run()
     first = one.first_eviction(10)
-    seconds = SHARD.prefill(10).seconds(MACHINE)
+    seconds = prefill(SHARD, 10).seconds(MACHINE)
     for position in range(10, 310):
         evicting = position >= first
         cached = 128 + 33 / 2 if evicting else position + 1

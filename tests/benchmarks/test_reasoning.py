@@ -1,7 +1,7 @@
 """The reasoning benchmarks: marking, the table, and lm-evaluation-harness against a server.
 
 A stand-in of a few additions takes the place of the datasets, through the same task file. What runs
-lm-evaluation-harness fails where it is missing: pip install "lm-eval[api,math]".
+lm-evaluation-harness fails where it is missing: pip install ".[accuracy]".
 """
 
 import json

@@ -1,8 +1,6 @@
 """Prefix caching beside eviction: what prompts share is read once, and nothing else changes."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tests.support.engines import (
     engine,
@@ -15,59 +13,6 @@ from tests.support.engines import (
 from tests.support.simulated_worker import Simulation, make_scheduler
 
 BUDGET, WINDOW = 24, 8
-
-request = st.tuples(
-    st.integers(0, 1),  # which beginning
-    st.integers(0, 60),  # how much of it
-    st.integers(1, 20),  # tokens of its own
-    st.integers(1, 60),  # tokens of its output
-    st.integers(0, 40),  # step of its arrival
-)
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    requests=st.lists(request, min_size=2, max_size=12),
-    block_size=st.sampled_from([4, 8]),
-    num_spare=st.integers(0, 40),
-    chunk=st.sampled_from([8, 24, 100]),
-    admission=st.sampled_from(["expected", "reserve", "optimistic"]),
-    prefill=st.sampled_from(["dense", "bounded"]),
-)
-def test_every_block_holds_what_it_should(
-    models, requests, block_size, num_spare, chunk, admission, prefill
-):
-    """Whatever comes when: hits, copies of copies, evictions, preemptions, a pool that is full."""
-    eviction = {
-        "budget": BUDGET,
-        "window": WINDOW,
-        "sinks": 1,
-        "admission": admission,
-        "prefill": prefill,
-    }
-    # What the longest prompt holds until its first eviction, the null block and a state block.
-    most_slots = 80 + WINDOW + 1 if prefill == "dense" else BUDGET + WINDOW
-    num_blocks = 2 + -(-most_slots // block_size) + num_spare
-    simulation = Simulation(make_scheduler(models.qwen3(), eviction, block_size, num_blocks, chunk))
-    for _ in range(20):
-        # With "expected", a history that makes room look larger than it is.
-        simulation.scheduler._admission.output_lengths.add(3, cut_off=False)
-    beginnings = [[2 + 7 * which + p % 5 for p in range(60)] for which in range(2)]
-    waiting = sorted(enumerate(requests), key=lambda item: item[1][-1])
-    for number in range(4000):
-        while waiting and waiting[0][1][-1] <= number:
-            index, (which, shared, own, length, _) = waiting.pop(0)
-            prompt = beginnings[which][:shared] + [100 + index] * own
-            simulation.add(str(index), prompt, length)
-        if not waiting and not simulation.scheduler.has_unfinished_requests():
-            break
-        simulation.step()
-    assert not simulation.scheduler.has_unfinished_requests(), "the scheduler hangs"
-    assert simulation.num_used_blocks == 0
-    for index, (_, shared, _, _, _) in enumerate(requests):
-        assert simulation.num_cached_tokens[str(index)] <= shared
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """vLLM's scheduler under eviction with a worker that only keeps books.
 
-It does to a memory of names what a worker does to keys and values: the block copies, the evictions,
-the new tokens, each where the scheduler's messages say. A name stands for all that a key depends
-on, so that a wrong or stale block is found wherever it comes from.
+It does to a memory of names what a worker does to keys, values and queries: the block copies, the
+evictions, the new tokens, the query ring, each where the scheduler's messages say. A name stands
+for all that a key depends on, so that a wrong or stale block is found wherever it comes from.
 """
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -17,16 +18,19 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.engine.block_manager import EvictionManager
+from vase_vllm.engine.block_manager import EvictionManager, content_key
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.worker.query_ring import TorchRingWrite
 
 EVICTED = "evicted"
 STOP_TOKEN = 3
+GROUP_SIZE = 1
 
 
 def make_scheduler(
@@ -49,13 +53,14 @@ def make_scheduler(
     )
     config = arguments.create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks
+    schedule = EvictionConfig.parse(eviction).schedule
     spec = EvictionSpec(
         block_size=block_size,
         num_kv_heads=1,
         head_size=8,
         dtype=torch.float32,
-        schedule=EvictionConfig.parse(eviction).schedule,
-        num_state_blocks=1,
+        schedule=schedule,
+        num_state_blocks=RingLayout(schedule.window, GROUP_SIZE, block_size).num_blocks,
     )
     groups = [KVCacheGroupSpec(["layer"], spec)]
     return resolve_obj_by_qualname(config.scheduler_config.scheduler_cls)(
@@ -78,10 +83,14 @@ class Simulation:
         self.spec = manager.kv_cache_spec
         self.pool = manager.block_pool
         self.memory: dict[int, list[Any]] = {}
+        # State block to the queries of its ring entries.
+        self.rings: dict[int, dict[int, Any]] = {}
+        self.ring = RingLayout(self.spec.schedule.window, GROUP_SIZE, self.spec.block_size)
         self.rows: dict[str, list[int]] = {}
         self.num_cached_tokens: dict[str, int] = {}
         self.stops_at: dict[str, int | None] = {}
         self.num_evictions = 0
+        self.num_output_tokens: dict[str, int] = {}
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(manager.block_size, hash_function)
@@ -97,6 +106,10 @@ class Simulation:
         parameters.update_from_generation_config({}, None)
         request = Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
         self.scheduler.add_request(request)
+
+    def abort(self, request_id: str) -> None:
+        """What a client that hangs up does; one that has finished or not come yet is none."""
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     @property
     def num_used_blocks(self) -> int:
@@ -134,16 +147,24 @@ class Simulation:
         self._check_blocks()
         request_ids = list(output.num_scheduled_tokens)
         index = {request_id: number for number, request_id in enumerate(request_ids)}
-        self.scheduler.update_from_output(output, ModelRunnerOutput(request_ids, index, sampled))
+        given = self.scheduler.update_from_output(
+            output, ModelRunnerOutput(request_ids, index, sampled)
+        )
+        for of_request in given[0].outputs if 0 in given else ():
+            length = self.num_output_tokens.get(of_request.request_id, 0)
+            self.num_output_tokens[of_request.request_id] = length + len(of_request.new_token_ids)
 
     def _compute(self, request: Request, start: int, stop: int) -> None:
         row = self.rows[request.request_id]
         first = row[BlockTableRow.FIRST]
+        assert first == self.spec.schedule.first_eviction(request.num_prompt_tokens)
+        assert row[BlockTableRow.KEY] == content_key(request)
         token_blocks = row[self.spec.num_front :]
         schedule = self.spec.schedule
         assert stop - start <= schedule.tokens_until_eviction(start, first)
         if schedule.due(start, first):
             self.num_evictions += 1
+            self._check_ring(request, row, start)
             for slot in range(
                 min(schedule.num_cached(start, first), len(token_blocks) * self.spec.block_size)
             ):
@@ -152,14 +173,39 @@ class Simulation:
         for position in range(start, stop):
             slot = schedule.slots(position, first)
             self._cell(token_blocks, slot, tuple(tokens[: position + 1]))
+        self._store_queries(request, row, start, stop)
         if stop <= first:
             for position in range(stop):
                 block, cell = divmod(position, self.spec.block_size)
                 found = self.memory[token_blocks[block]][cell]
                 assert found == tuple(tokens[: position + 1]), (request.request_id, position)
 
+    def _store_queries(self, request: Request, row: list[int], start: int, stop: int) -> None:
+        """Write a chunk's queries where the real worker would."""
+        positions = np.arange(start, stop)
+        rows = np.zeros_like(positions)
+        write = TorchRingWrite.plan(self.ring, np.array([row]), rows, positions, np.array([stop]))
+        if write.tokens is not None:
+            positions = positions[write.tokens.numpy()]
+        tokens = request.all_token_ids
+        for position, block, entry in zip(
+            positions.tolist(), write.blocks.tolist(), write.entries.tolist(), strict=True
+        ):
+            assert block != 0, "the null block was written"
+            self.memory.pop(block, None)
+            self.rings.setdefault(block, {})[entry] = tuple(tokens[: position + 1])
+
+    def _check_ring(self, request: Request, row: list[int], start: int) -> None:
+        """An eviction reads the queries of the window in front of it."""
+        tokens, window = request.all_token_ids, self.ring.window
+        for position in range(start - window, start):
+            column, entry = divmod(position % window, self.ring.entries_per_block)
+            found = self.rings[row[BlockTableRow.NUM_HEADER + column]][entry]
+            assert found == tuple(tokens[: position + 1]), (request.request_id, position)
+
     def _cell(self, token_blocks: list[int], slot: int, name: Any) -> None:
         block, cell = divmod(slot, self.spec.block_size)
+        self.rings.pop(token_blocks[block], None)
         names = self.memory.setdefault(token_blocks[block], [None] * self.spec.block_size)
         names[cell] = name
 

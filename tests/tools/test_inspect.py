@@ -15,7 +15,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.tools import cli
+from vase_vllm.tools import cli, requirements
 from vase_vllm.tools.inspection import command
 from vase_vllm.tools.inspection.kept_positions import KeptPositions, LayerHistory, Status
 from vase_vllm.tools.inspection.summary import summarise
@@ -153,7 +153,7 @@ def test_a_single_head_overlaps_with_none():
 # The command
 
 HELLO = ["--prompt", "hello"]
-MODEL = ["--model", "."]
+MODEL = ["."]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ MODEL = ["--model", "."]
     [
         (MODEL, "one of the arguments --prompt --prompt-file is required"),
         ([*MODEL, *HELLO, "--max-tokens", "0"], "--max-tokens (0) must be at least 1"),
-        (HELLO, "--model is missing"),
+        (HELLO, "the model is missing: give a directory or a Hugging Face id"),
+        ([*MODEL, *HELLO, "--model", "other"], ". and --model other: give the model once"),
         ([*MODEL, "--prompt-file", "absent.txt"], "--prompt-file absent.txt: "),
         ([*MODEL, *HELLO, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         ([*MODEL, *HELLO, "--kv-eviction", "none"], "--kv-eviction none: there is nothing"),
@@ -188,15 +189,37 @@ def test_what_cannot_be_inspected_is_refused_in_one_line(
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", ["matplotlib", "vllm"])
-def test_what_is_not_installed_is_named_with_the_remedy(module, capsys, monkeypatch):
-    find = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == module else find(name))
+def test_what_is_not_installed_is_named_with_the_remedy(capsys, monkeypatch):
+    find = requirements.find_spec
+    monkeypatch.setattr(
+        requirements, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
     assert cli.main(["inspect", *MODEL, *HELLO]) == 2
     errors = capsys.readouterr().err
-    extra = {"vllm": "gpu", "matplotlib": "bench"}[module]
-    assert f"vase-vllm: inspect needs {module}: run pip install '.[{extra}]' in a" in errors
+    assert "vase-vllm: inspect needs matplotlib: run pip install '.[inspect]' in a" in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", ".", "--max-model-len", "512", *HELLO],
+        [".", *HELLO, "--max_model_len", "512"],
+        [*HELLO, ".", "--max-model-len=512"],
+    ],
+    ids=["as a flag", "first", "after its own flags"],
+)
+def test_the_model_and_the_flags_are_written_as_for_vllm_serve(arguments, monkeypatch, tmp_path):
+    seen = []
+
+    def no_replay(engine_args, *_):
+        seen.append(engine_args)
+        raise ValueError("no engine is started")
+
+    monkeypatch.setattr(command, "replay", no_replay)
+    assert cli.main(["inspect", "--output", str(tmp_path / "new"), *arguments]) == 2
+    assert (seen[0].model, seen[0].max_model_len) == (".", 512)
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_commands_take_no_engine_arguments(capsys):
@@ -214,7 +237,7 @@ def tiny_model(tmp_path_factory):
 def run_inspect(model, output, *arguments):
     return subprocess.run(
         [
-            *[sys.executable, "-m", "vase_vllm.tools.cli", "inspect", "--model", model],
+            *[sys.executable, "-m", "vase_vllm.tools.cli", "inspect", model],
             *["--output", str(output), "--kv-eviction-config.budget", "48"],
             *["--kv-eviction-config.window", "16", "--max-model-len", "512"],
             *["--kv-cache-memory-bytes", "16M", "--block-size", "32", *arguments],
@@ -260,18 +283,26 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "arguments", "message"),
     [
-        (["--max-tokens", "5"], "nothing was evicted: the sequence ended with 10 tokens, and its"),
-        (["--layers", "2"], "--layers 2: this layer does not evict; the layers that do are 0, 1"),
-        (["--model", "/no/such/model"], "/no/such/model"),
+        (
+            None,
+            ["--max-tokens", "5"],
+            "nothing was evicted: the sequence ended with 10 tokens",
+        ),
+        (
+            None,
+            ["--layers", "2"],
+            "--layers 2: this layer does not evict; the layers that do are",
+        ),
+        ("/no/such/model", [], "/no/such/model"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=["nothing to evict", "no such layer", "no such model"],
 )
 def test_what_only_the_engine_knows_is_refused_in_one_line(
-    tiny_model, tmp_path, arguments, message
+    tiny_model, tmp_path, model, arguments, message
 ):
-    result = run_inspect(tiny_model, tmp_path / "pictures", *HELLO, *arguments)
+    result = run_inspect(model or tiny_model, tmp_path / "pictures", *HELLO, *arguments)
     assert result.returncode != 0
     assert message in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -5,13 +5,14 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 from vase_vllm import __version__
 from vase_vllm.tools import tiny_model
+from vase_vllm.tools.arguments import FlexibleParser
 from vase_vllm.tools.evaluation import command as evaluate_command
 from vase_vllm.tools.inspection import command as inspect_command
 from vase_vllm.tools.plan import command as plan_command
+from vase_vllm.tools.requirements import require
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Command:
         help: what it does, in one line.
         add_arguments: declares its arguments.
         run: runs it and returns the exit code.
+        takes_model: whether a word without a flag names the model, in front of or among the flags
+            that ``add_arguments`` declares; ``run`` gets it as ``model_tag``, which may be None.
         takes_engine_arguments: whether ``run`` gets the arguments that ``add_arguments`` does not
             declare, in the list ``engine_arguments``. Other commands reject such arguments.
     """
@@ -31,12 +34,17 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    takes_model: bool = False
     takes_engine_arguments: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, others = parser.parse_known_args(argv)
+    # Not a positional argument of argparse: an optional one must stand in front of all flags there,
+    # and would take the value of a flag that only vLLM knows.
+    named = bool(args.takes_model and others and not others[0].startswith("-"))
+    args.model_tag = others.pop(0) if named else None
     if others and not args.takes_engine_arguments:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.engine_arguments = others
@@ -48,15 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM.")
+    parser = FlexibleParser(
+        prog="vase-vllm", description="KV-cache eviction for an unmodified vLLM."
+    )
     parser.add_argument("--version", action="version", version=f"vase-vllm {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -65,10 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
             help=command.help,
             description=command.help[0].upper() + command.help[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            usage="%(prog)s MODEL [options]" if command.takes_model else None,
         )
         command.add_arguments(subparser)
         subparser.set_defaults(
-            run=command.run, takes_engine_arguments=command.takes_engine_arguments
+            run=command.run,
+            takes_model=command.takes_model,
+            takes_engine_arguments=command.takes_engine_arguments,
         )
     return parser
 
@@ -100,6 +106,7 @@ def add_tiny_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tiny_model(args: argparse.Namespace) -> int:
+    require("tiny-model", ["torch", "transformers"])
     options = {name: getattr(args, name) for name in TINY_MODEL_OPTIONS}
     print(tiny_model.make_tiny_model(args.directory, **options))
     return 0
@@ -117,12 +124,14 @@ COMMANDS = (
         "predict what fits into a GPU and how fast it decodes, with and without eviction",
         plan_command.add_plan_arguments,
         plan_command.run_plan,
+        takes_model=True,
     ),
     Command(
         "inspect",
         "serve one request and draw which positions each KV head holds over time",
         inspect_command.add_inspect_arguments,
         inspect_command.run_inspect,
+        takes_model=True,
         takes_engine_arguments=True,
     ),
     Command(
@@ -130,6 +139,7 @@ COMMANDS = (
         "measure what eviction costs a model, by the probabilities that it gives to texts",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+        takes_model=True,
         takes_engine_arguments=True,
     ),
 )

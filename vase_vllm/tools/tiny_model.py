@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vase_vllm.layout.arithmetic import cdiv
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -93,7 +95,7 @@ def make_tiny_model(
     config = Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         dtype=dtype,
-        vocab_size=-(-len(tokenizer) // 64) * 64,
+        vocab_size=cdiv(len(tokenizer), 64) * 64,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,

@@ -17,7 +17,20 @@ import simpy
 
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.tools.plan.cost import Machine, Shard
+from vase_vllm.tools.plan.cost import Machine, Part, Shard
+
+
+def prefill(shard: Shard, num_tokens: int) -> Part:
+    """Count the prefill of a prompt in the same step as decodes, which read the weights.
+
+    The operations are those of the linear layers and ``2 n^2 l Q D`` of causal attention. The bytes
+    are those of the KV cache that is written.
+    """
+    model = shard.model
+    attention = 2 * num_tokens**2 * model.num_layers * shard.num_query_heads * model.head_size
+    return Part(
+        num_tokens * shard.kv_bytes_per_token, shard.linear_operations(num_tokens) + attention
+    )
 
 
 @dataclass
@@ -157,7 +170,7 @@ class Replica:
             free -= needed
             read = self._num_lost(request)
             self.blocks_given += cdiv(read, settings.block_size)
-            seconds += settings.shard.prefill(read).seconds(settings.machine)
+            seconds += prefill(settings.shard, read).seconds(settings.machine)
         if not self.running:
             raise ValueError("a request does not fit into a replica: give it more GPUs")
         return seconds

@@ -22,12 +22,13 @@ from benchmarks.predictions.fleet.load import Lengths, Load
 from benchmarks.predictions.fleet.replica import Settings
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.tools.plan.command import kv_cache_memory
+from vase_vllm.tools.plan.capacity import kv_cache_memory
 from vase_vllm.tools.plan.cost import Shard, mean_cached
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
 
 OTHER_MEMORY = 2 << 30
+MEMORY_UTILIZATION = 0.9
 
 
 def parse() -> argparse.Namespace:
@@ -57,13 +58,15 @@ def make_settings(
     args: argparse.Namespace, shard: Shard, schedule: EvictionSchedule | None
 ) -> Settings:
     gpu, block_size = GPUS[args.gpu], 16
-    memory = kv_cache_memory(int(gpu.memory), 0.9, OTHER_MEMORY, round(shard.weight_bytes))
+    memory = kv_cache_memory(
+        int(gpu.memory), MEMORY_UTILIZATION, OTHER_MEMORY, round(shard.weight_bytes)
+    )
     state_blocks = 0
     if schedule is not None:
         state_blocks = RingLayout(args.window, shard.group_size, block_size).num_blocks
     return Settings(
         shard=shard,
-        machine=gpu.machine(),
+        machine=gpu.machine,
         num_blocks=memory // (shard.kv_bytes_per_token * block_size),
         block_size=block_size,
         max_num_seqs=args.max_num_seqs,

@@ -11,7 +11,7 @@ import sys
 from benchmarks.common.paths import MODELS, ROOT
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.markdown import table
-from vase_vllm.tools.plan.command import kv_cache_memory
+from vase_vllm.tools.plan.capacity import MEMORY_UTILIZATION, kv_cache_memory
 from vase_vllm.tools.plan.cost import Part, Shard, Step, num_blocks_held
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
@@ -41,7 +41,9 @@ def step(shard: Shard, batch: int, cache: Cache) -> Step:
 def fits(shard: Shard, gpu: str, batch: int, cache: Cache) -> bool:
     """Whether so many sequences of that length are in memory at once."""
     _, length, schedule = cache
-    memory = kv_cache_memory(int(GPUS[gpu].memory), 0.9, 2 << 30, round(shard.weight_bytes))
+    memory = kv_cache_memory(
+        int(GPUS[gpu].memory), MEMORY_UTILIZATION, 2 << 30, round(shard.weight_bytes)
+    )
     usable = memory // (BLOCK_SIZE * shard.kv_bytes_per_token) - 1
     state_blocks = STATE_BLOCKS if schedule else 0
     return batch * num_blocks_held(length, BLOCK_SIZE, schedule, state_blocks) <= usable
@@ -49,7 +51,7 @@ def fits(shard: Shard, gpu: str, batch: int, cache: Cache) -> bool:
 
 def parts_table(shard: Shard, batch: int = 16) -> list[str]:
     """Bytes and operations of one step, and its time on an H200."""
-    machine = GPUS["h200"].machine()
+    machine = GPUS["h200"].machine
     steps = [step(shard, batch, cache) for cache in CACHES]
 
     def row(label: str, values: list[float], digits: int = 1) -> list[str]:
@@ -80,7 +82,7 @@ def milliseconds(shard: Shard, gpu: str, batch: int, cache: Cache) -> str:
     """Of a step; a dash where the memory is too small."""
     if not fits(shard, gpu, batch, cache):
         return "-"
-    return f"{step(shard, batch, cache).seconds(GPUS[gpu].machine()) * 1e3:.1f}"
+    return f"{step(shard, batch, cache).seconds(GPUS[gpu].machine) * 1e3:.1f}"
 
 
 def batch_table(shard: Shard, gpu: str) -> list[str]:

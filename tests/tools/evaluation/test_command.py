@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from vase_vllm.tools import cli
-from vase_vllm.tools.evaluation import command, measurement
+from vase_vllm.tools import cli, requirements
+from vase_vllm.tools.evaluation import measurement
 from vase_vllm.tools.evaluation.scores import Scores
 from vase_vllm.tools.tiny_model import make_tiny_model
 
@@ -197,8 +197,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 
 @pytest.mark.parametrize("module", ["matplotlib", "scipy", "vllm"])
 def test_what_is_not_installed_is_named_with_the_remedy(module, run, capsys, monkeypatch):
-    find = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name == module else find(name))
+    find = requirements.find_spec
+    monkeypatch.setattr(
+        requirements, "find_spec", lambda name: None if name == module else find(name)
+    )
     assert run() == 2
     assert f"vase-vllm: evaluate needs {module}: run pip install '.[" in capsys.readouterr().err
 

@@ -50,9 +50,8 @@ def test_the_engines_scores_are_those_of_an_independent_implementation(models):
 
     _, method = choose_methods(["vase:sampling=greedy,smoothing=1"], [128], 16)
     arguments = ["--skip-tokenizer-init", "--dtype", "float32", "--block-size", "32"]
-    engine_args = parse_engine_arguments(
-        str(directory), [*arguments, "--kv-cache-memory-bytes", "64M"]
-    )
+    arguments += ["--kv-cache-memory-bytes", "64M"]
+    engine_args = parse_engine_arguments(arguments, str(directory))
     with scoring_engine(engine_args, method, len(tokens) + 1, TOP) as engine:
         found = engine.score(tokens, TOP)
         again = engine.score(tokens, 0)

@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vase_vllm.errors import EvictionError
+from vase_vllm.tools.requirements import require
 
 if TYPE_CHECKING:
     from vase_vllm.tools.evaluation.methods import Method
@@ -14,18 +14,16 @@ if TYPE_CHECKING:
     from vase_vllm.tools.evaluation.texts import Text
 
 SUITES = ("likelihood", "recall")
-EXTRAS = {"vllm": "gpu", "matplotlib": "evaluate", "scipy": "evaluate"}
 EPILOG = (
-    "All engine arguments of `vllm serve` are accepted as well, such as --dtype bfloat16 and "
-    "--tensor-parallel-size 2. --enforce-eager is on. An interrupted command goes on where it "
-    "stopped when it is run again."
+    "MODEL is a directory or a Hugging Face id. All engine arguments of `vllm serve` are accepted "
+    "as well, such as --dtype bfloat16 and --tensor-parallel-size 2. --enforce-eager is on. An "
+    "interrupted command goes on where it stopped when it is run again."
 )
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory or Hugging Face id")
     add(
         "--policies",
         nargs="+",
@@ -60,11 +58,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    for module, extra in EXTRAS.items():
-        if find_spec(module) is None:
-            raise EvictionError(
-                f"evaluate needs {module}: run pip install '.[{extra}]' in a checkout of vase-vllm"
-            )
+    require("evaluate", ["vllm", "matplotlib", "scipy"])
     _check_numbers(args)
     from vase_vllm.tools.evaluation.cells import CellStore
     from vase_vllm.tools.evaluation.engine import parse_engine_arguments
@@ -76,7 +70,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     methods = choose_methods(args.policies, args.budgets, args.window)
     texts = _texts(args)
-    engine_args = parse_engine_arguments(args.model, args.engine_arguments)
+    engine_args = parse_engine_arguments(args.engine_arguments, args.model_tag)
     samples = _samples(args, methods, texts, _tokenizer(engine_args))
     longest = max(len(sample.token_ids) for sample in samples)
     if longest >= (limit := engine_args.create_model_config().max_model_len):
@@ -84,7 +78,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             f"a sequence of {longest} tokens, and one more, is longer than the model's context "
             f"({limit}): lower --max-tokens and --distances"
         )
-    fingerprint = model_fingerprint(args.model, engine_args.revision)
+    fingerprint = model_fingerprint(engine_args.model, engine_args.revision)
     output = Path(args.output)
     common = {
         "model": fingerprint,
@@ -97,7 +91,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise EvictionError(f"--output {output}: {error.strerror}") from None
     store = CellStore(output / "cells", common)
     measure(engine_args, methods, samples, store)
-    evaluation = Evaluation.collect(args.model, fingerprint, methods, texts, samples, store)
+    evaluation = Evaluation.collect(engine_args.model, fingerprint, methods, texts, samples, store)
     evaluation.write(output)
     evaluation.print(output)
     return 0

@@ -13,6 +13,7 @@ import numpy as np
 from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
+from vase_vllm.tools.arguments import choose_model
 from vase_vllm.tools.evaluation.methods import Method
 from vase_vllm.tools.evaluation.scores import Scores
 
@@ -27,11 +28,15 @@ OURS = {
 """Engine arguments that a user cannot set, and why."""
 
 
-def parse_engine_arguments(model: str, arguments: Sequence[str]) -> "EngineArgs":
-    """Parse vLLM's own arguments.
+def parse_engine_arguments(arguments: Sequence[str], model: str | None) -> "EngineArgs":
+    """Parse vLLM's own arguments, for engines in this process.
+
+    Args:
+        arguments: those of ``vllm serve``.
+        model: the model, if it is not among them.
 
     Raises:
-        EvictionError: an argument is one that `evaluate` sets itself.
+        ValueError: an argument is missing, or is one that `evaluate` sets itself.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -55,12 +60,11 @@ def parse_engine_arguments(model: str, arguments: Sequence[str]) -> "EngineArgs"
         **dict.fromkeys(OURS),
     )
     parsed = parser.parse_args(list(arguments))
-    if parsed.model is not None:
-        raise EvictionError(f"--model {parsed.model}: name the model once, right after evaluate")
     for name, reason in OURS.items():
         if (value := getattr(parsed, name)) is not None:
             raise EvictionError(f"--{name.replace('_', '-')} {value}: {reason}; remove it")
-    parsed.model, parsed.max_logprobs = model, EngineArgs.max_logprobs
+    parsed.model = choose_model("evaluate", model, parsed.model)
+    parsed.max_logprobs = EngineArgs.max_logprobs
     engine_args = EngineArgs.from_cli_args(parsed)
     if EvictionConfig.from_additional(engine_args.additional_config) is not None:
         raise EvictionError("--kv-eviction: evaluate compares --policies; remove it")

@@ -2,28 +2,25 @@
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vase_vllm.tools.inspection.replay import Replay, parse_engine_arguments, replay
+from vase_vllm.tools.requirements import require
+
 if TYPE_CHECKING:
     from rich.table import Table
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
 
     from vase_vllm.config import EvictionConfig
-    from vase_vllm.tools.inspection.kept_positions import LayerHistory
     from vase_vllm.tools.inspection.summary import LayerSummary
 
 DEFAULT_OUTPUT = "vase-inspect"
 NUM_HEADS_DRAWN = 2
 EPILOG = (
-    "All engine arguments of `vllm serve` are accepted as well, such as --model M, "
-    "--max-model-len N, --kv-eviction vase and --kv-eviction-config.budget 2048. "
+    "MODEL is a directory or a Hugging Face id. All engine arguments of `vllm serve` are accepted "
+    "as well, such as --max-model-len N, --kv-eviction vase and --kv-eviction-config.budget 2048. "
     "--enforce-eager is on."
 )
 
@@ -55,35 +52,14 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the files to write")
 
 
-@dataclass(frozen=True)
-class Replay:
-    """One request that was served under eviction.
-
-    Attributes:
-        token_ids: token ids of the prompt and the output.
-        tokens: the text of each token.
-        prompt_len: number of prompt tokens.
-        histories: evictions of each inspected layer, by the layer's index.
-    """
-
-    token_ids: list[int]
-    tokens: list[str]
-    prompt_len: int
-    histories: dict[int, "LayerHistory"]
-
-
 def run_inspect(args: argparse.Namespace) -> int:
+    require("inspect", ["vllm", "matplotlib"])
     from vase_vllm.tools.inspection.summary import summarise
 
-    for module, extra in (("vllm", "gpu"), ("matplotlib", "bench")):
-        if find_spec(module) is None:
-            raise ValueError(
-                f"inspect needs {module}: run pip install '.[{extra}]' in a checkout of vase-vllm"
-            )
     prompt = _read_prompt(args)
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 1")
-    engine_args, config = _engine_arguments(args.engine_arguments)
+    engine_args, config = parse_engine_arguments(args.engine_arguments, args.model_tag)
     output = Path(args.output)
     is_new = not output.exists()
     try:
@@ -91,15 +67,15 @@ def run_inspect(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"--output {output}: {error.strerror}") from None
     try:
-        replay = _replay(engine_args, config, prompt, args)
+        served = replay(engine_args, config, prompt, args)
     except BaseException:
         if is_new:
             output.rmdir()
         raise
-    summaries = {layer: summarise(history) for layer, history in replay.histories.items()}
-    files = _write(output, replay, summaries, engine_args.model, config)
-    files += _draw(output, replay, engine_args.model, config, args.kv_heads)
-    _print(replay, summaries, config, files)
+    summaries = {layer: summarise(history) for layer, history in served.histories.items()}
+    files = _write(output, served, summaries, engine_args.model, config)
+    files += _draw(output, served, engine_args.model, config, args.kv_heads)
+    _print(served, summaries, config, files)
     return 0
 
 
@@ -112,131 +88,9 @@ def _read_prompt(args: argparse.Namespace) -> str:
         raise ValueError(f"--prompt-file {args.prompt_file}: {error}") from None
 
 
-def _engine_arguments(arguments: Sequence[str]) -> tuple["EngineArgs", "EvictionConfig"]:
-    """Parse vLLM's own arguments, for an engine in this process.
-
-    Raises:
-        ValueError: an argument is missing, or is one that `inspect` does not support.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vase_vllm.config import EvictionConfig
-    from vase_vllm.policies.registry import DEFAULT_POLICY
-
-    load_general_plugins()
-    parser = FlexibleArgumentParser(
-        prog="vase-vllm inspect", usage=argparse.SUPPRESS, add_help=False
-    )
-    EngineArgs.add_cli_args(parser)
-    parser.set_defaults(kv_eviction=DEFAULT_POLICY, enforce_eager=True, model=None)
-    parsed = parser.parse_args(list(arguments))
-    if parsed.model is None:
-        raise ValueError("--model is missing: give a directory or a Hugging Face id")
-    engine_args = EngineArgs.from_cli_args(parsed)
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(engine_args, name) > 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} ({getattr(engine_args, name)}): inspect follows the "
-                "evictions of one process only; remove this option"
-            )
-    config = EvictionConfig.from_additional(engine_args.additional_config)
-    if config is None:
-        raise ValueError("--kv-eviction none: there is nothing to inspect; choose a policy")
-    return engine_args, config
-
-
-def _replay(
-    engine_args: "EngineArgs", config: "EvictionConfig", prompt: str, args: argparse.Namespace
-) -> Replay:
-    """Serve one request and record its evictions.
-
-    Raises:
-        ValueError: the engine rejects its arguments, or nothing was evicted.
-    """
-    from pydantic import ValidationError
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    from vase_vllm.tools.inspection.kept_positions import KeptPositions
-
-    if config.fused is not None and not current_platform.is_cpu():
-        print(
-            "The fused kernel does not report which tokens it keeps. inspect therefore evicts in "
-            "plain torch, with the same policy and the same draws; rounding can change the choice "
-            "between tokens of almost equal priority.",
-            file=sys.stderr,
-        )
-    try:
-        llm = LLM.from_engine_args(engine_args)
-    except ValidationError as error:
-        # The message of pydantic itself has many lines.
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    layers = _choose_layers(llm, args.layers)
-    _check_kv_heads(llm, args.kv_heads)
-    kept = KeptPositions(layers)
-    llm.collective_rpc("observe_evictions", args=(kept,))
-    params = llm.get_default_sampling_params()
-    params.max_tokens, params.ignore_eos = args.max_tokens, args.ignore_eos
-    if args.temperature is not None:
-        params.temperature = args.temperature
-    show_progress = sys.stderr.isatty()
-    if args.chat:
-        message: Any = {"role": "user", "content": prompt}
-        (request,) = llm.chat([message], params, use_tqdm=show_progress)
-    else:
-        (request,) = llm.generate(prompt, params, use_tqdm=show_progress)
-    prompt_ids = list(request.prompt_token_ids or ())
-    token_ids = prompt_ids + list(request.outputs[0].token_ids)
-    histories = {}
-    for layer in layers:
-        if (history := kept.history(layer)) is None:
-            raise ValueError(_nothing_evicted(config, len(prompt_ids), len(token_ids)))
-        histories[layer] = history
-    tokenizer = llm.get_tokenizer()
-    tokens = [tokenizer.decode([token]) for token in token_ids]
-    return Replay(token_ids, tokens, len(prompt_ids), histories)
-
-
-def _choose_layers(llm: "LLM", wanted: Sequence[int] | None) -> list[int]:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    from vase_vllm.worker.backend import full_attention_layers
-
-    names = full_attention_layers(llm.llm_engine.vllm_config)
-    evicting = sorted(extract_layer_index(name) for name in names)
-    if wanted is None:
-        return sorted({evicting[0], evicting[len(evicting) // 2], evicting[-1]})
-    if unknown := sorted(set(wanted) - set(evicting)):
-        raise ValueError(
-            f"--layers {unknown[0]}: this layer does not evict; the layers that do are "
-            f"{', '.join(map(str, evicting))}"
-        )
-    return sorted(set(wanted))
-
-
-def _check_kv_heads(llm: "LLM", wanted: Sequence[int] | None) -> None:
-    num_heads = llm.llm_engine.model_config.get_total_num_kv_heads()
-    for head in wanted or ():
-        if not 0 <= head < num_heads:
-            raise ValueError(f"--kv-heads {head}: the model's KV heads are 0 to {num_heads - 1}")
-
-
-def _nothing_evicted(config: "EvictionConfig", prompt_len: int, length: int) -> str:
-    first = config.schedule.first_eviction(prompt_len)
-    return (
-        f"nothing was evicted: the sequence ended with {length} tokens, and its first eviction "
-        f"comes after {first}; raise --max-tokens, set --ignore-eos or lower "
-        "--kv-eviction-config.budget"
-    )
-
-
 def _write(
     output: Path,
-    replay: Replay,
+    served: Replay,
     summaries: dict[int, "LayerSummary"],
     model: str,
     config: "EvictionConfig",
@@ -244,8 +98,8 @@ def _write(
     """Write the data files, which docs/inspect.md describes, and return their paths."""
     import numpy as np
 
-    arrays: dict[str, Any] = {"token_ids": np.array(replay.token_ids, dtype=np.int32)}
-    for layer, history in replay.histories.items():
+    arrays: dict[str, Any] = {"token_ids": np.array(served.token_ids, dtype=np.int32)}
+    for layer, history in served.histories.items():
         arrays["eviction_positions"] = history.positions
         arrays[f"layer_{layer}_status"] = history.status
         arrays[f"layer_{layer}_value_range"] = history.value_range
@@ -257,8 +111,8 @@ def _write(
         "kv_eviction": policy.name,
         "kv_eviction_config": config.model_dump(exclude={"policy"})
         | policy.model_dump(by_alias=True),
-        "prompt_tokens": replay.prompt_len,
-        "tokens": replay.tokens,
+        "prompt_tokens": served.prompt_len,
+        "tokens": served.tokens,
         "layers": {layer: asdict(summary) for layer, summary in summaries.items()},
     }
     files[1].write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -267,7 +121,7 @@ def _write(
 
 def _draw(
     output: Path,
-    replay: Replay,
+    served: Replay,
     model: str,
     config: "EvictionConfig",
     kv_heads: Sequence[int] | None,
@@ -283,14 +137,14 @@ def _draw(
         Status.ABSENT: "evicted",
     }
     files = []
-    for layer, history in replay.histories.items():
+    for layer, history in served.histories.items():
         num_evictions, num_heads, num_positions = history.status.shape
         captions = Captions(
             title=f"{Path(model).name}, layer {layer}: the positions that each KV head holds",
             settings=f"{config.policy.name}, budget {config.budget}, window {config.window}: "
             f"{num_evictions} evictions over {num_positions} tokens",
             names=names,
-            prompt_len=replay.prompt_len,
+            prompt_len=served.prompt_len,
         )
         heads = kv_heads or range(min(num_heads, NUM_HEADS_DRAWN))
         files += draw_layer(history, heads, captions, output / f"layer-{layer}.png")
@@ -305,7 +159,7 @@ def _how_the_rest_stays(config: "EvictionConfig") -> str:
 
 
 def _print(
-    replay: Replay,
+    served: Replay,
     summaries: dict[int, "LayerSummary"],
     config: "EvictionConfig",
     files: list[Path],
@@ -313,10 +167,10 @@ def _print(
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    history = next(iter(replay.histories.values()))
+    history = next(iter(served.histories.values()))
     console.print(
         f"[bold]{config.policy.name}[/], budget {config.budget}, window {config.window}: "
-        f"{replay.prompt_len} + {len(replay.token_ids) - replay.prompt_len} tokens, "
+        f"{served.prompt_len} + {len(served.token_ids) - served.prompt_len} tokens, "
         f"{len(history.positions)} evictions, the last after {history.positions[-1]} tokens"
     )
     console.print(_table(summaries, config))

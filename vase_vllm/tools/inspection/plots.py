@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.patches import Patch
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.inspection.kept_positions import LayerHistory, Status
 
 matplotlib.rcParams["svg.hashsalt"] = "vase-vllm inspect"
@@ -159,7 +160,7 @@ def _show(axis: Axes, history: LayerHistory, image: np.ndarray) -> None:
     if image.shape[1] > NUM_SHARP:
         options = {"interpolation": "antialiased", "interpolation_stage": "rgba"}
         # Rows are repeated to the full height, so that only neighbouring positions are averaged.
-        image = np.repeat(image, -(-DPI * 3 // len(image)), axis=0)
+        image = np.repeat(image, cdiv(DPI * 3, len(image)), axis=0)
     axis.imshow(
         image,
         extent=(0, image.shape[1], positions[-1] + period, positions[0]),

@@ -2,17 +2,19 @@
 
 Blocks are counted as vLLM counts them at start-up: ``num_blocks = KV memory // bytes per block``, a
 sequence takes whole blocks, block 0 is the null block, and "Maximum concurrency" is num_blocks over
-the blocks of a sequence of ``max_model_len`` tokens. Speeds are those of decode steps that are
-bound by memory (:mod:`vase_vllm.tools.plan.cost`).
+the blocks of a sequence of ``max_model_len`` tokens. Speeds are those of decode steps in the cost
+model (:mod:`vase_vllm.tools.plan.cost`): of a GPU, or of any that is bound by memory.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import (
+    Machine,
     ModelShape,
     Shard,
     Step,
@@ -21,6 +23,11 @@ from vase_vllm.tools.plan.cost import (
     num_blocks_held,
 )
 
+MEMORY_UTILIZATION = 0.92
+"""vLLM's default of ``--gpu-memory-utilization``; a test holds it equal to the installed vLLM's. It
+is not read from there, because that would import torch for a single number."""
+MEMORY_BOUND = Machine(bandwidth=1.0)
+"""A GPU of 1 byte/s that computes in no time, which is enough for ratios of speeds."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -41,6 +48,22 @@ def parse_size(text: str) -> int:
     is_binary = unit.isupper() and suffix != "b"
     factor = BINARY_UNITS[unit.upper()] if is_binary or suffix == "ib" else UNITS[unit.lower()]
     return int(float(number) * factor)
+
+
+def kv_cache_memory(gpu_memory: int, utilization: float, other: int, weights: int) -> int:
+    """Bytes that vLLM leaves for the KV cache: ``memory * utilization - other - weights``.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    left = int(gpu_memory * utilization) - other - weights
+    if left <= 0:
+        raise ValueError(
+            f"the weights do not fit: {format_bytes(weights)} of weights and {format_bytes(other)} "
+            f"of --other-memory exceed the {format_bytes(gpu_memory * utilization)} of a GPU; "
+            "raise --gpu-memory or --tensor-parallel-size"
+        )
+    return left
 
 
 @dataclass(frozen=True)
@@ -76,9 +99,13 @@ class Capacity:
         max_sequences: whole sequences that fit besides the null block.
         mean_blocks: blocks that a sequence holds, as the mean over its decode steps.
         mean_cached: tokens that a sequence's attention reads, as the mean over its decode steps.
-        batch: sequences of a step when memory is full and each holds ``mean_blocks``.
+        batch: sequences of a step when memory is full and each holds ``mean_blocks``; under
+            eviction at most those that ``admission: reserve`` admits.
         intensity: operations per byte of that step. Above the GPU's own ratio (about 300 on an
-            H100), the step is bound by arithmetic, and the speed-up is an upper bound.
+            H100), the step is bound by arithmetic, and a speed-up without a machine is an upper
+            bound.
+        tokens_per_second: output tokens of all sequences together when memory is full, in decode
+            steps of the machine; None without a machine.
         speedup: tokens per second when memory is full, relative to the full cache.
         speedup_equal_batch: the same if both run with the full cache's batch.
         ring_share: share of the query ring in a sequence's blocks.
@@ -95,6 +122,7 @@ class Capacity:
     mean_cached: float
     batch: float
     intensity: float
+    tokens_per_second: float | None
     speedup: float
     speedup_equal_batch: float
     ring_share: float
@@ -122,8 +150,12 @@ def make_plan(
     tensor_parallel_size: int,
     workload: Workload,
     schedules: Sequence[EvictionSchedule],
+    machine: Machine | None = None,
 ) -> Plan:
     """Compute the capacities with the full cache and with each schedule.
+
+    Args:
+        machine: the GPU; without one, steps are taken to be bound by memory.
 
     Raises:
         ValueError: not even one sequence fits; the message is one line with the remedy.
@@ -131,7 +163,7 @@ def make_plan(
     shard = Shard(model, tensor_parallel_size)
     bytes_per_block = shard.kv_bytes_per_token * workload.block_size
     num_blocks = workload.kv_cache_memory // bytes_per_block
-    full = _Run(shard, workload, num_blocks)
+    full = _Run(shard, workload, num_blocks, machine)
     needed = full.blocks_per_sequence
     if num_blocks < 2:
         raise ValueError(
@@ -139,13 +171,20 @@ def make_plan(
             f"{format_bytes(bytes_per_block)} besides the null block: "
             "raise --gpu-memory or --tensor-parallel-size"
         )
-    runs = [_Run(shard, workload, num_blocks, schedule) for schedule in schedules]
+    runs = [_Run(shard, workload, num_blocks, machine, schedule) for schedule in schedules]
     smallest = min(run.blocks_per_sequence for run in [full, *runs])
     if num_blocks <= smallest:
         raise ValueError(
             f"not one sequence of {workload.max_model_len} tokens fits: it takes "
             f"{needed} of {num_blocks - 1} usable blocks, {smallest} at the smallest budget; "
             "raise --gpu-memory or lower --max-model-len"
+        )
+    most = [run.most_blocks for run in runs if run.blocks_per_sequence < num_blocks]
+    if most and num_blocks <= min(most):
+        raise ValueError(
+            f"a prompt of {workload.mean_prompt_len} tokens does not fit: it takes {min(most)} of "
+            f"{num_blocks - 1} usable blocks until its first eviction; raise --gpu-memory or lower "
+            "--mean-prompt-len"
         )
     return Plan(
         kv_bytes_per_token=shard.kv_bytes_per_token,
@@ -165,10 +204,12 @@ class _Run:
         shard: Shard,
         workload: Workload,
         num_blocks: int,
+        machine: Machine | None,
         schedule: EvictionSchedule | None = None,
     ) -> None:
         self.shard, self.workload, self.schedule = shard, workload, schedule
         self.num_blocks, self.state_blocks, first = num_blocks, 0, 0
+        self.machine = machine
         prompt, output = workload.mean_prompt_len, workload.mean_output_len
         if schedule is not None:
             first = schedule.first_eviction(prompt)
@@ -183,15 +224,33 @@ class _Run:
         self.mean_blocks = sum(held) / output
         self.mean_cached = mean_cached(prompt, output, schedule)
         self.evicting = evicting_fraction(prompt, output, schedule) if schedule else 0.0
-        limit = workload.max_num_seqs or float("inf")
-        self.batch = min((num_blocks - 1) / self.mean_blocks, limit)
+        # Of a sequence of this workload, at its first eviction.
+        self.most_blocks = self.blocks_per_sequence
+        self.batch = (num_blocks - 1) / self.mean_blocks
+        if workload.max_num_seqs is not None:
+            self.batch = min(self.batch, workload.max_num_seqs)
+        if schedule is not None:
+            longest = min(first, workload.max_model_len)
+            self.most_blocks = self.state_blocks + cdiv(longest, size)
+            self.batch = min(self.batch, (num_blocks - 1) // self.reserved_blocks)
+
+    @property
+    def reserved_blocks(self) -> float:
+        """Blocks that ``admission: reserve`` keeps for a sequence under eviction, as the mean.
+
+        The engine keeps the most that a request can come to hold, whose output it takes to be as
+        long as ``max_model_len`` allows: before its first eviction what it holds at that, then what
+        it holds at its bound.
+        """
+        growing = 1 - self.evicting
+        return self.blocks_per_sequence + growing * (self.most_blocks - self.blocks_per_sequence)
 
     def step(self, batch: float) -> Step:
         return self.shard.step(batch, self.mean_cached, self.schedule, self.evicting)
 
     def throughput(self, batch: float) -> float:
-        """Tokens per byte moved, which is tokens per second over the bandwidth."""
-        return batch / self.step(batch).num_bytes
+        """Tokens per second; without a machine, tokens per byte moved."""
+        return batch / self.step(batch).seconds(self.machine or MEMORY_BOUND)
 
     def capacity(self, full: "_Run") -> Capacity:
         step, schedule = self.step(self.batch), self.schedule
@@ -206,6 +265,7 @@ class _Run:
             mean_cached=self.mean_cached,
             batch=self.batch,
             intensity=step.operations / step.num_bytes,
+            tokens_per_second=self.throughput(self.batch) if self.machine else None,
             speedup=self.throughput(self.batch) / full.throughput(full.batch),
             speedup_equal_batch=self.throughput(full.batch) / full.throughput(full.batch),
             ring_share=self.state_blocks / self.blocks_per_sequence,

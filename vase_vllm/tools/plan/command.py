@@ -1,44 +1,46 @@
-"""The `plan` subcommand: its arguments, its table and its JSON output."""
+"""The `plan` subcommand: its arguments and what it makes of them."""
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.arguments import choose_model
 from vase_vllm.tools.plan.capacity import (
-    Capacity,
-    Plan,
+    MEMORY_UTILIZATION,
     Workload,
-    format_bytes,
+    kv_cache_memory,
     make_plan,
     parse_size,
 )
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import DTYPES, read_model_shape
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.table import print_plan
 
 DEFAULT_BUDGETS = (2048, 4096, 6144)
+DEFAULT_WINDOW = 64
+"""As in :class:`~vase_vllm.config.EvictionConfig`, which cannot be imported without torch."""
 DEFAULT_OUTPUT = 16384
-SIZES = (
-    *("gpu_memory", "kv_cache_memory", "other_memory"),
-    *("max_model_len", "mean_prompt_len", "mean_output_len"),
-)
-H100_INTENSITY = GPUS["h100"].intensity
+MEMORY = ("gpu_memory", "kv_cache_memory", "other_memory")
+LENGTHS = ("max_model_len", "mean_prompt_len", "mean_output_len")
+SMALLEST_MEMORY = 2**20
+"""Nobody means fewer bytes: a smaller number without a unit has lost it."""
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
-        required=True,
-        metavar="M",
-        help="model directory or Hugging Face id; no weights are loaded",
+        metavar="MODEL",
+        help="model directory or Hugging Face id, of which only the config is read; the same as "
+        "MODEL without the flag",
+    )
+    add(
+        "--gpu",
+        type=str.lower,
+        choices=sorted(GPUS),
+        help="GPU: its data sheet gives the memory and the predicted tokens per second",
     )
     add("--gpu-memory", metavar="SIZE", help="memory of one GPU, such as 80GiB, 80G or 80GB")
     add(
@@ -49,7 +51,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpu-memory-utilization",
         type=float,
-        default=0.9,
+        default=MEMORY_UTILIZATION,
         metavar="F",
         help="share of the GPU memory that is used, as in vLLM",
     )
@@ -67,7 +69,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="budgets to compare, in tokens; None: " + ", ".join(map(str, DEFAULT_BUDGETS)),
     )
-    add("--window", type=int, default=64, metavar="W", help="tokens between evictions")
+    add("--window", type=int, default=DEFAULT_WINDOW, metavar="W", help="tokens between evictions")
     add("--max-model-len", metavar="N", help="longest sequence in tokens; None: as in the config")
     add("--block-size", type=int, default=16, metavar="B", help="token slots per block")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of weights and KV cache")
@@ -82,13 +84,19 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    args.model = choose_model("plan", args.model_tag, args.model)
     _check_numbers(args)
     sizes = {
-        name: _size(text, f"--{name.replace('_', '-')}")
-        for name in SIZES
+        name: _size(text, flag(name))
+        for name in (*MEMORY, *LENGTHS)
         if (text := getattr(args, name)) is not None
     }
-    budgets = [_size(text, "--budget") for text in args.budget or DEFAULT_BUDGETS]
+    gpu = GPUS[args.gpu] if args.gpu else None
+    if gpu is not None:
+        sizes.setdefault("gpu_memory", int(gpu.memory))
+    schedules = [
+        _schedule(_size(text, "--budget"), args.window) for text in args.budget or DEFAULT_BUDGETS
+    ]
     model, longest = read_model_shape(args.model, args.dtype)
     tp = args.tensor_parallel_size
     memory = sizes.get("kv_cache_memory") or kv_cache_memory(
@@ -98,21 +106,32 @@ def run_plan(args: argparse.Namespace) -> int:
         cdiv(model.weight_bytes, tp),
     )
     workload = _workload(args, sizes, longest, memory)
-    schedules = [_schedule(budget, args.window, workload.max_model_len) for budget in budgets]
-    plan = make_plan(model, tp, workload, schedules)
+    for schedule in schedules:
+        if reason := schedule.never_evicts(workload.max_model_len, "--budget"):
+            raise ValueError(reason)
+    plan = make_plan(model, tp, workload, schedules, gpu.machine if gpu else None)
     if args.json:
-        print(json.dumps({"workload": asdict(workload), **asdict(plan)}, indent=2))
+        print(json.dumps({"gpu": args.gpu, "workload": asdict(workload), **asdict(plan)}, indent=2))
     else:
-        _print(plan, workload, args)
+        print_plan(plan, workload, args.model, tp, args.gpu)
     return 0
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
-    if (args.gpu_memory is None) == (args.kv_cache_memory is None):
+    if not (args.gpu or args.gpu_memory or args.kv_cache_memory):
+        raise ValueError(
+            "the memory is missing: give --gpu, such as --gpu h100, or --gpu-memory, such as "
+            "--gpu-memory 80GiB, or --kv-cache-memory"
+        )
+    if args.gpu_memory and args.kv_cache_memory:
         raise ValueError("give one of --gpu-memory and --kv-cache-memory")
-    for name in ("tensor_parallel_size", "block_size", "max_num_seqs"):
+    for name in ("tensor_parallel_size", "window", "block_size", "max_num_seqs"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+            raise ValueError(f"{flag(name)} ({value}) must be at least 1")
     if not 0 < args.gpu_memory_utilization <= 1:
         raise ValueError(
             f"--gpu-memory-utilization ({args.gpu_memory_utilization}) must be above 0 and up to 1"
@@ -135,22 +154,6 @@ def _workload(
     return Workload(max_model_len, args.block_size, memory, prompt, output, args.max_num_seqs)
 
 
-def kv_cache_memory(gpu_memory: int, utilization: float, other: int, weights: int) -> int:
-    """Bytes that vLLM leaves for the KV cache: ``memory * utilization - other - weights``.
-
-    Raises:
-        ValueError: nothing is left.
-    """
-    left = int(gpu_memory * utilization) - other - weights
-    if left <= 0:
-        raise ValueError(
-            f"the weights do not fit: {format_bytes(weights)} of weights and {format_bytes(other)} "
-            f"of --other-memory exceed the {format_bytes(gpu_memory * utilization)} of a GPU; "
-            "raise --gpu-memory or --tensor-parallel-size"
-        )
-    return left
-
-
 def _size(text: str | int, flag: str) -> int:
     try:
         size = parse_size(str(text))
@@ -158,76 +161,15 @@ def _size(text: str | int, flag: str) -> int:
         raise ValueError(f"{flag}: {error}") from None
     if size < 1 and flag not in ("--other-memory", "--mean-prompt-len"):
         raise ValueError(f"{flag} ({text}) must be above 0")
+    if flag.endswith("-memory") and 0 < size < SMALLEST_MEMORY and str(text).strip().isdigit():
+        raise ValueError(f"{flag} {text} has no unit: write {flag} {text}GiB")
     return size
 
 
-def _schedule(budget: int, window: int, max_model_len: int) -> "EvictionSchedule":
-    from vase_vllm.config import EvictionConfig
-
-    config = EvictionConfig.parse({"budget": budget, "window": window})
-    if reason := config.schedule.never_evicts(max_model_len, "--budget"):
-        raise ValueError(reason)
-    return config.schedule
-
-
-def _print(plan: Plan, workload: Workload, args: argparse.Namespace) -> None:
-    """Print the table, in colour if the output is a terminal."""
-    from rich.console import Console
-
-    console = Console(
-        highlight=False, soft_wrap=True, no_color=None if sys.stdout.isatty() else True
-    )
-    tp = args.tensor_parallel_size
-    console.print(
-        f"[bold]{args.model}[/]: per GPU{f' of {tp}' if tp > 1 else ''} "
-        f"{format_bytes(plan.weight_bytes)} of weights, "
-        f"{format_bytes(workload.kv_cache_memory)} of KV cache,\n"
-        f"{format_bytes(plan.kv_bytes_per_token)} per token, "
-        f"{plan.num_blocks:,} blocks of {workload.block_size} tokens"
-    )
-    console.print(_table(plan))
-    console.print(
-        "[dim]The maximum concurrency is the value that vLLM logs at start-up, for sequences of "
-        f"{workload.max_model_len:,} tokens.\nThe batch is the number of sequences per step when "
-        f"memory is full, at {workload.mean_prompt_len:,} + {workload.mean_output_len:,} tokens "
-        "each.\nThe speed-up is a prediction for memory-bound decoding (arXiv 2211.05102, section "
-        "3): the tokens\nper byte moved, B / (weights + B (cached * KV bytes + eviction)), "
-        "relative to the full cache.[/]"
-    )
-    if any(item.intensity > H100_INTENSITY for item in plan.capacities):
-        console.print(
-            "[yellow]* The step needs more operations per byte than an H100 has "
-            f"({H100_INTENSITY:.0f}): it is bound by\narithmetic, and the speed-up is an upper "
-            "bound.[/]"
+def _schedule(budget: int, window: int) -> EvictionSchedule:
+    if budget <= window:
+        raise ValueError(
+            f"--budget ({budget}) must be larger than --window ({window}): "
+            "raise --budget or lower --window"
         )
-
-
-def _table(plan: Plan) -> "Table":
-    """A table with one column per capacity, which fits a terminal of 80 columns."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for item in plan.capacities:
-        name = "full cache" if item.budget is None else f"budget {item.budget}"
-        table.add_column(name, justify="right", style="bold" if item.budget else "")
-    columns = [_column(item) for item in plan.capacities]
-    for label in columns[0]:
-        table.add_row(label, *(column[label] for column in columns))
-    return table
-
-
-def _column(item: Capacity) -> dict[str, str]:
-    is_full = item.budget is None
-    bound = "*" if item.intensity > H100_INTENSITY else ""
-    return {
-        "blocks per sequence": f"{item.blocks_per_sequence:,}",
-        "  of which query ring": "-" if is_full else f"{item.state_blocks} ({item.ring_share:.1%})",
-        "maximum concurrency": f"{item.max_concurrency:.2f}x",
-        "sequences that fit": f"{item.max_sequences:,}",
-        "batch": f"{item.batch:.1f}",
-        "speed-up, memory full": f"{item.speedup:.2f}x{bound}",
-        "speed-up, equal batch": f"{item.speedup_equal_batch:.2f}x",
-        "eviction traffic": "-" if is_full else f"{item.eviction_traffic:.1%}",
-    }
+    return EvictionSchedule(budget, window)

@@ -233,18 +233,6 @@ class Shard:
             all_reduce_bytes=2 * (tp - 1) / tp * batch * model.hidden_size * model.element_size,
         )
 
-    def prefill(self, num_tokens: int) -> Part:
-        """Count the prefill of a prompt in the same step as decodes, which read the weights.
-
-        The operations are those of the linear layers and ``2 n^2 l Q D`` of causal attention. The
-        bytes are those of the KV cache that is written.
-        """
-        model = self.model
-        attention = 2 * num_tokens**2 * model.num_layers * self.num_query_heads * model.head_size
-        return Part(
-            num_tokens * self.kv_bytes_per_token, self.linear_operations(num_tokens) + attention
-        )
-
     def eviction(self, schedule: EvictionSchedule) -> Part:
         """Count one eviction of one sequence in the steady state, with T candidates.
 

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from vase_vllm.tools.plan.cost import Machine
 
+BANDWIDTH_REACHED = 0.8
+"""Share of the bandwidths that kernels are assumed to reach; as the next three, not measured."""
+PEAK_REACHED = 0.6
+"""Share of the peak that kernels are assumed to reach."""
+OVERHEAD = 2e-3
+"""Seconds of a step for scheduling, sampling and kernel launches."""
+LINK_LATENCY = 1e-5
+"""Seconds of a small all-reduce."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -26,29 +35,15 @@ class Gpu:
         """Operations per byte; a step that needs more of them is bound by arithmetic."""
         return self.peak / self.bandwidth
 
-    def machine(
-        self,
-        bandwidth_reached: float = 0.8,
-        peak_reached: float = 0.6,
-        overhead: float = 2e-3,
-        link_latency: float = 1e-5,
-    ) -> Machine:
-        """What a step reaches of the data sheet.
-
-        The four defaults are assumptions, not measurements.
-
-        Args:
-            bandwidth_reached: share of the bandwidths that kernels reach.
-            peak_reached: share of the peak that kernels reach.
-            overhead: seconds of a step for scheduling, sampling and kernel launches.
-            link_latency: seconds of a small all-reduce.
-        """
+    @property
+    def machine(self) -> Machine:
+        """What a step is assumed to reach of the data sheet."""
         return Machine(
-            bandwidth=self.bandwidth * bandwidth_reached,
-            peak=self.peak * peak_reached,
-            overhead=overhead,
-            link_bandwidth=self.link_bandwidth * bandwidth_reached,
-            link_latency=link_latency,
+            bandwidth=self.bandwidth * BANDWIDTH_REACHED,
+            peak=self.peak * PEAK_REACHED,
+            overhead=OVERHEAD,
+            link_bandwidth=self.link_bandwidth * BANDWIDTH_REACHED,
+            link_latency=LINK_LATENCY,
         )
 
 
