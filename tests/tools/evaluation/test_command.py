@@ -120,7 +120,7 @@ def test_another_model_text_or_setting_is_measured_again(run, model, scored, tmp
 
 
 def test_the_results_say_where_they_come_from(run, scored, tmp_path, capsys):
-    run()
+    run("--note", "Nothing else ran.")
     out = tmp_path / "out"
     result = json.loads((out / "evaluation.json").read_text())
     assert {text["half"] for text in result["texts"]} == {"choice", "report"}
@@ -132,8 +132,10 @@ def test_the_results_say_where_they_come_from(run, scored, tmp_path, capsys):
     (both,) = (r for r in result["likelihood"] if (r["group"], r["method"]) == ("all", "vase"))
     assert both["rise"]["mean"] == pytest.approx(np.mean(rises))
     page = (out / "evaluation.md").read_text()
-    assert f"| vase | {both['rise']['mean']:+.3f} (" in page
+    margin = both["rise"]["high"] - both["rise"]["mean"]
+    assert f"| vase | {both['rise']['mean']:+.3f} ± {margin:.3f} | - |" in page
     assert "which makes it a lower bound" in page
+    assert "- Nothing else ran.\n" in page
     assert result["texts"][0]["sha256"][:12] in page
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     assert "rkv:smoothing=1" in capsys.readouterr().out

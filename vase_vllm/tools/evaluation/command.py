@@ -54,6 +54,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--instances", type=int, default=16, metavar="N", help="recall: cases of each kind")
     add("--fact-at", type=int, default=64, metavar="N", help="recall: tokens in front of the fact")
+    add("--note", metavar="TEXT", help="a sentence for the page of results")
     add("--output", default="vase-evaluate", metavar="DIR", help="directory of the results")
 
 
@@ -91,7 +92,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise EvictionError(f"--output {output}: {error.strerror}") from None
     store = CellStore(output / "cells", common)
     measure(engine_args, methods, samples, store)
-    evaluation = Evaluation.collect(engine_args.model, fingerprint, methods, texts, samples, store)
+    model = {"name": engine_args.model, "fingerprint": fingerprint}
+    evaluation = Evaluation.collect(model, args.note, methods, texts, samples, store)
     evaluation.write(output)
     evaluation.print(output)
     return 0

@@ -34,18 +34,20 @@ from vase_vllm.tools.markdown import table as markdown_table
 from vase_vllm.tools.provenance import machine, versions
 
 LIKELIHOOD_NOTE = (
-    "Means over the positions that are computed after the first eviction (position budget + "
-    "window), and over texts. The KL divergence from the full cache's distribution is computed of "
-    "the most probable tokens that both runs report and one event for all others, which makes it "
-    "a lower bound."
+    "The rise of the negative log-likelihood (NLL) over the full cache's, less that of the first "
+    "policy, the KL divergence from the full cache's distribution, all in nats per token, and the "
+    "share of positions with the same most probable token: means over the positions that are "
+    "computed after the first eviction (position budget + window), and over texts. The divergence "
+    "is computed of the most probable tokens that both runs report and one event for all others, "
+    "which makes it a lower bound."
 )
 RECALL_NOTE = (
     "A value is recalled if greedy decoding writes it: each of its tokens is the most probable one "
-    "after the right tokens before it."
+    "after the right tokens before it. The NLL of its tokens is in nats."
 )
 INTERVAL_NOTE = (
-    f"In brackets: {LEVEL:.0%} confidence intervals, Student's t over texts (or cases), and "
-    "Wilson's for shares of cases. Choose a method by the texts of one half, and report what the "
+    f"The confidence intervals are of {LEVEL:.0%}: Student's t over texts (or cases), and Wilson's "
+    "for shares of cases. Choose a method by the texts of one half, and report what the "
     "other half says of it."
 )
 
@@ -69,14 +71,19 @@ class Evaluation:
     @classmethod
     def collect(
         cls,
-        model: str,
-        fingerprint: str,
+        model: dict[str, str],
+        note: str | None,
         methods: Sequence[Method],
         texts: Sequence[Text],
         samples: Sequence[Sample],
         store: CellStore,
     ) -> "Evaluation":
-        """Read the scores of all methods and samples, which must be in the store."""
+        """Read the scores of all methods and samples, which must be in the store.
+
+        Args:
+            model: name and fingerprint.
+            note: what the user says of the results.
+        """
         full = methods[0]
         comparisons: dict[Method, list[Comparison]] = {method: [] for method in methods[1:]}
         grades: dict[Method, list[Grade]] = {method: [] for method in methods}
@@ -96,7 +103,8 @@ class Evaluation:
                 "machine": machine(),
                 "versions": {"python": platform.python_version()}
                 | versions(["vllm", "torch", "transformers", "vase-vllm"]),
-                "model": {"name": model, "fingerprint": fingerprint},
+                "note": note,
+                "model": model,
                 "texts": [
                     {
                         "name": text.name,
@@ -166,6 +174,7 @@ class Evaluation:
             f"- machine: {device}",
             f"- versions: {', '.join(f'{k} {v}' for k, v in source['versions'].items())}",
             f"- date: {source['date'][:10]}",
+            *([f"- {source['note']}"] if source["note"] else []),
             "",
             *[line for note in self.notes for line in (note, "")],
             *(["![rise of the NLL](evaluation.svg)", ""] if self.comparisons else []),

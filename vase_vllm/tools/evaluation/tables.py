@@ -1,6 +1,6 @@
 """The tables of an evaluation, for a terminal and for Markdown."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,18 +59,18 @@ def likelihood_tables(rows: Sequence[LikelihoodRow]) -> Iterator[Table]:
                 f"{own[0].full_nll:.3f} nats per token)",
                 [
                     "policy",
-                    "rise of the NLL, nats",
-                    f"rise minus {own[0].method}'s",
-                    "KL divergence, at least, nats",
+                    "rise of the NLL",
+                    f"minus {own[0].method}",
+                    "KL, at least",
                     "same top token, %",
                 ],
                 [
                     [
                         row.method,
-                        _text(row.rise, _signed),
-                        "-" if row.minus_first is None else _text(row.minus_first, _signed),
-                        _text(row.divergence, _plain),
-                        _text(row.same_top, _percent),
+                        _mean(row.rise, "+"),
+                        "-" if row.minus_first is None else _mean(row.minus_first, "+"),
+                        _mean(row.divergence),
+                        _mean(row.same_top, digits=1, scale=100),
                     ]
                     for row in own
                 ],
@@ -110,7 +110,7 @@ def recall_tables(rows: Sequence[RecallRow]) -> Iterator[Table]:
 
 
 def _recall_cells(row: RecallRow) -> list[str]:
-    return [_text(row.recalled, _percent), _text(row.nll, _plain)]
+    return [_share(row.recalled), _mean(row.nll)]
 
 
 def not_counted(rows: Sequence[RecallRow]) -> list[str]:
@@ -123,19 +123,16 @@ def not_counted(rows: Sequence[RecallRow]) -> list[str]:
     ]
 
 
-def _text(estimate: Estimate, number: Callable[[float], str]) -> str:
-    if estimate.low is None or estimate.high is None:
-        return number(estimate.mean)
-    return f"{number(estimate.mean)} ({number(estimate.low)} to {number(estimate.high)})"
+def _mean(estimate: Estimate, sign: str = "", digits: int = 3, scale: float = 1) -> str:
+    """A mean and half the width of its interval, which is symmetric."""
+    mean = f"{scale * estimate.mean:{sign}.{digits}f}"
+    if estimate.high is None:
+        return mean
+    return f"{mean} \N{PLUS-MINUS SIGN} {scale * (estimate.high - estimate.mean):.{digits}f}"
 
 
-def _plain(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _share(estimate: Estimate) -> str:
+    """A share in percent and the ends of its interval, which is not symmetric."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return f"{100 * estimate.mean:.0f} ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
