@@ -172,7 +172,7 @@ def test_the_recall_suite_runs_through_the_same_cells(run, monkeypatch, tmp_path
         (["--policies", "full"], "--policies: name a policy besides full"),
         (["--texts", "absent.txt"], "--texts absent.txt: "),
         (
-            ["--suite", "recall", "--distances", "70"],
+            ["--suite", "recall", "--distances", "15"],
             "--distances 70 is below budget + window (80)",
         ),
         (["--max-model-len", "512"], "--max-model-len 512: evaluate sets it"),

@@ -137,10 +137,11 @@ def _samples(
     if "likelihood" in args.suite:
         samples += text_samples(texts, tokenizer, args.max_tokens, bound, args.top_logprobs)
     if "recall" in args.suite:
-        if (shortest := min(args.distances)) < bound:
+        if args.fact_at + (shortest := min(args.distances)) < bound:
             raise EvictionError(
-                f"--distances {shortest} is below budget + window ({bound}), so that a fact might "
-                "never be evicted; raise it or lower --budgets"
+                f"--distances {shortest} and --fact-at {args.fact_at} are together below budget + "
+                f"window ({bound}), so that nothing would be evicted before the question; raise "
+                "them or lower --budgets"
             )
         samples += recall_cases(texts, tokenizer, args.distances, args.instances, args.fact_at)
     return samples
