@@ -173,7 +173,7 @@ def test_the_recall_suite_runs_through_the_same_cells(run, monkeypatch, tmp_path
         (["--texts", "absent.txt"], "--texts absent.txt: "),
         (
             ["--suite", "recall", "--distances", "15"],
-            "--distances 70 is below budget + window (80)",
+            "--distances 15 and --fact-at 64 are together",
         ),
         (["--max-model-len", "512"], "--max-model-len 512: evaluate sets it"),
         (["--kv-eviction", "vase"], "--kv-eviction: evaluate compares --policies; remove it"),
