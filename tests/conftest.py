@@ -35,6 +35,29 @@ class ModelZoo:
 
         return self._make(LlamaConfig, LlamaForCausalLM, changes)
 
+    def mistral(self) -> Path:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        return self._make(MistralConfig, MistralForCausalLM, {"sliding_window": None})
+
+    def qwen3_moe(self) -> Path:
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        return self._make(Qwen3MoeConfig, Qwen3MoeForCausalLM, experts)
+
+    def gpt_oss(self) -> Path:
+        """Attention sinks, and a sliding window in every second layer."""
+        from transformers import GptOssConfig, GptOssForCausalLM
+
+        changes = {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
+        return self._make(GptOssConfig, GptOssForCausalLM, changes)
+
     def gemma2(self) -> Path:
         from transformers import Gemma2Config, Gemma2ForCausalLM
 

@@ -1,14 +1,17 @@
 """Real engines for the tests, in this process, and looks into vLLM's own bookkeeping."""
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.scheduler import Scheduler
 
 BLOCK_SIZE = 32
@@ -31,16 +34,48 @@ def engine(model: Path | str, eviction: dict[str, Any] | None, **options: Any) -
     if eviction is not None:
         settings["additional_config"] = {"kv_eviction": {"policy": "vase", **eviction}}
     try:
-        llm = LLM(str(model), **(settings | options))
+        with _shortcuts():
+            llm = LLM(str(model), **(settings | options))
         try:
             yield llm
         finally:
-            llm.llm_engine.engine_core.shutdown()
+            with _shortcuts():
+                llm.llm_engine.engine_core.shutdown()
             del llm
     finally:
         # An engine that refuses to start leaves its process groups behind as well.
-        gc.collect()
+        release()
+
+
+def release() -> None:
+    """Free what an engine of this process that nobody refers to any more has left behind."""
+    gc.collect()
+    with _shortcuts():
         cleanup_dist_env_and_memory()
+
+
+_modules_with_kernels: set[str] = set()
+
+
+@contextmanager
+def _shortcuts() -> Iterator[None]:
+    """Leave out what takes most of a tiny engine's way up and down, and changes nothing.
+
+    vLLM collects garbage nine times on that way; once will do. And it searches all modules for
+    Triton kernels that have another implementation on a CPU; where none is new, it has done so.
+    """
+    rebind = dispatcher._rebind_kernels
+
+    def rebind_in_new_modules(overrides: Any) -> None:
+        if not _modules_with_kernels.issuperset(sys.modules):
+            rebind(overrides)
+            _modules_with_kernels.update(sys.modules)
+
+    with (
+        mock.patch.object(gc, "collect", return_value=0),
+        mock.patch.object(dispatcher, "_rebind_kernels", rebind_in_new_modules),
+    ):
+        yield
 
 
 def scheduler(llm: LLM) -> Scheduler:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.oracle.selection import select_greedy
+from tests.support.engines import release
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.query_ring import RingLayout
@@ -234,27 +235,24 @@ def tiny_model(tmp_path_factory):
     return str(make_tiny_model(tmp_path_factory.mktemp("inspect") / "tiny", layers=2))
 
 
-def run_inspect(model, output, *arguments):
-    return subprocess.run(
-        [
-            *[sys.executable, "-m", "vase_vllm.tools.cli", "inspect", model],
-            *["--output", str(output), "--kv-eviction-config.budget", "48"],
-            *["--kv-eviction-config.window", "16", "--max-model-len", "512"],
-            *["--kv-cache-memory-bytes", "16M", "--block-size", "32", *arguments],
-        ],
-        capture_output=True,
-        text=True,
-    )
+def inspect_arguments(model, output, *arguments):
+    return [
+        *["inspect", model, "--output", str(output), "--kv-eviction-config.budget", "48"],
+        *["--kv-eviction-config.window", "16", "--max-model-len", "512"],
+        *["--kv-cache-memory-bytes", "16M", "--block-size", "32", *arguments],
+    ]
 
 
 @pytest.mark.slow
 def test_inspect_end_to_end(tiny_model, tmp_path):
-    result = run_inspect(
+    arguments = inspect_arguments(
         tiny_model,
         tmp_path,
         *["--prompt", "Say it again.", "--chat", "--max-tokens", "160", "--temperature", "0"],
         *["--layers", "1", "--kv-heads", "1", "--kv-eviction-config.protected", "12"],
     )
+    command = [sys.executable, "-m", "vase_vllm.tools.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("layer-1.png", "layer-1.svg", "kept.npz", "summary.json"):
         assert str(tmp_path / name) in result.stdout
@@ -300,12 +298,17 @@ def test_inspect_end_to_end(tiny_model, tmp_path):
     ids=["nothing to evict", "no such layer", "no such model"],
 )
 def test_what_only_the_engine_knows_is_refused_in_one_line(
-    tiny_model, tmp_path, model, arguments, message
+    tiny_model, tmp_path, capsys, model, arguments, message
 ):
-    result = run_inspect(model or tiny_model, tmp_path / "pictures", *HELLO, *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    output = tmp_path / "pictures"
+    try:
+        code = cli.main(inspect_arguments(model or tiny_model, output, *HELLO, *arguments))
+    finally:
+        release()
+    assert code != 0
+    stderr = capsys.readouterr().err
+    assert message in stderr.strip().splitlines()[-1]
+    assert "Traceback" not in stderr
     assert not (tmp_path / "pictures").exists()
 
 
