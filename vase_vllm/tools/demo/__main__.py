@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -62,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_unwinds():
             return run(model, console)
     except (OpenAIError, RequestException, RuntimeError, ValueError, OSError) as error:
-        console.print(f"[bold red]demo:[/] {escape(str(error))}", highlight=False)
-        if isinstance(error, ConnectionError) and model is None:
-            console.print("and make demo MODEL=DIR serves it", highlight=False)
+        console.print(f"[red]demo:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -78,13 +77,17 @@ def run(model: Path | None, console: Console) -> int:
         f"two cores, 5 GB of memory{' and 0.6 GB of disk (0.3 GB of them to keep)' * fetching}."
     )
     if model is None:
-        model = make_demo_model(MODEL)
+        try:
+            model = make_demo_model(MODEL)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}, and make demo MODEL=DIR serves it") from None
 
     # Two servers share the machine: fairly, and without threads that wait for each other.
     num_threads = min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
     os.environ.update(OMP_NUM_THREADS=str(num_threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
-    console.print(f"\n[bold]$ vllm serve {model} {' '.join(SERVE)}[/]", highlight=False)
-    console.print(f"[bold]$ the same with {' '.join(EVICT)}[/]\n", highlight=False)
+    serve = escape(shlex.join(["vllm", "serve", str(model), *SERVE]))
+    console.print(f"\n[bold]{serve}[/]", highlight=False)
+    console.print(f"the same, and [bold]{shlex.join(EVICT)}[/]\n", highlight=False)
     # The servers end first, so that no thread is left waiting for one.
     with (
         ThreadPoolExecutor(2 * len(TOPICS)) as executor,
@@ -138,7 +141,7 @@ def report(sides: Sequence[Side], console: Console) -> int:
     )
     console.print(
         f"What both held: each has a pool of {NUM_BLOCKS - 1} KV blocks of {BLOCK_SIZE} tokens. "
-        '"tokens held" is by one sequence: the longest with the full cache, the mean under eviction.'
+        '"tokens held" is by one sequence: the longest with the full cache, the mean with vase.'
     )
     console.print(view.held_over_time(sides))
 

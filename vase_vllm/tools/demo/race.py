@@ -91,9 +91,12 @@ class Side:
             **SAMPLING,
         )
         for chunk in stream:
+            if self.is_stopped:
+                stream.close()  # vLLM aborts the request
+                return
             if chunk.choices and chunk.choices[0].delta.content:
                 output.text += chunk.choices[0].delta.content
-            if chunk.usage is not None and not self.is_stopped:
+            if chunk.usage is not None:
                 output.num_generated = chunk.usage.completion_tokens
                 output.num_tokens = chunk.usage.total_tokens
                 self.seconds = time.monotonic() - self.start
@@ -105,7 +108,7 @@ class Side:
         return all(output.is_done for output in self.outputs)
 
     def stop(self) -> None:
-        """Count and time no more tokens."""
+        """End the requests that still run, with their next token."""
         self.is_stopped = True
 
     @property
