@@ -23,8 +23,8 @@ from vase_vllm.tools.server import Server
 from vase_vllm.tools.termination import sigterm_unwinds
 
 MODEL = Path("build/demo-model")
-BUDGET, WINDOW, BLOCK_SIZE, MAX_MODEL_LEN = 192, 32, 32, 576
-NUM_BLOCKS = 37
+BUDGET, WINDOW, BLOCK_SIZE, MAX_MODEL_LEN = 128, 32, 32, 576
+NUM_BLOCKS = 29
 """Of the pool; the null block is one of them."""
 # float32: a CPU without AVX-512 computes a step of several sequences three times as fast as with
 # bfloat16. Without the prefix cache, blocks in use are those of requests alone.
