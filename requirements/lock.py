@@ -79,7 +79,7 @@ def main() -> int:
     locks = {}
     for extra in ADDITIONS:
         all_pins = found[f"cpu,dev,{extra}"]
-        if changed := {name for name in pins if all_pins[name] != pins[name]}:
+        if changed := {name for name in pins if all_pins.get(name) != pins[name]}:
             print(f"the extra {extra} would change {', '.join(sorted(changed))}", file=sys.stderr)
             return 1
         locks[extra] = {name: all_pins[name] for name in all_pins if name not in pins}

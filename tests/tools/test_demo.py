@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from rich.console import Console
 
 from vase_vllm.tools.demo import __main__ as demo
@@ -36,7 +36,7 @@ def finished_side(name: str, server: FinishedServer, is_evicting: bool, held: in
 
 
 def finished_sides() -> list[Side]:
-    bound = demo.BUDGET + demo.WINDOW
+    bound = len(TOPICS) * (demo.BUDGET + demo.WINDOW)
     return [
         finished_side("full cache", FinishedServer(2.0), False, 500),
         finished_side("vase", FinishedServer(4.0, evictions=40), True, bound),
@@ -120,6 +120,41 @@ def test_the_table_has_moments_of_the_whole_time():
     table = view.held_over_time(sides)
     assert table.row_count == view.MOST_ROWS
     assert list(table.columns[0].cells)[-1] == "90"
+
+
+class RunningServer:
+    """What a sample asks a server for: two requests run, and its worker counts."""
+
+    num_running = 2
+
+    def metrics(self):
+        labels = ["num_gpu_blocks"]
+        info = GaugeMetricFamily("vllm:cache_config_info", "info", labels=labels)
+        info.add_metric(["29"], 1)
+        gauges = {"vllm:num_requests_running": self.num_running, "vllm:kv_cache_usage_perc": 0.5}
+        families = {name: GaugeMetricFamily(name, "a", value=n) for name, n in gauges.items()}
+        return {**families, "vllm:cache_config_info": info}
+
+    def eviction_stats(self):
+        return {"evictions": 7, "cached_tokens": 300}
+
+
+def test_a_sample_counts_what_running_requests_hold():
+    lengths = (100, 400, 300, 200)
+    outputs = [Output("a", length - 40, length, is_done=length == 400) for length in lengths]
+    full = Side("full cache", RunningServer(), "model", False, outputs)
+    evicting = Side("vase", RunningServer(), "model", True, outputs)
+    for side in (full, evicting):
+        side.take_sample()
+    # The request of 400 tokens is done, that of 100 is preempted.
+    (sample,) = full.samples
+    assert (sample.tokens_held, sample.num_evictions) == (300 + 200, None)
+    (sample,) = evicting.samples
+    assert (sample.tokens_held, sample.num_evictions, sample.num_blocks) == (300, 7, 14)
+    for side in (full, evicting):
+        side.server.num_running = 0
+        side.take_sample()
+        assert side.samples[-1].tokens_held == 0
 
 
 def test_without_a_registry_the_demo_names_what_needs_none(capfd, monkeypatch, tmp_path):

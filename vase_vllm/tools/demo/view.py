@@ -67,10 +67,11 @@ def held_over_time(sides: Sequence[Side]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("\n\nseconds", justify="right")
     for side in sides:
-        first, *others = ("tokens", "requests\nrunning", "KV\nblocks", "tokens\nheld")
-        table.add_column(f"{side.name}:\n\n{first}", justify="right")
-        for name in others:
-            table.add_column(f"\n{name}", justify="right")
+        name = f"{side.name}:".split()
+        lines = [""] * (2 - len(name)) + name
+        table.add_column("\n".join([*lines, "tokens"]), justify="right")
+        for heading in ("\n\nrunning", "\nKV\nblocks", "\ntokens\nheld"):
+            table.add_column(heading, justify="right")
     table.add_column("\n\nevictions", justify="right")
     rows = list(zip(*(side.samples for side in sides), strict=False))
     for samples in rows[:: cdiv(len(rows), MOST_ROWS) or 1]:
