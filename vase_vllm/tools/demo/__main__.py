@@ -183,7 +183,7 @@ def report(sides: Sequence[Side], console: Console) -> int:
         console.print(f"{mark}  {what}", highlight=False)
     if not all(happened.values()):
         return 1
-    console.print(NEXT, highlight=False)
+    console.print(NEXT, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -65,14 +65,14 @@ def progress(sides: Sequence[Side], height: int) -> Table:
 def held_over_time(sides: Sequence[Side]) -> Table:
     """What both servers had generated and held at up to ``MOST_ROWS`` of the sampled moments."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("\n\nseconds", justify="right")
+    table.add_column("\n\ns", justify="right")
     for side in sides:
         name = f"{side.name}:".split()
         lines = [""] * (2 - len(name)) + name
         table.add_column("\n".join([*lines, "tokens"]), justify="right")
-        for heading in ("\n\nrunning", "\nKV\nblocks", "\ntokens\nheld"):
+        for heading in ("\n\nruns", "\nKV\nblocks", "\ntokens\nheld"):
             table.add_column(heading, justify="right")
-    table.add_column("\n\nevictions", justify="right")
+    table.add_column("\nevic-\ntions", justify="right")
     rows = list(zip(*(side.samples for side in sides), strict=False))
     for samples in rows[:: cdiv(len(rows), MOST_ROWS) or 1]:
         cells = [f"{samples[0].seconds:.0f}"]
