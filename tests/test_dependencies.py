@@ -23,7 +23,8 @@ and cpu, or are there already; vLLM itself requires them."""
 EXTRA_OF = {
     "vase_vllm/tools/plan/": ["plan"],
     "vase_vllm/tools/inspection/": ["inspect"],
-    "vase_vllm/tools/demo.py": ["demo"],
+    "vase_vllm/tools/demo/": ["demo"],
+    "vase_vllm/tools/demo_model.py": ["demo"],
     "vase_vllm/tools/server.py": ["demo"],
     "benchmarks/": ["bench"],
     "benchmarks/accuracy/": ["bench", "accuracy"],
@@ -31,8 +32,8 @@ EXTRA_OF = {
 }
 """Folders and files that need more than the base; the longest that fits is meant."""
 DISTRIBUTIONS = packages_distributions()
-NOT_IMPORTED = {"pandas"}
-"""For programs of others that a benchmark starts; pyproject.toml says which."""
+NOT_IMPORTED = {"accelerate", "gguf", "pandas"}
+"""Needed by what is called; pyproject.toml says by what."""
 
 
 def declared(requirements: list[str]) -> set[str]:
