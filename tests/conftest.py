@@ -1,9 +1,11 @@
-"""Shared fixtures: tiny models on disk, and vLLM in this process."""
+"""Shared fixtures: models on disk, and vLLM in this process."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+from tests.support.demo_model import shared_demo_model
 
 # Engines run in the test's own process, where their scheduler and block pool can be looked at.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -17,6 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> "ModelZoo":
     return ModelZoo(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """A directory with SmolLM2-135M-Instruct, a real model."""
+    return shared_demo_model()
 
 
 class ModelZoo:

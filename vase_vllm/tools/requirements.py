@@ -8,6 +8,8 @@ REMEDIES = {
     "vllm": WITH_VLLM,
     "torch": f"it comes with vLLM: {WITH_VLLM}",
     "transformers": f"it comes with vLLM: {WITH_VLLM}",
+    "accelerate": "run pip install '.[demo]' in a checkout of vase-vllm",
+    "gguf": "run pip install '.[demo]' in a checkout of vase-vllm",
     "matplotlib": "run pip install '.[inspect]' in a checkout of vase-vllm",
     "scipy": "run pip install '.[evaluate]' in a checkout of vase-vllm",
     "huggingface_hub": "run pip install '.[plan]' in a checkout of vase-vllm",

@@ -8,13 +8,12 @@ exception, on Ctrl-C, and when this process gets a SIGTERM.
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ import requests
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.utils.network_utils import get_open_port
+
+from vase_vllm.tools.termination import sigterm_unwinds
 
 GRACE_SECONDS = 30
 """What a server has to end by itself before it is killed."""
@@ -45,11 +46,9 @@ class Server:
         # The endpoint that asks the workers for their counters is one of vLLM's developer mode.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
         self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-serve-", suffix=".log")
-        # A SIGTERM unwinds the stack from here on, through __exit__, unless the caller handles it.
-        self._handler = None
-        is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if is_default and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, _exit_on_signal)
+        # A SIGTERM goes through __exit__ from here on.
+        self._exits = ExitStack()
+        self._exits.enter_context(sigterm_unwinds())
         self._process = subprocess.Popen(
             self.command,
             stdout=self._log,
@@ -73,8 +72,7 @@ class Server:
                 self._process.poll()
                 psutil.wait_procs(left, timeout=1)
             self._log.close()
-            if self._handler is not None:
-                signal.signal(signal.SIGTERM, self._handler)
+            self._exits.close()
 
     def processes(self) -> list[psutil.Process]:
         """The processes of the server's group that still run."""
@@ -127,10 +125,6 @@ class Server:
     def num_used_blocks(self) -> int:
         """KV cache blocks in use, from vLLM's own metrics."""
         return count_blocks(self.metrics())[0]
-
-
-def _exit_on_signal(number: int, _: object) -> None:
-    sys.exit(128 + number)
 
 
 def _is_in_group(process: psutil.Process, group: int) -> bool:
