@@ -12,6 +12,20 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP_SIZE = 16
 
 
+def misfit(head_size: int, group_size: int) -> str | None:
+    """Why the kernels cannot take a layer of this shape, in one line, or None.
+
+    Args:
+        head_size: D of keys and values.
+        group_size: query heads per KV head.
+    """
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if not 1 <= group_size <= MAX_GROUP_SIZE:
+        return f"{group_size} query heads per KV head are not 1 to {MAX_GROUP_SIZE}"
+    return None
+
+
 def check_tensor(
     name: str,
     tensor: torch.Tensor,

@@ -1,8 +1,12 @@
-"""Remapping: where a step's new tokens are written, and how many tokens each sequence has cached.
+"""Remapping: where a step's new tokens are written, and what attention is shown of each sequence.
 
 A position lies in the slot of its own number until the sequence's first eviction, and then in slot
 ``T + (p - first) mod W``. One small launch, one program per sequence, rewrites the batch's buffers:
 it reads nothing but those persistent buffers and needs no number from the host.
+
+Attention gets a block table of its own, without the columns in front of the token blocks: some of
+FlashInfer's kernels (XQA, trtllm-gen) take the pitch of the rows from the table's last dimension,
+so a view of vLLM's table would not do.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -26,14 +30,17 @@ def remap_sequences(
     slot_mapping,  # [tokens] int64, changed
     starts,  # [R] int32, written
     num_cached,  # [R] int32, written
+    token_table,  # [R, token columns] int32, written as far as tokens are cached
     budget,
+    num_columns,  # of the token blocks in a row of block_table
     table_stride,
+    token_table_stride,
     TOKEN_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One sequence: its new tokens' slots, its first new position and its cached length."""
+    """One sequence: its new tokens' slots, its first new position, cached length and blocks."""
     row = tl.program_id(0)
     table_row = block_table + row.to(tl.int64) * table_stride
     first = tl.load(table_row)
@@ -47,6 +54,14 @@ def remap_sequences(
     evicted = (first > 0) & (last >= first)
     cached = tl.where(evicted, budget + (last - first) % WINDOW + 1, seq_len)
     tl.store(num_cached + row, cached)
+    token_row = token_table + row.to(tl.int64) * token_table_stride
+    # A dummy row may be said to be longer than its blocks.
+    num_blocks = tl.minimum((cached + BLOCK_SIZE - 1) // BLOCK_SIZE, num_columns)
+    for offset in range(0, num_blocks, TILE):
+        column = offset + tl.arange(0, TILE)
+        live = column < num_blocks
+        blocks = tl.load(table_row + TOKEN_COLUMN + column, mask=live)
+        tl.store(token_row + column, blocks, mask=live)
     if first > 0:
         for offset in range(0, query_len, TILE):
             token = offset + tl.arange(0, TILE)
@@ -69,6 +84,7 @@ class BatchRemap:
     >>> block_table = torch.tensor([[12, 0, 7, 3]], dtype=torch.int32)  # first, key, state, token
     >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computed it
     >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
+    >>> token_table = torch.zeros(1, 1, dtype=torch.int32)
     >>> BatchRemap(
     ...     query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
     ...     seq_lens=torch.tensor([14], dtype=torch.int32),
@@ -76,6 +92,7 @@ class BatchRemap:
     ...     slot_mapping=slot_mapping,
     ...     starts=starts,
     ...     num_cached=num_cached,
+    ...     token_table=token_table,
     ...     budget=8,
     ...     window=4,
     ...     block_size=16,
@@ -83,8 +100,8 @@ class BatchRemap:
     ... ).run()
     >>> divmod(slot_mapping.item(), 16)
     (3, 9)
-    >>> starts.item(), num_cached.item()
-    (13, 10)
+    >>> starts.item(), num_cached.item(), token_table.item()
+    (13, 10, 3)
 
     Attributes:
         query_start_loc: [R + 1] int32, first token of each sequence.
@@ -94,6 +111,8 @@ class BatchRemap:
             as they are.
         starts: [R] int32, receives the position that each sequence's step starts at.
         num_cached: [R] int32, receives the tokens that each sequence has cached after the step.
+        token_table: [R, token columns or more] int32, contiguous, receives the token blocks of each
+            row as far as tokens are cached; the rest stays as it is.
         budget: tokens that a sequence holds right after an eviction.
         window: tokens between evictions.
         block_size: token slots of a block.
@@ -106,6 +125,7 @@ class BatchRemap:
     slot_mapping: torch.Tensor
     starts: torch.Tensor
     num_cached: torch.Tensor
+    token_table: torch.Tensor
     _: KW_ONLY
     budget: int
     window: int
@@ -137,6 +157,16 @@ class BatchRemap:
         check_tensor("slot_mapping", self.slot_mapping, num_tokens, int64, device)
         check_tensor("starts", self.starts, (num_rows,), int32, device)
         check_tensor("num_cached", self.num_cached, (num_rows,), int32, device)
+        width = self.token_table.shape[-1]
+        check_tensor("token_table", self.token_table, (num_rows, width), int32, device)
+        if width < self._num_token_columns:
+            raise ValueError(
+                f"token_table must have {self._num_token_columns} columns or more, got {width}"
+            )
+
+    @property
+    def _num_token_columns(self) -> int:
+        return self.block_table.shape[1] - BlockTableRow.NUM_HEADER - self.num_state_blocks
 
     def launch(self) -> Launch:
         """The launch: one program per sequence."""
@@ -147,8 +177,11 @@ class BatchRemap:
             slot_mapping=self.slot_mapping,
             starts=self.starts,
             num_cached=self.num_cached,
+            token_table=self.token_table,
             budget=self.budget,
+            num_columns=self._num_token_columns,
             table_stride=self.block_table.stride(0),
+            token_table_stride=self.token_table.stride(0),
             TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
             WINDOW=self.window,
             BLOCK_SIZE=self.block_size,

@@ -1,12 +1,14 @@
-"""Are the value magnitudes of the testbed model heavy-tailed, and which tokens have large ones?
+"""Are the value magnitudes of a model heavy-tailed, and which tokens have large ones?
 
-    python -m benchmarks.accuracy.magnitudes
+    python -m benchmarks.accuracy.magnitudes                            # the testbed's model
+    python -m benchmarks.accuracy.magnitudes --model build/demo-model --output DIR
 
 VaSE protects the tokens whose value vectors have an abnormally large range, max_d v - min_d v. In
-large reasoning models the ranges have a heavy tail; here it is measured whether they have one in
-the testbed's model. It reads held-out problems with their solutions, by transformers, in the
-dtype of the server, so the values are those that the server caches. Beside each KV head stands a
-Gaussian: values drawn independently with the mean and the standard deviation of each dimension.
+large reasoning models the ranges have a heavy tail; here it is measured whether a model's have one.
+The testbed's model reads held-out problems with their solutions, another the texts that
+`vase-vllm evaluate` brings, by transformers, in the dtype of the model, so the values are those
+that a server caches. Beside each KV head stands a Gaussian: values drawn independently with the
+mean and the standard deviation of each dimension.
 """
 
 from __future__ import annotations
@@ -30,14 +32,20 @@ from benchmarks.accuracy.run import RESULTS
 from benchmarks.accuracy.tasks import EOS, HELD_OUT_FILE, read_jsonl
 from benchmarks.common.figures import pyplot, save
 from benchmarks.common.provenance import provenance
+from vase_vllm.tools.evaluation.texts import own_texts
 
 QUANTILES = 200
 TOP_SHARE = 0.25  # of the tokens: as many as vase protects by default
+MIN_TOKENS = 8  # of a word that is listed
+MAX_WORDS = 64  # that are listed of a head
+MAX_PANELS = 5  # layers of the plot, evenly spaced
 Values = NDArray[np.float32]
 
 
-def read_values(directory: Path, texts: list[str]) -> tuple[Values, list[str]]:
-    """The values of all tokens.
+def read_values(
+    directory: Path, texts: list[str], max_tokens: int | None = None
+) -> tuple[Values, list[str]]:
+    """The values of all tokens, or of the first of each text.
 
     Returns
     -------
@@ -54,7 +62,7 @@ def read_values(directory: Path, texts: list[str]) -> tuple[Values, list[str]]:
         )
     words: list[str] = []
     for text in track(texts, "reading", transient=True):
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :max_tokens]
         words += tokenizer.convert_ids_to_tokens(ids[0])
         with torch.inference_mode():
             model(ids)
@@ -85,10 +93,14 @@ def gaussian(values: Values, rng: np.random.Generator) -> Values:
 
 
 def by_word(found: Values, words: NDArray[np.str_]) -> list[dict[str, Any]]:
-    """For each word: mean range over the median of all, and its share of the largest TOP_SHARE."""
+    """For each word: mean range over the median of all, and its share of the largest TOP_SHARE.
+
+    Rare words are left out, and those with the largest ranges come first.
+    """
     threshold = np.quantile(found, 1 - TOP_SHARE)
     rows = []
-    for word in np.unique(words):
+    spelled, counts = np.unique(words, return_counts=True)
+    for word in spelled[counts >= min(MIN_TOKENS, counts.max())]:
         own = found[words == word]
         rows.append(
             {
@@ -98,7 +110,7 @@ def by_word(found: Values, words: NDArray[np.str_]) -> list[dict[str, Any]]:
                 "in_the_largest": round(float((own >= threshold).mean()), 3),
             }
         )
-    return sorted(rows, key=lambda row: -row["mean_over_median"])
+    return sorted(rows, key=lambda row: -row["mean_over_median"])[:MAX_WORDS]
 
 
 def measure(values: Values, words: list[str]) -> list[dict[str, Any]]:
@@ -137,7 +149,9 @@ def explained(found: Values, words: NDArray[np.str_]) -> float:
 
 def plot(heads: list[dict[str, Any]], path: Path) -> None:
     """Quantiles of the range over its median for each KV head, beside the Gaussian's."""
-    layers = sorted({head["layer"] for head in heads})
+    every = sorted({head["layer"] for head in heads})
+    shown = np.linspace(0, len(every) - 1, min(MAX_PANELS, len(every))).round().astype(int)
+    layers = [every[index] for index in shown]
     figure, axes = pyplot.subplots(
         1, len(layers), figsize=(4.2 * len(layers), 3.8), sharey=True, layout="constrained"
     )
@@ -182,16 +196,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, default=MODEL, help="a directory")
     parser.add_argument("--problems", type=int, default=64, help="so many held-out ones")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="of each text")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    problems = read_jsonl(HELD_OUT_FILE)[: args.problems]
-    texts = [f"{problem.prompt} {problem.completion} {EOS}" for problem in problems]
-    values, words = read_values(MODEL, texts)
+    if args.model == MODEL:
+        problems = read_jsonl(HELD_OUT_FILE)[: args.problems]
+        texts = [f"{problem.prompt} {problem.completion} {EOS}" for problem in problems]
+        sources = {"problems": len(problems)}
+        values, words = read_values(MODEL, texts)
+    else:
+        brought = own_texts()
+        sources = {"texts": {text.name: text.sha256 for text in brought}}
+        values, words = read_values(args.model, [text.content for text in brought], args.max_tokens)
     heads = measure(values, words)
     result = {
-        "model": MODEL.name,
-        "problems": len(problems),
+        "model": args.model.name,
+        **sources,
         "tokens": len(words),
         **provenance(("torch", "transformers")),
         "heads": heads,

@@ -149,6 +149,7 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         empty(128, dtype=torch.int64),
         empty(128),
         empty(128),
+        empty(128, 40960 // block_size),
         budget=parameters.budget,
         window=window,
         block_size=kv_cache.shape[2],

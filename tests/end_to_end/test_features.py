@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.config import KVEventsConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
@@ -133,17 +133,30 @@ def test_adapters(model, adapter):
 PROMPTS = [{"prompt_token_ids": random_prompt(5 + 7 * index, index)} for index in range(17)]
 
 
+def conversation(llm: LLM) -> list[list[int]]:
+    """The outputs of three turns, whose prompts are all that was said before and a new question."""
+    said: list[int] = []
+    outputs = []
+    for turn in range(3):
+        said += random_prompt(30, 100 + turn)
+        (output,) = llm.generate([{"prompt_token_ids": said}], greedy(50), use_tqdm=False)
+        outputs.append(list(output.outputs[0].token_ids))
+        said += outputs[-1]
+    return outputs
+
+
 @pytest.fixture(scope="module")
-def alone(models) -> list[list[int]]:
+def alone(models) -> tuple[list[list[int]], list[list[int]]]:
+    """Outputs of requests one by one, and of a conversation."""
     with engine(models.qwen3(), EVICTION) as llm:
         outputs = [llm.generate([p], greedy(40), use_tqdm=False)[0] for p in PROMPTS[::4]]
-    return [output.outputs[0].token_ids for output in outputs]
+        return [output.outputs[0].token_ids for output in outputs], conversation(llm)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_batched_tokens": 8, "max_num_seqs": 8},
+        {"max_num_batched_tokens": 8, "max_num_seqs": 8, "enable_prefix_caching": False},
         {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": 2048,
@@ -151,10 +164,11 @@ def alone(models) -> list[list[int]]:
             "kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
         },
     ],
-    ids=["steps below the window", "no chunked prefill, watermark, events"],
+    ids=["steps below the window, no prefix caching", "no chunked prefill, watermark, events"],
 )
 def test_settings_of_the_engine_change_no_token(models, alone, options):
     with engine(models.qwen3(), EVICTION, **options) as llm:
         outputs = llm.generate(PROMPTS, greedy(40), use_tqdm=False)
+        said = conversation(llm)
         assert num_used_blocks(llm) == 0
-    assert [output.outputs[0].token_ids for output in outputs[::4]] == alone
+    assert ([output.outputs[0].token_ids for output in outputs[::4]], said) == alone

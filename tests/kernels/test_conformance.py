@@ -86,6 +86,7 @@ def test_the_remapping_kernel(sequence):
     row = torch.cat([torch.tensor([sequence.first, 0]), torch.arange(1, num_blocks + 1)])
     slot_mapping = torch.full((num_steps,), -1)
     starts, num_cached = torch.zeros(2, num_steps, dtype=torch.int32)
+    token_table = torch.zeros(num_steps, num_blocks, dtype=torch.int32)
     BatchRemap(
         query_start_loc=torch.arange(num_steps + 1, dtype=torch.int32),
         seq_lens=torch.tensor(sequence.positions, dtype=torch.int32) + 1,
@@ -93,6 +94,7 @@ def test_the_remapping_kernel(sequence):
         slot_mapping=slot_mapping,
         starts=starts,
         num_cached=num_cached,
+        token_table=token_table,
         budget=schedule.budget,
         window=schedule.window,
         block_size=sequence.block_size,
@@ -101,6 +103,10 @@ def test_the_remapping_kernel(sequence):
     assert (slot_mapping - sequence.block_size).tolist() == sequence.slots
     assert starts.tolist() == sequence.positions
     assert (num_cached - 1).tolist() == sequence.slots
+    for blocks, slot in zip(token_table, sequence.slots, strict=True):
+        num_shown = slot // sequence.block_size + 1
+        assert blocks[:num_shown].tolist() == list(range(1, num_shown + 1))
+        assert not blocks[num_shown:].any()
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,10 +1,12 @@
 """How an eviction is divided into programs; which arguments are rejected."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vase_vllm.kernels import checks
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
@@ -17,6 +19,8 @@ from vase_vllm.kernels.launch import (
 )
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.query_ring import RingLayout
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
 RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
@@ -31,6 +35,35 @@ def test_tile_fits(head_size, group_size, limits):
     needed = (tile.queries + 2 * tile.keys) * padded * 2
     assert needed * tile.programs_per_sm <= limits.shared_memory
     assert tile.queries >= min(64, 64 * group_size)
+
+
+def test_a_layer_fits_if_the_kernels_take_it(monkeypatch):
+    """Every head and group size: what is said at start-up is what the launches check."""
+    monkeypatch.setattr(checks, "interpreted", lambda: True)
+    parameters = EvictionParameters(budget=40, window=8, protected=4, sinks=1)
+    for head_size in range(32, 257, 8):
+        cache = torch.empty(3, 1, 32, 2 * head_size)
+        for group_size in range(1, 65):
+            num_state_blocks = max(RingLayout(8, group_size, 32).num_blocks, 1)
+            columns = BlockTableRow.NUM_HEADER + num_state_blocks + 2
+            eviction = PagedEviction(
+                torch.tensor([cache.data_ptr()]),
+                cache,
+                torch.zeros(1, dtype=torch.int32),
+                torch.zeros(1, columns, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int32),
+                parameters,
+                group_size=group_size,
+                softmax_scale=1.0,
+                num_state_blocks=num_state_blocks,
+                max_num_cached=48,
+            )
+            takes = nullcontext()
+            if checks.misfit(head_size, group_size):
+                takes = pytest.raises(ValueError, match=r"head size|group_size")
+            with takes:
+                eviction.check()
 
 
 def test_two_programs_of_the_qwen3_8b_shape_share_an_sm():

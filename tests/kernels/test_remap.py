@@ -49,6 +49,8 @@ class Batch:
         self.slot_mapping = torch.full((num_tokens + num_padding,), PAD_SLOT)
         self.starts = torch.full((num_rows,), UNTOUCHED, dtype=torch.int32)
         self.num_cached = torch.full((num_rows,), UNTOUCHED, dtype=torch.int32)
+        shape = (num_rows, num_columns - self.front + spare_columns)
+        self.token_table = torch.full(shape, UNTOUCHED, dtype=torch.int32)
 
     def remap(self):
         BatchRemap(
@@ -58,6 +60,7 @@ class Batch:
             self.slot_mapping,
             self.starts,
             self.num_cached,
+            self.token_table,
             budget=self.schedule.budget,
             window=self.schedule.window,
             block_size=self.block_size,
@@ -86,6 +89,13 @@ def check(batch):
     assert batch.slot_mapping.tolist() == mapping.tolist()
     assert batch.starts.tolist() == starts.tolist()
     assert batch.num_cached.tolist() == cached.tolist()
+    for row, num_cached in enumerate(cached.tolist()):
+        # A dummy row may be longer than its blocks.
+        num_columns = batch.block_table.shape[1] - batch.front
+        num_blocks = min(-(-num_cached // batch.block_size), num_columns)
+        blocks = batch.block_table[row, batch.front : batch.front + num_blocks].tolist()
+        spare = [UNTOUCHED] * (batch.token_table.shape[1] - num_blocks)
+        assert batch.token_table[row].tolist() == blocks + spare
     return batch
 
 
@@ -174,7 +184,8 @@ def test_no_rows():
     empty = torch.zeros(0, dtype=torch.int32)
     table, mapping = torch.zeros(0, 5, dtype=torch.int32), torch.full((3,), PAD_SLOT)
     sizes = dict(budget=40, window=8, block_size=16, num_state_blocks=1)
-    BatchRemap(torch.zeros(1).int(), empty, table, mapping, empty, empty, **sizes).run()
+    blocks = torch.zeros(0, 2, dtype=torch.int32)
+    BatchRemap(torch.zeros(1).int(), empty, table, mapping, empty, empty, blocks, **sizes).run()
     assert mapping.tolist() == [PAD_SLOT] * 3
 
 
@@ -187,6 +198,8 @@ def test_no_rows():
         ("slot_mapping", torch.zeros(1).int(), "slot_mapping must be torch.int64"),
         ("starts", torch.zeros(2).int(), "starts must have shape"),
         ("num_cached", torch.zeros(1), "num_cached must be torch.int32"),
+        ("token_table", torch.zeros(1, 1).int(), "token_table must have 3 columns or more, got 1"),
+        ("token_table", torch.zeros(1, 8).int()[:, ::2], "token_table must be contiguous"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )

@@ -171,6 +171,22 @@ def addresses(step):
     return [tensor.data_ptr() for tensor in tensors]
 
 
+def check_block_table(worker, step):
+    """Attention gets the blocks of what is cached, in rows that every backend can address.
+
+    FlashInfer's XQA and trtllm-gen kernels take the pitch of the rows from the last dimension.
+    """
+    table, block_size = step.block_table, worker.case.block_size
+    assert table.shape[0] == len(step.seq_lens)
+    assert table.is_contiguous()
+    assert table.shape[1] * table.element_size() % 128 == 0
+    assert table.shape[1] * block_size >= MAX_MODEL_LEN
+    for row, num_cached in enumerate(step.seq_lens.tolist()):
+        num_blocks = -(-num_cached // block_size)
+        own = worker.block_table[row, worker.front : worker.front + num_blocks]
+        assert table[row, :num_blocks].tolist() == own.tolist()
+
+
 DUE = (Sequence(FIRST, FIRST, 1), Sequence(FIRST, FIRST + 24, 2))
 NOT_DUE = (Sequence(FIRST, 21, 3), Sequence(FIRST, FIRST + 19, 4))
 
@@ -189,6 +205,7 @@ def test_graphs_that_captured_an_eviction_once():
     assert worker.slot_mapping.tolist() == [PAD_SLOT] * 6
     assert worker.counters.as_dict()["evictions"] == 0
     at_capture = addresses(captured)
+    check_block_table(worker, captured)
 
     expected, separated = worker.pool.expected()
     assert separated
@@ -196,6 +213,7 @@ def test_graphs_that_captured_an_eviction_once():
     assert worker.counters.as_dict()["evictions"] == len(DUE)
     assert_pages(worker.pool.caches, expected)
     assert addresses(step) == at_capture
+    check_block_table(worker, step)
     assert captured.seq_lens.tolist() == [41, 41, 22, 44, 0, 0]
     assert step.seq_lens_cpu.tolist() == captured.seq_lens.tolist()
     assert step.max_seq_len == 44
@@ -229,6 +247,7 @@ def test_padding_rows_of_a_graph_batch_evicting_or_writing_block_0(num_rows):
     assert worker.slot_mapping[:3].tolist() == worker.expected_slots()
     assert worker.slot_mapping[3:].tolist() == [PAD_SLOT] * 3
     assert step.seq_lens.tolist() == [41, 22, 44] + [0] * num_padding
+    check_block_table(worker, step)
 
     queries = worker.queries(num_rows)
     worker.put_queries(expected, queries)

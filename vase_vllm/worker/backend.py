@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
     replace_as,
 )
 
+from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.query_ring import RingLayout
@@ -166,6 +167,7 @@ def wrap_layers(context: StepContext) -> None:
     vllm_config = context.vllm_config
     layers = full_attention_layers(vllm_config)
     check_layers(layers, vllm_config.cache_config.block_size, context.config, tuple(PATHS))
+    check_kernels(layers, vllm_config.cache_config.block_size, context.config)
     largest_group = max(layer.num_heads // layer.num_kv_heads for layer in layers.values())
     wrapped: dict[type[AttentionBackend], type[AttentionBackend]] = {}
     for layer in layers.values():
@@ -174,6 +176,30 @@ def wrap_layers(context: StepContext) -> None:
             wrapped[backend] = _eviction_backend(backend, context, largest_group)
         layer.attn_backend = wrapped[backend]
         mix_into(layer.impl, EvictionImplMixin)
+
+
+def check_kernels(layers: dict[str, Attention], block_size: int, config: EvictionConfig) -> None:
+    """Refuse what the kernels cannot take, where it is they that evict and store queries.
+
+    Raises:
+        EvictionError: names the layer or the setting, and what to change.
+    """
+    on_gpu = {n: x for n, x in layers.items() if PATHS[x.attn_backend.get_name()] is _triton_path}
+    if not on_gpu:
+        return
+    from vase_vllm.kernels.checks import BLOCK_SIZES, misfit
+
+    if block_size not in BLOCK_SIZES:
+        raise EvictionError(
+            f"--kv-eviction {config.policy.name}: the GPU kernels do not take --block-size "
+            f"{block_size}; set --block-size to one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    for name, layer in on_gpu.items():
+        if reason := misfit(layer.head_size, layer.num_heads // layer.num_kv_heads):
+            raise EvictionError(
+                f"--kv-eviction {config.policy.name}: the GPU kernels do not take layer {name}: "
+                f"{reason}; remove --kv-eviction"
+            )
 
 
 def _eviction_backend(

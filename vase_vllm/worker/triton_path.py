@@ -2,7 +2,7 @@
 
 Nothing here waits for the device, except with policies that the fused kernel cannot compute. The
 host finds the due sequences from the scheduler's messages and the step's lengths; the kernels check
-this against the block table. All tensors that a CUDA graph may refer to are persistent: the two
+this against the block table. All tensors that a CUDA graph may refer to are persistent: the
 buffers of the path, and vLLM's.
 """
 
@@ -15,6 +15,7 @@ from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.nan_warnings import NOT_NAN, NaNWarnings
@@ -42,6 +43,7 @@ class TritonPath:
         self._starts = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
+        self._token_table: torch.Tensor | None = None
         self._nan_warnings = NaNWarnings(context.config.policy.name)
         self._pointers: tuple[int, torch.Tensor] | None = None
         self._evictor = TorchEvictor(
@@ -72,6 +74,7 @@ class TritonPath:
             self._launch(rows, nothing, nothing, nothing, num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
+        token_table = self._token_rows(rows)
         BatchRemap(
             query_start_loc,
             seq_lens,
@@ -79,6 +82,7 @@ class TritonPath:
             common.slot_mapping,
             self._starts[:num_rows],
             self._num_cached[:num_rows],
+            token_table,
             budget=self.spec.schedule.budget,
             window=self.spec.schedule.window,
             block_size=self.spec.block_size,
@@ -91,7 +95,7 @@ class TritonPath:
             seq_lens=self._num_cached[:num_rows],
             seq_lens_cpu=torch.from_numpy(num_cached.astype(np.int32)),
             max_seq_len=max_seq_len,
-            block_table=common.block_table_tensor[:, self.spec.num_front :],
+            block_table=token_table,
             ring_write=TritonRingWrite(
                 positions=common.positions[: common.num_actual_tokens],
                 query_start_loc=query_start_loc,
@@ -101,6 +105,21 @@ class TritonPath:
                 num_state_blocks=self.spec.num_state_blocks,
             ),
         )
+
+    def _token_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the persistent block table that attention gets, made at the first step.
+
+        Args:
+            rows: [R, columns] int32, the step's rows of vLLM's.
+
+        Returns:
+            [R, token columns or more] int32, contiguous, each row aligned to 128 bytes.
+        """
+        if self._token_table is None:
+            num_columns = cdiv(rows.shape[1] - self.spec.num_front, 32) * 32
+            shape = (len(self._starts), num_columns)
+            self._token_table = torch.zeros(shape, dtype=torch.int32, device=rows.device)
+        return self._token_table[: len(rows)]
 
     def _evict(self, common: CommonAttentionMetadata, rows: torch.Tensor) -> np.ndarray:
         """Launch the evictions that are due.
