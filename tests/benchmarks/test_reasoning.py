@@ -317,7 +317,8 @@ def test_real_servers_with_and_without_eviction(tmp_path: Path, additions: Path)
     model = make_tiny_model(tmp_path / "model", layers=1, max_position_embeddings=1024)
     arguments = ["--policies", "full", "vase:window=16", "--budgets", "128", "--seeds", "1"]
     arguments += ["--sampling", '{"temperature": 0.6}', "--max-tokens", "300", "--limit", "2"]
-    arguments += ["--serve-arguments=--enforce-eager --kv-cache-memory-bytes 16M"]
+    serving = "--enforce-eager --kv-cache-memory-bytes 16M --distributed-executor-backend uni"
+    arguments += [f"--serve-arguments={serving}"]
     assert run_benchmark(model, additions, *arguments) == 0
     rows = json.loads((additions / "results" / "summary.json").read_text())["rows"]
     full, vase = rows

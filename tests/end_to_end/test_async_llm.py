@@ -42,6 +42,8 @@ async def run(model):
             max_model_len=2048,
             block_size=32,
             kv_cache_memory_bytes=2 << 20,
+            # One process less that imports vLLM.
+            distributed_executor_backend="uni",
             additional_config={"kv_eviction": {"policy": "vase", "budget": 96, "window": 16}},
         )
     )

@@ -19,7 +19,7 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
     return random_prompt(num_tokens, seed, MODEL["vocab_size"])
 
 
-SHARED = prompt(64, 0)
+SHARED = prompt(32, 0)
 ON_RUNNER_V1 = {
     "eviction": {"budget": 48, "window": 16},
     "prompts": [prompt(length, length) for length in (10, 48, 70, 100)],
@@ -38,10 +38,10 @@ SETTINGS = {
 }
 CASES = {
     name: {
-        "eviction": {"budget": 48, "window": 16, **settings},
-        # Each evicts twice, at 64 and 80, at 80 and 96; a bounded prefill of 78 tokens at 64, too.
-        "prompts": [prompt(length, length) for length in (62, 78)],
-        "num_tokens": 20,
+        "eviction": {"budget": 24, "window": 8, **settings},
+        # Each evicts twice, at 32 and 40, at 40 and 48; a bounded prefill of 38 tokens at 32, too.
+        "prompts": [prompt(length, length) for length in (30, 38)],
+        "num_tokens": 12,
         "options": {"max_num_batched_tokens": 40},
     }
     for name, settings in SETTINGS.items()
@@ -49,9 +49,9 @@ CASES = {
 # One of each way to evict: scored by attention or by age in the fused kernel, and in plain torch.
 WARMED_UP = ("gumbel", "streaming", "rkv")
 PREFIX_CACHING = {
-    "eviction": {"budget": 48, "window": 16},
+    "eviction": {"budget": 24, "window": 8},
     "prompts": [SHARED + prompt(3, seed) for seed in range(3)],
-    "num_tokens": 24,
+    "num_tokens": 12,
 }
 
 
@@ -96,7 +96,7 @@ def test_prefix_caching_on_gpu_pages(models, on_gpu_pages):
     options = {"enable_prefix_caching": False}
     without = run_case(models.qwen3(**MODEL), **PREFIX_CACHING, options=options)
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
-    # The first eviction, at position 80, needs the queries from 64 on.
-    assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 64, 64])
+    # The first eviction, at position 40, needs the queries from 32 on.
+    assert (without["cached"], result["cached"]) == ([0, 0, 0], [0, 32, 32])
     assert result["tokens"] == without["tokens"]
     assert result["stats"]["evictions"] == without["stats"]["evictions"] > 0

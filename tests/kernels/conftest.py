@@ -23,13 +23,13 @@ if "triton" not in sys.modules and VARIABLE not in os.environ:
     finally:
         del os.environ[VARIABLE]
 
+from tests.kernels import INTERPRETED  # noqa: E402
 from vase_vllm.kernels.checks import interpreted  # noqa: E402
 
 if interpreted():
     collect_ignore = ["test_fresh_process.py"]
 else:
-    collect_ignore_glob = ["test_evict*.py", "test_remap.py", "test_ring.py", "test_selection.py"]
-    collect_ignore_glob += ["test_conformance.py", "test_examples.py", "test_traps.py"]
+    collect_ignore = list(INTERPRETED)
 
 
 def pytest_itemcollected(item):

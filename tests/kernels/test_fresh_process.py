@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.kernels import INTERPRETED
+
 
 def test_kernels_under_the_interpreter():
     directory = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(directory)],
-        cwd=directory.parents[1],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *INTERPRETED],
+        cwd=directory,
         env=environment,
         capture_output=True,
         text=True,

@@ -1,9 +1,6 @@
 """The planner: its arithmetic against counting, and its blocks against a real engine's."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -360,41 +357,21 @@ def test_wrong_arguments_are_refused_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-ENGINE = """
-import json, sys
-from vllm import LLM
-engine = LLM(**json.loads(sys.argv[1])).llm_engine
-cache = engine.vllm_config.cache_config
-print(json.dumps([cache.num_gpu_blocks, cache.kv_cache_max_concurrency]))
-"""
-
-
-def engine_capacity(**arguments: object) -> tuple[int, float]:
-    """Blocks and maximum concurrency of an engine in a process of its own."""
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-c", ENGINE, json.dumps(arguments)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    num_blocks, concurrency = json.loads(run.stdout.splitlines()[-1])
-    return num_blocks, concurrency
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("evicts", [False, True], ids=["full", "vase"])
 def test_plan_says_what_the_engine_reports(
     tmp_path: Path, evicts: bool, capsys: pytest.CaptureFixture[str]
 ):
+    from tests.support.engines import engine
+
     model = make_tiny_model(tmp_path, layers=2, query_heads=8, kv_heads=2, head_dim=64)
     budget, window = 512, 32
-    settings = {"policy": "vase", "budget": budget, "window": window}
-    reported = engine_capacity(
-        model=str(model),
-        enforce_eager=True,
-        kv_cache_memory_bytes=48_000_000,
-        block_size=32,
-        max_model_len=5000,
-        additional_config={"kv_eviction": settings} if evicts else {},
-    )
+    settings = {"budget": budget, "window": window} if evicts else None
+    # The model's dtype is half as wide as that of the other tests' engines.
+    options = {"kv_cache_memory_bytes": 48_000_000, "max_model_len": 5000, "dtype": "auto"}
+    with engine(model, settings, block_size=32, **options) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        reported = cache.num_gpu_blocks, cache.kv_cache_max_concurrency
     arguments = [
         *("plan", "--model", str(model), "--kv-cache-memory", "48MB", "--block-size", "32"),
         *("--max-model-len", "5000", "--budget", str(budget), "--window", str(window), "--json"),
