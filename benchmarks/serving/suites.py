@@ -248,7 +248,8 @@ SUITES = {
         workloads=(sweep(2, 4, input_len=24, output_len=400, kv_tokens=3 * 424, rounds=1),),
         block_size=32,
         environment=ONE_THREAD,
-        arguments=("--enforce-eager",),
+        # Where vLLM allows it, the worker is no process of its own, which would import vLLM too.
+        arguments=("--enforce-eager", "--distributed-executor-backend", "uni"),
         smoke=True,
         sample_seconds=0.05,
     ),

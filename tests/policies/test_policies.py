@@ -63,11 +63,11 @@ def oracle(models):
     return AutoModelForCausalLM.from_pretrained(models.qwen3(), dtype=torch.float32).eval()
 
 
-def by_oracle(oracle, prompt, selector, **margins) -> OracleResult:
+def by_oracle(oracle, prompt, selector, num_tokens=NUM_TOKENS, **margins) -> OracleResult:
     return generate_with_eviction(
         oracle,
         prompt,
-        NUM_TOKENS,
+        num_tokens,
         budget=128,
         window=16,
         protected=32,
@@ -163,30 +163,31 @@ def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, gaussian):
 @pytest.mark.parametrize("settings", DRAWN.values(), ids=DRAWN)
 def test_random_choices_are_carried_out(models, oracle, settings):
     """Each request by itself, replayed by the oracle; and all of them again in one batch."""
-    prompts = [random_prompt(length, SEED + length) for length in (20, 160, 600)]
+    prompts = [random_prompt(length, SEED + length) for length in (100, 160, 600)]
+    num_tokens = 150
     with recorded_engine(models, {**COMMON, **settings}, max_num_batched_tokens=200) as (
         llm,
         recorder,
     ):
         alone = []
         for prompt in prompts:
-            alone += generate(llm, [prompt], greedy(NUM_TOKENS))
-            want = by_oracle(oracle, prompt, recorder.same_keys)
+            alone += generate(llm, [prompt], greedy(num_tokens))
+            want = by_oracle(oracle, prompt, recorder.same_keys, num_tokens)
             assert len(want.evictions) >= 5
             assert alone[-1] == want.token_ids
             assert all(mask.sum(dim=-1).eq(128 - 16).all() for mask in recorder.masks.values())
-        assert generate(llm, prompts, greedy(NUM_TOKENS)) == alone
+        assert generate(llm, prompts, greedy(num_tokens)) == alone
 
 
 def test_random_keeps_every_set_of_slots_equally_often(models):
     settings = {"policy": "random", "budget": 8, "window": 2, "sinks": 2}
     counts: Counter[tuple[int, ...]] = Counter()
     with recorded_engine(models, settings) as (llm, recorder):
-        for seed in range(6):
+        for seed in range(3):
             generate(llm, [random_prompt(5, seed)], greedy(300))
             for mask in recorder.masks.values():
                 counts.update(tuple(row.nonzero().flatten().tolist()) for row in mask)
     # Of 8 candidates the sinks stay, and 4 of the other 6.
     law = {(0, 1, *kept): 1 / 15 for kept in itertools.combinations(range(2, 8), 4)}
-    assert counts.total() > 3000
+    assert counts.total() > 1500
     assert chi_square_of_sets(counts, law) > 0.001
