@@ -18,7 +18,7 @@ from tests.support.engines import (
 pytestmark = pytest.mark.slow
 
 EVICTION = {"budget": 96, "window": 16}
-NUM_TOKENS = 136
+NUM_TOKENS = 160
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_every_running_request_is_preempted_at_once(models, prompts, alone):
     with engine(models.qwen3(), EVICTION) as llm:
         for index in range(6):
             add_request(llm, str(index), prompts[index], greedy(NUM_TOKENS))
-        for steps in (100, 30):
+        for steps in (100, 40):
             for _ in range(steps):
                 llm.llm_engine.step()
             evictions = eviction_stats(llm)["evictions"]

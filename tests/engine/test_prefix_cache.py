@@ -113,11 +113,14 @@ PROMPTS = [
 ]
 
 
+def counter(llm, name):
+    """One of vLLM's Prometheus counters, or one of ours beside them."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
 def cached_tokens(llm):
     """Prompt tokens that vLLM has taken from its prefix cache so far, by its own count."""
-    return sum(
-        metric.value for metric in llm.get_metrics() if metric.name == "vllm:prefix_cache_hits"
-    )
+    return counter(llm, "vllm:prefix_cache_hits")
 
 
 @pytest.mark.slow
@@ -132,7 +135,9 @@ def test_tokens_are_those_without_prefix_caching(models, sampling):
         assert cached_tokens(llm) == 192 + 2 * 64
         assert generate(llm, PROMPTS, greedy(150)) == expected
         assert num_used_blocks(llm) == 0
-        assert eviction_stats(llm)["evictions"] > 50
+        evictions = eviction_stats(llm)["evictions"]
+        assert evictions > 50
+        assert counter(llm, "vllm:kv_eviction_evictions") == evictions
     assert alone == expected
 
 
