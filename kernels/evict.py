@@ -125,7 +125,7 @@ class PagedEviction:
             the position of its token, one row for each of ``rows``; all layers and heads share it.
             n is at least ``max_num_cached - window``.
         nan_keys: [due] int32, written in place: the key of a row that has a priority of NaN, which
-            ranks lowest. None keeps this to itself.
+            ranks lowest. None: nothing is reported.
     """
 
     kv_pointers: torch.Tensor

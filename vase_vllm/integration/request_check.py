@@ -20,7 +20,7 @@ def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str
             "Streaming-input sessions are not supported with --kv-eviction: send each turn as a "
             "request of its own, or serve without --kv-eviction."
         )
-    if reason := _reason_not_to_know(request):
+    if reason := _reason_of_own_settings(request):
         return reason
     prompt_len = length_from_prompt_token_ids_or_embeds(
         request.prompt_token_ids, request.prompt_embeds
@@ -28,7 +28,7 @@ def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str
     return _reason_not_to_fit(vllm_config, config, prompt_len)
 
 
-def _reason_not_to_know(request: EngineCoreRequest) -> str | None:
+def _reason_of_own_settings(request: EngineCoreRequest) -> str | None:
     """Why a request's own settings of eviction would have no effect, or None."""
     sampling = request.sampling_params
     for key in (sampling.extra_args or {}) if sampling is not None else ():

@@ -59,7 +59,7 @@ class TorchEvictor:
         self.page_layout = page_layout
         self.scale = scale
         self.kv_heads = kv_heads
-        self._nan_warnings = NaNWarnings(self.policy.name)
+        self.nan_warnings = NaNWarnings(self.policy.name)
 
     def evict(
         self,
@@ -124,7 +124,7 @@ class TorchEvictor:
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
         if priority.isnan().any():
-            self._nan_warnings.warn(candidates.draws.eviction.key, candidates.first)
+            self.nan_warnings.warn(candidates.draws.eviction.key, candidates.first)
         priority[:, : limits.sinks] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
         if observer is not None:

@@ -18,7 +18,7 @@ from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
-from vase_vllm.worker.nan_warnings import NOT_NAN, NaNWarnings
+from vase_vllm.worker.nan_warnings import NOT_NAN
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.step import PreparedStep, StepContext
 
@@ -44,7 +44,6 @@ class TritonPath:
         self._num_cached = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
         self._token_table: torch.Tensor | None = None
-        self._nan_warnings = NaNWarnings(context.config.policy.name)
         self._pointers: tuple[int, torch.Tensor] | None = None
         self._evictor = TorchEvictor(
             context.config,
@@ -62,7 +61,7 @@ class TritonPath:
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """See :class:`StepPath`."""
-        self._nan_warnings.poll()
+        self._evictor.nan_warnings.poll()
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
         if self._pointers is None and self._is_fused and num_rows:
@@ -195,7 +194,7 @@ class TritonPath:
             slot_priority=None if slot_priority is None else self._to_device(slot_priority),
             nan_keys=nan_keys,
         ).run()
-        self._nan_warnings.watch(nan_keys, first)
+        self._evictor.nan_warnings.watch(nan_keys, first)
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
         """Copy an array to the device without waiting for the copy."""

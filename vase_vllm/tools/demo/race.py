@@ -16,8 +16,8 @@ TOPICS = ("human body", "ocean", "planets", "ancient Romans")
 # A model of this size repeats itself without a penalty, with the full cache as well.
 SAMPLING = {"temperature": 0.3, "seed": 1, "max_tokens": NUM_TOKENS}
 # Without an end of its own, every output has the same length on both servers.
-METRICS_SECONDS = 5.0
 EXTRA_BODY = {"repetition_penalty": 1.1, "min_tokens": NUM_TOKENS}
+METRICS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Scores sequences with the real engine, in this process."""
 
-import argparse
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +11,13 @@ import numpy as np
 from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
-from vase_vllm.tools.arguments import choose_model
 from vase_vllm.tools.evaluation.methods import Method
 from vase_vllm.tools.evaluation.scores import Scores
+from vase_vllm.tools.in_process_engine import parse_vllm_arguments, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
+    # After what was parsed has set vLLM's environment.
     from vllm.engine.arg_utils import EngineArgs
 
 OURS = {
@@ -38,32 +37,22 @@ def parse_engine_arguments(arguments: Sequence[str], model: str | None) -> "Engi
     Raises:
         ValueError: an argument is missing, or is one that `evaluate` sets itself.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    load_general_plugins()
-    parser = FlexibleArgumentParser(
-        prog="vase-vllm evaluate", usage=argparse.SUPPRESS, add_help=False
-    )
-    EngineArgs.add_cli_args(parser)
     # The logits of a step's tokens are all kept for their log-probabilities: few tokens a step.
-    parser.set_defaults(
-        model=None,
-        enforce_eager=True,
+    parsed = parse_vllm_arguments(
+        "evaluate",
+        arguments,
+        model,
         enable_prefix_caching=False,
         max_num_batched_tokens=512,
         max_num_seqs=1,
         use_tqdm_on_load=False,
         **dict.fromkeys(OURS),
     )
-    parsed = parser.parse_args(list(arguments))
+    from vllm.engine.arg_utils import EngineArgs
+
     for name, reason in OURS.items():
         if (value := getattr(parsed, name)) is not None:
             raise EvictionError(f"--{name.replace('_', '-')} {value}: {reason}; remove it")
-    parsed.model = choose_model("evaluate", model, parsed.model)
     parsed.max_logprobs = EngineArgs.max_logprobs
     engine_args = EngineArgs.from_cli_args(parsed)
     if EvictionConfig.from_additional(engine_args.additional_config) is not None:
@@ -138,8 +127,6 @@ def scoring_engine(
     Raises:
         EvictionError: the engine rejects its arguments.
     """
-    from pydantic import ValidationError
-    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     additional = dict(engine_args.additional_config or {})
@@ -152,12 +139,7 @@ def scoring_engine(
         max_logprobs=top_logprobs,
     )
     try:
-        try:
-            llm = LLM.from_engine_args(own_args)
-        except ValidationError as error:
-            # The message of pydantic itself has many lines.
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise EvictionError(f"{method.name}: {reason}") from None
+        llm = start_engine(own_args, f"{method.name}: ")
         engine = ScoringEngine(llm, method)
         try:
             yield engine

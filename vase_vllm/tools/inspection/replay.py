@@ -1,16 +1,16 @@
 """Serves one request in a process of its own engine, and records what each KV head holds."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vase_vllm.tools.arguments import choose_model
+from vase_vllm.tools.in_process_engine import parse_vllm_arguments, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
+    # After what was parsed has set vLLM's environment.
     from vllm.engine.arg_utils import EngineArgs
 
     from vase_vllm.config import EvictionConfig
@@ -46,23 +46,12 @@ def parse_engine_arguments(
     Raises:
         ValueError: an argument is missing, or is one that `inspect` does not support.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
     from vase_vllm.config import EvictionConfig
     from vase_vllm.policies.registry import DEFAULT_POLICY
 
-    load_general_plugins()
-    parser = FlexibleArgumentParser(
-        prog="vase-vllm inspect", usage=argparse.SUPPRESS, add_help=False
-    )
-    EngineArgs.add_cli_args(parser)
-    parser.set_defaults(kv_eviction=DEFAULT_POLICY, enforce_eager=True, model=None)
-    parsed = parser.parse_args(list(arguments))
-    parsed.model = choose_model("inspect", model, parsed.model)
+    parsed = parse_vllm_arguments("inspect", arguments, model, kv_eviction=DEFAULT_POLICY)
+    from vllm.engine.arg_utils import EngineArgs
+
     engine_args = EngineArgs.from_cli_args(parsed)
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(engine_args, name) > 1:
@@ -87,8 +76,6 @@ def replay(
     Raises:
         ValueError: the engine rejects its arguments, or nothing was evicted.
     """
-    from pydantic import ValidationError
-    from vllm import LLM
     from vllm.platforms import current_platform
 
     from vase_vllm.tools.inspection.kept_positions import KeptPositions
@@ -100,11 +87,7 @@ def replay(
             "between tokens of almost equal priority.",
             file=sys.stderr,
         )
-    try:
-        llm = LLM.from_engine_args(engine_args)
-    except ValidationError as error:
-        # The message of pydantic itself has many lines.
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    llm = start_engine(engine_args)
     layers = _choose_layers(llm, args.layers)
     _check_kv_heads(llm, args.kv_heads)
     kept = KeptPositions(layers)
