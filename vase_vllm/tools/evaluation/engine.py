@@ -17,7 +17,6 @@ from vase_vllm.tools.in_process_engine import parse_vllm_arguments, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
-    # After what was parsed has set vLLM's environment.
     from vllm.engine.arg_utils import EngineArgs
 
 OURS = {
@@ -48,6 +47,7 @@ def parse_engine_arguments(arguments: Sequence[str], model: str | None) -> "Engi
         use_tqdm_on_load=False,
         **dict.fromkeys(OURS),
     )
+    # Now that vLLM's environment is set, which it reads when it is imported.
     from vllm.engine.arg_utils import EngineArgs
 
     for name, reason in OURS.items():

@@ -10,7 +10,6 @@ from vase_vllm.tools.in_process_engine import parse_vllm_arguments, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
-    # After what was parsed has set vLLM's environment.
     from vllm.engine.arg_utils import EngineArgs
 
     from vase_vllm.config import EvictionConfig
@@ -50,6 +49,7 @@ def parse_engine_arguments(
     from vase_vllm.policies.registry import DEFAULT_POLICY
 
     parsed = parse_vllm_arguments("inspect", arguments, model, kv_eviction=DEFAULT_POLICY)
+    # Now that vLLM's environment is set, which it reads when it is imported.
     from vllm.engine.arg_utils import EngineArgs
 
     engine_args = EngineArgs.from_cli_args(parsed)
