@@ -82,12 +82,12 @@ class PagedEviction:
 
     >>> cache = torch.zeros(2, 1, 16, 128)  # 2 blocks, 1 KV head, 16 slots, K and V of 64 elements
     >>> cache[1, 0, :8, 0] = torch.arange(8.0)  # block 1; every key begins with its position
-    >>> first, key = 8, 0
+    >>> first, key, budget, kept = 8, 0, 4, 0
     >>> PagedEviction(
     ...     kv_pointers=torch.tensor([cache.data_ptr()]),
     ...     kv_cache=cache,
     ...     layer_indices=torch.tensor([0], dtype=torch.int32),
-    ...     block_table=torch.tensor([[first, key, 1]], dtype=torch.int32),
+    ...     block_table=torch.tensor([[first, key, budget, kept, 1]], dtype=torch.int32),
     ...     rows=torch.tensor([0], dtype=torch.int32),
     ...     positions=torch.tensor([8]),
     ...     parameters=EvictionParameters(
@@ -107,10 +107,12 @@ class PagedEviction:
         kv_cache: [num_blocks, H, block_size, 2 * D], any one of them: all layers share its
             shape, strides and dtype. Keys are ``[..., :D]``; the last dimension is contiguous.
         layer_indices: [layers] int32, indices in the whole model; they key the draws.
-        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
         parameters: what to keep and how to rank.
+        counts: [due, 3] int32, each sequence's own ``EvictionParameters.counts``; None: they are
+            those of ``parameters`` for all.
         group_size: query heads per KV head (G).
         softmax_scale: of the model's attention; the temperature is divided out here.
         num_state_blocks: state blocks in each row; may be 0 unless attention is scored.
@@ -141,6 +143,7 @@ class PagedEviction:
     num_state_blocks: int
     max_num_cached: int
     first_kv_head: int = 0
+    counts: torch.Tensor | None = None
     scratch: torch.Tensor | None = None
     num_splits: int | None = None
     slot_priority: torch.Tensor | None = None
@@ -178,6 +181,8 @@ class PagedEviction:
             check_ring(window, self.group_size, block_size, num_columns, self.num_state_blocks)
         scoring = self.parameters.scoring
         check_slot_priority(self.slot_priority, scoring, num_due, self._max_candidates, device)
+        if self.counts is not None:
+            check_tensor("counts", self.counts, (num_due, 3), (torch.int32,), device)
         if self.nan_keys is not None:
             check_tensor("nan_keys", self.nan_keys, (num_due,), (torch.int32,), device)
         num_token_blocks = num_columns - BlockTableRow.NUM_HEADER - self.num_state_blocks
@@ -214,8 +219,8 @@ class PagedEviction:
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
-                chunked = dict(chunk=chunk, sinks=self.parameters.sinks)
-                yield Launch(candidate_scores, num * num_splits, part | scoring | results | chunked)
+                chunked = part | scoring | results | dict(chunk=chunk)
+                yield Launch(candidate_scores, num * num_splits, chunked)
             yield Launch(select_and_move, num, part | selecting)
 
     @property
@@ -260,13 +265,17 @@ class PagedEviction:
 
     def _common_arguments(self, plan: LaunchPlan) -> dict[str, Any]:
         """Arguments of all three kernels."""
+        counts = self.counts
+        if counts is None:
+            of_row = torch.tensor(self.parameters.counts, dtype=torch.int32)
+            counts = of_row.repeat(len(self.rows), 1).to(self.kv_cache.device)
         return dict(
             kv_pointers=self.kv_pointers,
             block_table=self.block_table,
             rows=self.rows,
+            counts=counts,
             positions=self.positions,
             capacity=plan.capacity,
-            budget=self.parameters.budget,
             num_layers=len(self.kv_pointers),
             num_kv_heads=self.kv_cache.shape[1],
             table_stride=self.block_table.stride(0),
@@ -305,7 +314,6 @@ class PagedEviction:
             slot_priority=self.slot_priority,
             nan_keys=self.nan_keys,
             num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
-            protected=parameters.protected,
             seed_low=_signed(parameters.seed),
             seed_high=_signed(parameters.seed >> 32),
             first_kv_head=self.first_kv_head,

@@ -1,9 +1,10 @@
 """Device functions that read a block-table row and address the paged cache.
 
-A row is ``[first, key, state blocks, token blocks]``. Slot s of a sequence lies in token block
-``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query head g of a KV
-head is vector ``(w % entries) * G + g`` of state block ``w // entries``, where a block holds
-``entries = 2 * block_size // G`` ring entries and a cell of 2 * D elements holds two vectors.
+A row is ``[first, key, budget, kept, state blocks, token blocks]``. Slot s of a sequence lies in
+token block ``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query
+head g of a KV head is vector ``(w % entries) * G + g`` of state block ``w // entries``, where a
+block holds ``entries = 2 * block_size // G`` ring entries and a cell of 2 * D elements holds two
+vectors.
 
 Every cell and vector is aligned to 16 bytes, which the host checks: addresses that come out of
 memory carry no alignment, and without the hints below the loads would be one element wide.
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
 
     Attributes:
         rows: [due] int32.
+        counts: [due, 3] int32, budget, sinks and protected of each due row.
         positions: [R] int32 or int64.
         block_table: [R, columns] int32.
         table_stride: elements between two rows of the block table.
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     """
 
     rows: tl.tensor
+    counts: tl.tensor
     positions: tl.tensor
     block_table: tl.tensor
     table_stride: tl.tensor
@@ -47,6 +50,8 @@ class Task(NamedTuple):
         layer, head: of this rank.
         candidates: tokens that may go, 0 if no eviction is due.
         eviction: evictions that the sequence has had before.
+        due: index of the sequence among the due rows.
+        budget, sinks, protected: of the sequence.
     """
 
     table_row: tl.tensor
@@ -54,6 +59,10 @@ class Task(NamedTuple):
     head: tl.tensor
     candidates: tl.tensor
     eviction: tl.tensor
+    due: tl.tensor
+    budget: tl.tensor
+    sinks: tl.tensor
+    protected: tl.tensor
 
 
 class Pages(NamedTuple):
@@ -74,20 +83,25 @@ class Pages(NamedTuple):
 
 
 @triton.jit
-def load_task(batch, index, budget, capacity, WINDOW: tl.constexpr):
+def load_task(batch, index, capacity, WINDOW: tl.constexpr):
     """The task of an index, which counts (due row, layer, KV head), the head fastest.
 
     The row itself says whether an eviction is due; with more candidates than ``capacity`` none is.
     """
     head = index % batch.num_kv_heads
     layer = index // batch.num_kv_heads % batch.num_layers
-    row = tl.load(batch.rows + index // (batch.num_kv_heads * batch.num_layers)).to(tl.int64)
+    due = index // (batch.num_kv_heads * batch.num_layers)
+    row = tl.load(batch.rows + due).to(tl.int64)
+    counts = batch.counts + due * 3
+    budget, sinks, protected = tl.load(counts), tl.load(counts + 1), tl.load(counts + 2)
     table_row = batch.block_table + row * batch.table_stride
     first = tl.load(table_row)
     elapsed = tl.load(batch.positions + row).to(tl.int32) - first
     candidates = tl.where(elapsed == 0, first - WINDOW, budget)
-    due = (first > 0) & (elapsed >= 0) & (elapsed % WINDOW == 0) & (candidates <= capacity)
-    return Task(table_row, layer, head, tl.where(due, candidates, 0), elapsed // WINDOW)
+    evicts = (first > 0) & (elapsed >= 0) & (elapsed % WINDOW == 0) & (candidates <= capacity)
+    candidates = tl.where(evicts, candidates, 0)
+    eviction = elapsed // WINDOW
+    return Task(table_row, layer, head, candidates, eviction, due, budget, sinks, protected)
 
 
 @triton.jit

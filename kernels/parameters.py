@@ -1,6 +1,6 @@
 """The parameters of one eviction, as absolute counts, checked."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Sampling = Literal["gumbel", "greedy"]
@@ -12,16 +12,24 @@ class EvictionLimits:
     """What every policy is told of an eviction.
 
     Attributes:
-        budget: tokens that a sequence holds right after an eviction, the window included.
+        budget: tokens that a sequence holds right after an eviction, the window and the tokens of
+            its prompt that are kept included.
         window: newest tokens; never evicted. Also the period of the evictions.
         sinks: first tokens of the sequence; never evicted.
         seed: 64-bit seed of the counter-based generator.
+        kept: first tokens of the prompt that are kept beside what the user calls the budget.
     """
 
     budget: int
     window: int
     sinks: int = 4
     seed: int = 0
+    kept: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """First slots of the sequence whose tokens always stay: its sinks, its kept prompt."""
+        return max(self.sinks, self.kept)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class EvictionParameters:
         budget: tokens that a sequence holds right after an eviction, the window included.
         window: newest tokens; never evicted, their queries score the rest. Also the period.
         protected: candidates kept for their large value range; the sinks count among them.
-        sinks: first slots of the sequence; always protected.
+        sinks: first slots of the sequence, a kept prompt among them; always protected.
         smoothing: odd width of the average pooling over slots; 1 is off.
         temperature: divides the attention logits before the softmax.
         sampling: ``gumbel`` draws at random, ``greedy`` keeps the largest scores.
@@ -68,12 +76,22 @@ class EvictionParameters:
 
         Args:
             limits: of the eviction.
-            protected: candidates to protect; None protects the sinks alone.
+            protected: candidates to protect; None protects those that are fixed alone.
             rule: any of the other attributes.
         """
-        if protected is None:
-            protected = limits.sinks
-        return cls(**asdict(limits), protected=protected, **rule)
+        return cls(
+            budget=limits.budget,
+            window=limits.window,
+            sinks=limits.fixed,
+            seed=limits.seed,
+            protected=limits.fixed if protected is None else protected,
+            **rule,
+        )
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """What may differ between the sequences of a launch: budget, sinks and protected."""
+        return self.budget, self.sinks, self.protected
 
     def __post_init__(self) -> None:
         if not 0 < self.window < self.budget:

@@ -31,10 +31,10 @@ def remap_sequences(
     starts,  # [R] int32, written
     num_cached,  # [R] int32, written
     token_table,  # [R, token columns] int32, written as far as tokens are cached
-    budget,
     num_columns,  # of the token blocks in a row of block_table
     table_stride,
     token_table_stride,
+    BUDGET_COLUMN: tl.constexpr,
     TOKEN_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -44,6 +44,7 @@ def remap_sequences(
     row = tl.program_id(0)
     table_row = block_table + row.to(tl.int64) * table_stride
     first = tl.load(table_row)
+    budget = tl.load(table_row + BUDGET_COLUMN)
     seq_len = tl.load(seq_lens + row)
     query_start = tl.load(query_start_loc + row)
     query_len = tl.load(query_start_loc + row + 1) - query_start
@@ -81,7 +82,9 @@ class BatchRemap:
     A sequence that first evicted at position 12 computes position 13. With budget 8 and window 4
     that token goes to slot ``8 + (13 - 12) % 4 = 9``, here of block 3:
 
-    >>> block_table = torch.tensor([[12, 0, 7, 3]], dtype=torch.int32)  # first, key, state, token
+    >>> first, key, budget, kept, state_block, token_block = 12, 0, 8, 0, 7, 3
+    >>> row = [first, key, budget, kept, state_block, token_block]
+    >>> block_table = torch.tensor([row], dtype=torch.int32)
     >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computed it
     >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
     >>> token_table = torch.zeros(1, 1, dtype=torch.int32)
@@ -93,7 +96,6 @@ class BatchRemap:
     ...     starts=starts,
     ...     num_cached=num_cached,
     ...     token_table=token_table,
-    ...     budget=8,
     ...     window=4,
     ...     block_size=16,
     ...     num_state_blocks=1,
@@ -106,14 +108,13 @@ class BatchRemap:
     Attributes:
         query_start_loc: [R + 1] int32, first token of each sequence.
         seq_lens: [R] int32, tokens of each sequence after the step; 0 in padding rows.
-        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
         slot_mapping: [tokens] int64; entries of padding tokens and of rows with ``first`` of 0 stay
             as they are.
         starts: [R] int32, receives the position that each sequence's step starts at.
         num_cached: [R] int32, receives the tokens that each sequence has cached after the step.
         token_table: [R, token columns or more] int32, contiguous, receives the token blocks of each
             row as far as tokens are cached; the rest stays as it is.
-        budget: tokens that a sequence holds right after an eviction.
         window: tokens between evictions.
         block_size: token slots of a block.
         num_state_blocks: state blocks in each row.
@@ -127,7 +128,6 @@ class BatchRemap:
     num_cached: torch.Tensor
     token_table: torch.Tensor
     _: KW_ONLY
-    budget: int
     window: int
     block_size: int
     num_state_blocks: int
@@ -178,10 +178,10 @@ class BatchRemap:
             starts=self.starts,
             num_cached=self.num_cached,
             token_table=self.token_table,
-            budget=self.budget,
             num_columns=self._num_token_columns,
             table_stride=self.block_table.stride(0),
             token_table_stride=self.token_table.stride(0),
+            BUDGET_COLUMN=BlockTableRow.BUDGET,
             TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
             WINDOW=self.window,
             BLOCK_SIZE=self.block_size,

@@ -31,7 +31,7 @@ MAX_SPLITS = 16
 """The most programs that share the candidates of one head."""
 
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
-_VARYING = ["task_offset", "num_splits", "capacity", "budget", "scale"]
+_VARYING = ["task_offset", "num_splits", "capacity", "scale"]
 
 
 @triton.jit
@@ -85,13 +85,13 @@ def row_statistics(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
     rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
     maxima,  # [tasks, splits, G * W] fp32, out, in units of log2
     sums,  # [tasks, splits, G * W] fp32, out
     task_offset,
     num_splits,
     capacity,
-    budget,
     scale,  # log2(e) / (sqrt(D) * temperature)
     num_layers,
     num_kv_heads,
@@ -115,8 +115,8 @@ def row_statistics(
     split = program % num_splits
     chunk = program // num_splits % NUM_CHUNKS
     local_task = program // (num_splits * NUM_CHUNKS)
-    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
-    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
     if task.candidates > 0:
         pages = task_pages(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
@@ -163,11 +163,12 @@ def row_range(x, live):
     return highest - tl.min(tl.where(live[None, :], x, float("inf")), axis=1)
 
 
-@triton.jit(do_not_specialize=[*_VARYING, "sinks", "chunk"])
+@triton.jit(do_not_specialize=[*_VARYING, "chunk"])
 def candidate_scores(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
     rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
     maxima,  # [tasks, splits, G * W] fp32
     sums,  # [tasks, splits, G * W] fp32
@@ -176,8 +177,6 @@ def candidate_scores(
     task_offset,
     num_splits,
     capacity,
-    budget,
-    sinks,
     chunk,  # which QUERY_TILE of the query rows; launched in order, each adds to the scores
     scale,  # log2(e) / (sqrt(D) * temperature)
     num_layers,
@@ -201,8 +200,8 @@ def candidate_scores(
     program = tl.program_id(0)
     split = program % num_splits
     local_task = program // num_splits
-    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
-    task = load_task(batch, local_task + task_offset, budget, capacity, WINDOW)
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
     if task.candidates > 0:
         pages = task_pages(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
@@ -217,7 +216,7 @@ def candidate_scores(
                 cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
                 values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
                 bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
-                bits = tl.where(slots < sinks, HIGHEST, bits)
+                bits = tl.where(slots < task.sinks, HIGHEST, bits)
                 tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
         queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)

@@ -111,8 +111,6 @@ def pooled_scores(scores, slots, live, length, SMOOTHING: tl.constexpr):
     do_not_specialize=[
         "task_offset",
         "capacity",
-        "budget",
-        "protected",
         "seed_low",
         "seed_high",
         "first_kv_head",
@@ -124,6 +122,7 @@ def select_and_move(
     layer_indices,  # [layers] int32, in the whole model
     block_table,  # [R, columns] int32
     rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
     scores,  # [tasks, capacity] fp32, in for "attention"; reused for the list of freed slots
     ordered,  # [tasks, capacity] int32; ranges in, overwritten with the priorities
@@ -131,8 +130,6 @@ def select_and_move(
     nan_keys,  # [due] int32, out: a row's key where a priority is NaN; or None
     task_offset,
     capacity,
-    budget,
-    protected,
     seed_low,  # int32 bits
     seed_high,  # int32 bits
     first_kv_head,  # of this rank in the whole model
@@ -164,8 +161,8 @@ def select_and_move(
     limit = capacity
     if SCORING == "age":
         limit = tl.minimum(capacity, num_priorities)
-    batch = Batch(rows, positions, block_table, table_stride, num_layers, num_kv_heads)
-    task = load_task(batch, local_task + task_offset, budget, limit, WINDOW)
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, limit, WINDOW)
     candidates = task.candidates
     if candidates > 0:
         scores += local_task.to(tl.int64) * capacity
@@ -173,10 +170,9 @@ def select_and_move(
 
         # Protected: the largest value ranges, or the sinks alone. All others get their priority.
         if SCORING == "attention":
-            threshold, ties = kth_largest(ordered, candidates, protected, TILE)
-        due = (local_task + task_offset) // (num_kv_heads * num_layers)
+            threshold, ties = kth_largest(ordered, candidates, task.protected, TILE)
         if SCORING == "age":
-            slot_priority += due.to(tl.int64) * num_priorities
+            slot_priority += task.due.to(tl.int64) * num_priorities
         key = tl.load(task.table_row + 1)
         stream = tl.load(layer_indices + task.layer) * 65536 + first_kv_head + task.head
         ties_seen = 0
@@ -190,7 +186,7 @@ def select_and_move(
                 priority = pooled_scores(scores, slots, live, candidates, SMOOTHING)
                 priority = priority / (SMOOTHING * GROUP * WINDOW)
             else:
-                kept = slots < protected
+                kept = slots < task.protected
                 priority = tl.full(slots.shape, 1.0, tl.float32)
             if GUMBEL:
                 noise = gumbel_noise(seed_low, seed_high, slots, task.eviction, stream, key)
@@ -203,17 +199,17 @@ def select_and_move(
             bits = tl.where(kept, HIGHEST, bits)
             tl.store(ordered + slots, bits.to(tl.int32, bitcast=True), mask=live)
         if nan_keys is not None:
-            tl.store(nan_keys + due, key, mask=tl.max(is_nan, axis=0) > 0)
+            tl.store(nan_keys + task.due, key, mask=tl.max(is_nan, axis=0) > 0)
         tl.debug_barrier()
 
         # Survivors; the slots below the budget that do not survive, in ascending order.
-        threshold, ties = kth_largest(ordered, candidates, budget - WINDOW, TILE)
+        threshold, ties = kth_largest(ordered, candidates, task.budget - WINDOW, TILE)
         freed = scores.to(tl.pointer_type(tl.int32))
         num_freed = 0
         ties_seen = 0
-        for start in range(0, budget, TILE):
+        for start in range(0, task.budget, TILE):
             slots = start + tl.arange(0, TILE)
-            live = slots < budget
+            live = slots < task.budget
             x = load_ordered(ordered, slots, live)
             kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
             gone = (live & ~kept).to(tl.int32)
@@ -229,7 +225,7 @@ def select_and_move(
         )
         dims = tl.arange(0, triton.next_power_of_2(2 * HEAD_SIZE))
         num_moved = 0
-        for start in range(budget, candidates + WINDOW, MOVE_TILE):
+        for start in range(task.budget, candidates + WINDOW, MOVE_TILE):
             slots = start + tl.arange(0, MOVE_TILE)
             live = slots < candidates
             x = load_ordered(ordered, slots, live)

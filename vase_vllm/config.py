@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
 Admission = Literal["expected", "reserve", "optimistic"]
 Prefill = Literal["dense", "bounded"]
+Prompt = Literal["evict", "keep"]
 
 
 class EvictionConfig(BaseModel):
     """Settings of ``--kv-eviction-config`` that every policy has, and the policy with its own.
 
     A sequence holds ``budget`` tokens per layer and KV head right after an eviction and at most
-    ``budget + window`` before the next one. Defaults are those of VaSE's paper (arXiv 2606.03928).
+    ``budget + window`` before the next one, beside its prompt if that is kept. Defaults are those
+    of VaSE's paper (arXiv 2606.03928).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -52,6 +55,10 @@ class EvictionConfig(BaseModel):
     """What a prompt holds while it is computed: ``dense``, all of its tokens until the first
     eviction, which follows the prompt; ``bounded``, never more than ``budget + window``: it is
     computed in chunks of ``window`` tokens with an eviction between two, like an output."""
+    prompt: Prompt = "evict"
+    """Whether a prompt's tokens are evicted like others: ``evict``, they are; ``keep``, never, and
+    the budget is that of the output alone. A sequence then holds its prompt and ``budget +
+    window`` tokens, and prompts that begin alike share their blocks."""
     admission: Admission = "reserve"
     """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
     it, so that none is preempted; ``expected``, when they probably can, judged by the lengths of
@@ -69,22 +76,36 @@ class EvictionConfig(BaseModel):
                 f"sinks ({self.sinks}) must be at most budget - window "
                 f"({self.budget - self.window}): lower sinks or raise budget"
             )
+        if self.prompt == "keep" and self.prefill == "bounded":
+            raise ValueError(
+                "prefill bounded evicts from the prompt, and prompt keep does not: "
+                "set prefill dense or prompt evict"
+            )
         self.policy.check(self.limits)
         return self
 
     @cached_property
     def limits(self) -> EvictionLimits:
-        """What an eviction of any policy is told."""
+        """What an eviction of any policy is told, but for a prompt that is kept."""
         return EvictionLimits(self.budget, self.window, self.sinks, self.seed)
+
+    def limits_of(self, budget: int, kept: int) -> EvictionLimits:
+        """What an eviction of a sequence is told; ``budget`` and ``kept`` are in its row."""
+        return replace(self.limits, budget=budget, kept=kept)
 
     @cached_property
     def schedule(self) -> EvictionSchedule:
         """When a sequence evicts and where its tokens lie."""
-        return EvictionSchedule(self.budget, self.window, self.prefill == "bounded")
+        return EvictionSchedule(
+            self.budget, self.window, self.prefill == "bounded", self.prompt == "keep"
+        )
 
     @cached_property
     def fused(self) -> EvictionParameters | None:
-        """The policy as the fused GPU kernel takes it, or None where it does not know it."""
+        """The policy as the fused GPU kernel takes it, or None where it does not know it.
+
+        Whether it does is the same for all sequences, whatever their budgets and prompts.
+        """
         return self.policy.fused(self.limits)
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from vase_vllm.kernels.torch_eviction import (
     value_range,
 )
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 
 TOLERANCE = 1e-4
@@ -101,10 +101,11 @@ class Workload:
             cache = torch.empty(sizes, dtype=shape.dtype, device=device).normal_()
             self.caches.append(cache if shape.layout == "HND" else cache.transpose(1, 2))
         blocks = torch.randperm(num_blocks - 1, device=device).view(shape.num_due, per_row) + 1
-        header = torch.tensor([[shape.num_cached, 0]], device=device).repeat(shape.num_due, 1)
-        header[:, 1] = 1000 + torch.arange(shape.num_due, device=device)
+        header = torch.tensor(RowHeader(shape.num_cached, 0, shape.parameters.budget, 0))
+        header = header.to(device).repeat(shape.num_due, 1)
+        header[:, BlockTableRow.KEY] = 1000 + torch.arange(shape.num_due, device=device)
         self.block_table = torch.cat([header, blocks], dim=1).int()
-        self.positions = self.block_table[:, 0].clone()
+        self.positions = self.block_table[:, BlockTableRow.FIRST].clone()
         self.rows = torch.arange(shape.num_due, dtype=torch.int32, device=device)
         self.pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=device)
         self.layer_indices = torch.arange(shape.num_layers, dtype=torch.int32, device=device)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-from tests.oracle.hf_eviction import EvictingDecoder, generate_with_eviction
+from tests.oracle.hf_eviction import EvictingDecoder, OracleResult, generate_with_eviction
 from tests.oracle.selection import Settings
 from tests.support.engines import (
     engine,
@@ -27,6 +27,19 @@ EXACT = {**EVICTION, "sampling": "greedy", "smoothing": 1}
 PROMPT_LENGTHS = [20, 128, 160, 200, 600]
 NUM_TOKENS = 230
 SEED = 1000
+
+
+def num_clear_tokens(want: OracleResult, prompt_len: int) -> int:
+    """Tokens of an output up to which every choice of its evictions is a clear one.
+
+    Equal tokens have equal values in the first layer, and then slots and positions order a tie
+    differently.
+    """
+    clear = list(itertools.takewhile(lambda e: e.margin > 1e-6, want.evictions))
+    if len(clear) == len(want.evictions):
+        return len(want.token_ids)
+    assert len(clear) >= 5, "choose another seed: this prompt has ties too early"
+    return want.evictions[len(clear)].position - prompt_len + 1
 
 
 @pytest.mark.parametrize(
@@ -53,13 +66,7 @@ def test_tokens_equal_those_of_the_oracle(models, family, changes):
                 oracle, prompt, NUM_TOKENS, budget=128, window=16, protected=32, sinks=4
             )
             num_evictions += len(want.evictions)
-            # Equal tokens have equal values in the first layer, and then slots and positions order
-            # a tie differently. The comparison goes as far as every choice is a clear one.
-            clear = list(itertools.takewhile(lambda e: e.margin > 1e-6, want.evictions))
-            assert len(clear) >= 5, "choose another seed: this prompt has ties too early"
-            num_tokens = NUM_TOKENS
-            if len(clear) < len(want.evictions):
-                num_tokens = want.evictions[len(clear)].position - len(prompt) + 1
+            num_tokens = num_clear_tokens(want, len(prompt))
             assert tokens[:num_tokens] == want.token_ids[:num_tokens]
     assert evictions == num_evictions
 
@@ -104,6 +111,47 @@ def test_a_bounded_prefill_equals_the_oracles(models):
     ]
     wanted = logits[:-1].log_softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=1e-3)
+
+
+def test_requests_with_settings_of_their_own_equal_the_oracles(models):
+    """Kept prompts, other budgets and none at all in one batch, whose prompts share their blocks.
+
+    To the oracle a kept prompt is so many sinks and so much more budget.
+    """
+    prompt = random_prompt(100, SEED + 3)
+    kept = {"sinks": 100, "protected": 32 - 4 + 100, "budget": 128 + 100}
+    half_kept = {"sinks": 100, "protected": 16 - 4 + 100, "budget": 64 + 100}
+    cases = [
+        ({}, {}),
+        ({"kv_eviction_prompt": "keep"}, kept),
+        ({"kv_eviction_budget": 64}, {"budget": 64, "protected": 16}),
+        ({"kv_eviction_budget": 64, "kv_eviction_prompt": "keep"}, half_kept),
+        ({"kv_eviction": "none"}, {"budget": 10_000}),
+    ]
+    requests = [TokensPrompt(prompt_token_ids=prompt)] * len(cases)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, extra_args=own
+        )
+        for own, _ in cases
+    ]
+    with engine(models.qwen3(), EXACT) as llm:
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        evictions = eviction_stats(llm)["evictions"]
+        again = llm.generate(requests, params, use_tqdm=False)
+        assert num_used_blocks(llm) == 0
+    assert [output.num_cached_tokens for output in again] == [96] * len(cases)
+    oracle = AutoModelForCausalLM.from_pretrained(models.qwen3(), dtype=torch.float32).eval()
+    num_evictions = 0
+    for (_, changes), output, repeated in zip(cases, outputs, again, strict=True):
+        settings = {"budget": 128, "window": 16, "protected": 32, "sinks": 4} | changes
+        with torch.inference_mode():
+            want = generate_with_eviction(oracle, prompt, NUM_TOKENS, **settings)
+        num_evictions += len(want.evictions)
+        clear = slice(num_clear_tokens(want, len(prompt)))
+        assert list(output.outputs[0].token_ids)[clear] == want.token_ids[clear]
+        assert list(repeated.outputs[0].token_ids) == list(output.outputs[0].token_ids)
+    assert evictions == num_evictions
 
 
 def test_without_evictions_the_tokens_are_those_of_the_full_cache(models):

@@ -89,6 +89,15 @@ def test_everything_in_one_batch_is_as_it_is_alone(model):
             for prompt, params in zip(prompts, REQUESTS.values(), strict=True)
         ]
         unseeded = llm.generate(["Four samples. "], sampling(temperature=1.0, n=4), use_tqdm=False)
+        # Only the draws of the evictions can tell these samples apart.
+        certain = sampling(temperature=1.0, top_k=1, n=4)
+        drawn = [
+            [
+                tuple(o.token_ids)
+                for o in llm.generate(["Drawn. "], certain, use_tqdm=False)[0].outputs
+            ]
+            for _ in range(2)
+        ]
         stopped = llm.generate(["A stop string. "], sampling(max_tokens=400), use_tqdm=False)
         text = stopped[0].outputs[0].text
         stop = text[200:206]
@@ -102,6 +111,8 @@ def test_everything_in_one_batch_is_as_it_is_alone(model):
     texts = {name: output.outputs[0].text for name, output in outputs.items()}
     assert len({tuple(o.token_ids) for o in outputs["four samples, seeded"].outputs}) == 4
     assert [len(o.token_ids) for o in unseeded[0].outputs] == [NUM_TOKENS] * 4
+    assert len(set(drawn[0])) == 4
+    assert drawn[0] == drawn[1]
     scored = outputs["log-probabilities"]
     assert len(scored.outputs[0].logprobs) == NUM_TOKENS
     assert len(scored.prompt_logprobs) == len(scored.prompt_token_ids)

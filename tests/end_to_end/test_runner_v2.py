@@ -26,12 +26,14 @@ ON_RUNNER_V1 = {
     "num_tokens": 80,
     "options": {"max_num_batched_tokens": 40},
 }
+# Evicts twice, too, 8 and 10 tokens after the prompt.
+BESIDE_THE_PROMPT = {"prompt": "keep", "budget": 6, "window": 2}
 SETTINGS = {
     "gumbel": {"sampling": "gumbel"},
     "greedy": {"sampling": "greedy", "prefill": "bounded"},
-    "snapkv": {"policy": "snapkv"},
+    "snapkv": {"policy": "snapkv", **BESIDE_THE_PROMPT},
     "streaming": {"policy": "streaming"},
-    "random": {"policy": "random"},
+    "random": {"policy": "random", **BESIDE_THE_PROMPT},
     # Not in the fused kernel: plain torch on the device's pages.
     "rkv": {"policy": "rkv"},
     "cur": {"policy": "cur"},

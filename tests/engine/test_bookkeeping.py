@@ -5,6 +5,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from vase_vllm.config import EvictionConfig
 
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 LONGEST_PROMPT = 80
+LONGEST_OUTPUT = 60
 BEGINNINGS = [[2 + 7 * which + p % 5 for p in range(60)] for which in range(2)]
 
 
@@ -24,6 +26,7 @@ class Arrival:
     Attributes:
         step: at which it arrives.
         aborted_after: steps after which it is aborted, if it still runs.
+        eviction: its own ``kv_eviction``, of its budget the part that it gives up, and its prompt.
     """
 
     which: int
@@ -32,6 +35,20 @@ class Arrival:
     max_tokens: int
     step: int
     aborted_after: int | None
+    eviction: tuple[str | None, int, str | None]
+
+    def own_settings(self, config: EvictionConfig) -> dict[str, Any]:
+        """What it says of eviction, as far as the server lets it."""
+        policy, less, prompt = self.eviction
+        if policy is not None:
+            return {"kv_eviction": policy}
+        own: dict[str, Any] = {}
+        if less:
+            lowest = config.window + max(config.sinks, 1)
+            own["kv_eviction_budget"] = max(config.budget - less, lowest)
+        if prompt is not None and config.prefill == "dense":
+            own["kv_eviction_prompt"] = prompt
+        return own
 
 
 arrivals = st.builds(
@@ -39,9 +56,14 @@ arrivals = st.builds(
     which=st.integers(0, 1),
     shared=st.integers(0, 60),
     own=st.integers(1, LONGEST_PROMPT - 60),
-    max_tokens=st.integers(1, 60),
+    max_tokens=st.integers(1, LONGEST_OUTPUT),
     step=st.integers(0, 40),
     aborted_after=st.none() | st.integers(0, 60),
+    eviction=st.tuples(
+        st.sampled_from([None, None, None, "none"]),
+        st.sampled_from([0, 0, 1, 9, 30]),
+        st.sampled_from([None, "keep", "evict"]),
+    ),
 )
 
 
@@ -49,6 +71,9 @@ arrivals = st.builds(
 def eviction_settings(draw):
     window = draw(st.integers(1, 12))
     kept = draw(st.integers(1, 40))
+    prefill, prompt = draw(
+        st.sampled_from([("dense", "evict"), ("bounded", "evict"), ("dense", "keep")])
+    )
     return {
         # The books do not depend on the policy, and this one has no settings of its own.
         "policy": "random",
@@ -56,7 +81,8 @@ def eviction_settings(draw):
         "window": window,
         "sinks": draw(st.integers(0, min(kept, 4))),
         "admission": draw(st.sampled_from(["expected", "reserve", "optimistic"])),
-        "prefill": draw(st.sampled_from(["dense", "bounded"])),
+        "prefill": prefill,
+        "prompt": prompt,
     }
 
 
@@ -77,8 +103,9 @@ def test_every_block_holds_what_it_should(
     models, eviction, requests, block_size, num_spare, chunk, reset_at
 ):
     """Hits, copies of copies, evictions, preemptions, aborts, a pool that is full."""
-    schedule = EvictionConfig.parse(eviction).schedule
-    longest = schedule.first_eviction(LONGEST_PROMPT)
+    config = EvictionConfig.parse(eviction)
+    # What a kept prompt or one that is evicted from needs, or a request that opts out.
+    longest = LONGEST_PROMPT + max(config.schedule.bound, LONGEST_OUTPUT)
     scheduler = make_scheduler(models.qwen3(), eviction, block_size, 1000, chunk)
     simulation = Simulation(scheduler)
     # The null block, the state blocks, and what the longest prompt holds until its first eviction.
@@ -97,7 +124,8 @@ def test_every_block_holds_what_it_should(
         while waiting and waiting[0][1].step <= number:
             index, request = waiting.pop(0)
             prompt = BEGINNINGS[request.which][: request.shared] + [100 + index] * request.own
-            simulation.add(str(index), prompt, request.max_tokens)
+            own = request.own_settings(config)
+            simulation.add(str(index), prompt, request.max_tokens, own=own)
         for request_id in [request_id for request_id, step in aborts.items() if step == number]:
             simulation.abort(request_id)
         if number == reset_at:

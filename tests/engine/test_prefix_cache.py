@@ -27,6 +27,11 @@ def finish(simulation):
         simulation.step()
 
 
+def finish_until(simulation, num_evictions):
+    while simulation.num_evictions < num_evictions:
+        simulation.step()
+
+
 def prompt(shared, own):
     return [2 + p % 5 for p in range(shared)] + own
 
@@ -86,6 +91,39 @@ def test_a_bounded_prefill_is_found_up_to_its_first_eviction(models):
     # At 32, 40, 48 and 56.
     assert simulation.num_evictions == 2 * 4
     assert simulation.num_cached_tokens == {"first": 0, "again": 24}
+
+
+def test_kept_prompts_share_their_blocks(simulation):
+    """Three prompts of 22 tokens begin with 20 that are the same, which fill 5 blocks."""
+    keep = {"kv_eviction_prompt": "keep"}
+    simulation.add("first", prompt(20, [50, 51]), 60, own=keep)
+    simulation.step()
+    simulation.step()
+    for name in ("second", "third"):
+        simulation.add(name, prompt(20, [60, 61]), 60, own=keep)
+    finish_until(simulation, num_evictions=9)
+    rows = [row[simulation.spec.num_front :] for row in simulation.manager.req_to_blocks.values()]
+    # At their bounds: 22 + 24 + 8 tokens each, in 14 blocks.
+    assert [len(row) for row in rows] == [14, 14, 14]
+    assert rows[0][:5] == rows[1][:5] == rows[2][:5]
+    assert len({block.block_id for row in rows for block in row}) == 3 * 14 - 2 * 5
+    # A request that may evict from the same prompt gets copies of these blocks.
+    simulation.add("evicting", prompt(20, [70]), 60)
+    finish(simulation)
+    assert simulation.num_cached_tokens == {"first": 0, "second": 20, "third": 20, "evicting": 20}
+    assert simulation.num_used_blocks == 0
+
+
+def test_a_follow_up_shares_the_prompt_and_its_output_is_not_found(simulation):
+    """The second turn's prompt holds the first one's output, which had evicted from it."""
+    keep = {"kv_eviction_prompt": "keep"}
+    simulation.add("first", prompt(20, []), 60, own=keep)
+    finish(simulation)
+    simulation.add("second", prompt(20, [7] * 60), 60, own=keep)
+    finish(simulation)
+    simulation.add("third", prompt(20, [7] * 60 + [8] * 60), 60, own=keep)
+    finish(simulation)
+    assert simulation.num_cached_tokens == {"first": 0, "second": 20, "third": 80}
 
 
 @pytest.mark.parametrize(("num_blocks", "num_hit"), [(24, 0), (25, 28)])

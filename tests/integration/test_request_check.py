@@ -28,12 +28,12 @@ def engine_config(num_blocks, additional_config=EVICTION, **parallel):
     )
 
 
-def request(prompt_len, resumable=False, **xargs):
+def request(prompt_len, resumable=False, max_tokens=None, **xargs):
     return SimpleNamespace(
         prompt_token_ids=[2] * prompt_len,
         prompt_embeds=None,
         resumable=resumable,
-        sampling_params=SamplingParams(extra_args=xargs or None),
+        sampling_params=SamplingParams(extra_args=xargs or None, max_tokens=max_tokens),
     )
 
 
@@ -75,11 +75,38 @@ def test_a_streaming_input_session():
     assert "\n" not in reason
 
 
-@pytest.mark.parametrize("key", ["kv_eviction", "kv_eviction_budget", "kv_evict", "eviction"])
-def test_settings_of_a_request_that_would_have_no_effect(key):
+@pytest.mark.parametrize("key", ["kv_evict", "eviction", "kv_eviction_window"])
+def test_an_unknown_setting_of_a_request(key):
     reason = reason_to_reject(engine_config(100), request(5, **{key: "none"}))
-    assert reason.startswith(f"vllm_xargs.{key}: a request has no settings of its own")
-    assert "\n" not in reason
+    assert reason == (
+        f"vllm_xargs.{key}: unknown key; the keys are kv_eviction, kv_eviction_budget, "
+        "kv_eviction_prompt."
+    )
+
+
+def test_a_request_that_opts_out_must_fit_with_its_output():
+    """Prompt and output of 320 tokens fill 10 blocks, and there is no query to keep."""
+    out = {"kv_eviction": "none"}
+    assert reason_to_reject(engine_config(11), request(200, max_tokens=120, **out)) is None
+    reason = reason_to_reject(engine_config(10), request(200, max_tokens=120, **out))
+    assert reason == (
+        "The request (320 tokens with its output) needs 10 KV cache blocks without eviction, and "
+        "the pool has 9: lower max_tokens or remove vllm_xargs.kv_eviction."
+    )
+    # Without a limit the output may fill the model's context, here 64 blocks.
+    assert reason_to_reject(engine_config(64), request(200, **out))
+    assert reason_to_reject(engine_config(65), request(200, **out)) is None
+
+
+def test_a_kept_prompt_must_fit_beside_the_budget():
+    """200 tokens, budget and window are 10 blocks, and one holds the queries."""
+    keep = {"kv_eviction_prompt": "keep"}
+    assert reason_to_reject(engine_config(12), request(200, **keep)) is None
+    reason = reason_to_reject(engine_config(11), request(200, **keep))
+    assert "needs 11 KV cache blocks until its first eviction, and the pool has 10" in reason
+    assert "set vllm_xargs.kv_eviction_prompt evict" in reason
+    # What is too short to evict needs neither.
+    assert reason_to_reject(engine_config(8), request(200, max_tokens=20, **keep)) is None
 
 
 def test_what_is_no_setting_of_eviction_is_let_through():

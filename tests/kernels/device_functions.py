@@ -35,11 +35,11 @@ def draw(words, noise, seed_low, seed_high, eviction, stream, key, TILE: tl.cons
 
 @triton.jit
 def tasks(
-    rows, positions, block_table, table_stride, candidates, evictions, budget, WINDOW: tl.constexpr
+    rows, counts, positions, block_table, table_stride, candidates, evictions, WINDOW: tl.constexpr
 ):
     """What an eviction kernel finds due: one program a row, one layer, one head."""
     index = tl.program_id(0)
-    batch = Batch(rows, positions, block_table, table_stride, 1, 1)
-    task = load_task(batch, index, budget, 1 << 30, WINDOW)
+    batch = Batch(rows, counts, positions, block_table, table_stride, 1, 1)
+    task = load_task(batch, index, 1 << 30, WINDOW)
     tl.store(candidates + index, task.candidates)
     tl.store(evictions + index, task.eviction)

@@ -15,7 +15,7 @@ from vase_vllm.kernels.torch_eviction import (
     select_survivors,
     value_range,
 )
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 
 MARGIN = 1e-5
@@ -24,11 +24,15 @@ MARGIN = 1e-5
 
 @dataclass(frozen=True)
 class Sequence:
-    """A row of the block table: position of the first eviction, position now."""
+    """A row of the block table: position of the first eviction, position now.
+
+    Its budget, sinks and protected tokens are those of ``parameters``, if it has its own.
+    """
 
     first: int
     position: int
     key: int = 12345
+    parameters: EvictionParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,13 @@ class Case:
     def softmax_scale(self) -> float:
         return self.head_size**-0.5
 
+    def of(self, sequence: Sequence) -> EvictionParameters:
+        """The parameters of a sequence."""
+        return sequence.parameters or self.parameters
+
     def num_cached(self, sequence: Sequence) -> int:
         """Tokens in the cache, whether an eviction is due or not."""
-        budget, window = self.parameters.budget, self.parameters.window
+        budget, window = self.of(sequence).budget, self.parameters.window
         if sequence.position <= sequence.first or sequence.first == 0:
             return sequence.position
         steps = (sequence.position - sequence.first) % window
@@ -106,7 +114,8 @@ class Pool:
             self.caches = [cache.transpose(1, 2) for cache in self.caches]
         for row, sequence in enumerate(case.sequences):
             num_blocks = case.num_state_blocks + num_token_blocks[row]
-            entries = [sequence.first, sequence.key, *(free.pop() for _ in range(num_blocks))]
+            header = RowHeader(sequence.first, sequence.key, case.of(sequence).budget, kept=0)
+            entries = [*header, *(free.pop() for _ in range(num_blocks))]
             self.block_table[row, : len(entries)] = torch.tensor(entries)
             for cache in self.caches:
                 self._fill(cache, row, generator)
@@ -117,7 +126,7 @@ class Pool:
 
     def _arrival(self, sequence: Sequence, generator: torch.Generator) -> torch.Tensor:
         """Positions of the candidates: in order at first; later the newest, anywhere."""
-        parameters = self.case.parameters
+        parameters = self.case.of(sequence)
         candidates = self.case.num_cached(sequence) - parameters.window
         arrival = torch.arange(candidates, dtype=torch.int32)
         if sequence.position > sequence.first:
@@ -172,6 +181,8 @@ class Pool:
         if self.arrival is not None:
             num_candidates = max_num_cached - case.parameters.window
             slot_priority = self.arrival[rows, :num_candidates].contiguous()
+        of_rows = [case.of(case.sequences[row]).counts for row in rows]
+        has_own = any(case.sequences[row].parameters for row in rows)
         self.nan_keys = torch.full((len(rows),), -1, dtype=torch.int32)
         PagedEviction(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
@@ -186,6 +197,7 @@ class Pool:
             num_state_blocks=case.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=case.first_kv_head,
+            counts=torch.tensor(of_rows, dtype=torch.int32) if has_own else None,
             scratch=scratch,
             num_splits=case.num_splits,
             slot_priority=slot_priority,
@@ -194,12 +206,13 @@ class Pool:
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:
         """The caches after the eviction, by the reference; whether no choice hung on rounding."""
-        case, parameters = self.case, self.case.parameters
+        case = self.case
         caches, separated = [cache.clone() for cache in self.caches], True
         for layer, cache in zip(case.layers, caches, strict=True):
             for row, sequence in enumerate(case.sequences):
                 if not case.is_due(sequence):
                     continue
+                parameters = case.of(sequence)
                 num_cached = case.num_cached(sequence)
                 slots = torch.arange(num_cached)
                 candidates = num_cached - parameters.window

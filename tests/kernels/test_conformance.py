@@ -15,6 +15,7 @@ from vllm.v1.core.block_pool import BlockPool
 
 from tests.kernels.device_functions import tasks
 from tests.support.authors_schedule import play
+from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.admission import AdmissionContext
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.spec import EvictionSpec
@@ -83,7 +84,8 @@ def test_the_remapping_kernel(sequence):
     """A row for every decode step, whose token blocks are numbered from 1."""
     num_steps, schedule = len(sequence.positions), sequence.schedule
     num_blocks = cdiv(max(sequence.first, schedule.bound), sequence.block_size)
-    row = torch.cat([torch.tensor([sequence.first, 0]), torch.arange(1, num_blocks + 1)])
+    header = torch.tensor([sequence.first, 0, schedule.budget, 0])
+    row = torch.cat([header, torch.arange(1, num_blocks + 1)])
     slot_mapping = torch.full((num_steps,), -1)
     starts, num_cached = torch.zeros(2, num_steps, dtype=torch.int32)
     token_table = torch.zeros(num_steps, num_blocks, dtype=torch.int32)
@@ -95,7 +97,6 @@ def test_the_remapping_kernel(sequence):
         starts=starts,
         num_cached=num_cached,
         token_table=token_table,
-        budget=schedule.budget,
         window=schedule.window,
         block_size=sequence.block_size,
         num_state_blocks=0,
@@ -113,16 +114,18 @@ def test_the_remapping_kernel(sequence):
 @given(sequences)
 def test_the_eviction_kernels(sequence):
     num_steps, window = len(sequence.positions), sequence.schedule.window
-    table = torch.tensor([[sequence.first, 0]], dtype=torch.int32).repeat(num_steps, 1)
+    budget = sequence.schedule.budget
+    table = torch.tensor([[sequence.first, 0, budget, 0]], dtype=torch.int32).repeat(num_steps, 1)
+    counts = torch.tensor([[budget, 0, 0]], dtype=torch.int32).repeat(num_steps, 1)
     candidates, evictions = torch.full((2, num_steps), -1, dtype=torch.int32)
     tasks[(num_steps,)](
         torch.arange(num_steps, dtype=torch.int32),
+        counts,
         torch.tensor(sequence.positions, dtype=torch.int32),
         table,
         table.stride(0),
         candidates,
         evictions,
-        sequence.schedule.budget,
         WINDOW=window,
     )
     expected = [0 if cached is None else cached - window for cached in sequence.evicted_at]
@@ -154,7 +157,10 @@ def test_the_block_manager(sequence):
         max_tokens=1000,
         sampling_params=None,
     )
-    manager.bind(AdmissionContext({"request": request}, "reserve", max_model_len=2000))
+    config = EvictionConfig.parse(
+        {"policy": "random", "budget": schedule.budget, "window": schedule.window, "sinks": 0}
+    )
+    manager.bind(AdmissionContext({"request": request}, config, max_model_len=2000))
     manager.allocate_new_blocks("request", sequence.num_prompt, sequence.num_prompt)
     row = manager.req_to_blocks["request"]
     assert row[BlockTableRow.FIRST].block_id == sequence.first

@@ -95,6 +95,23 @@ def test_snapkv(extra):
     check(Case(parameters, (Sequence(first, first),), fill=fill))
 
 
+@pytest.mark.parametrize("sampling", ["greedy", "gumbel"])
+def test_sequences_with_budgets_of_their_own(sampling):
+    """One launch: a kept prompt of 30 and of 101 tokens, half the budget, the server's own."""
+    server = replace(SMALL, sampling=sampling)
+    own = [
+        replace(server, budget=40 + 30, sinks=30, protected=30 + 6),
+        replace(server, budget=40 + 101, sinks=101, protected=101 + 6),
+        replace(server, budget=20, protected=5),
+        None,
+    ]
+    sequences = []
+    for row, parameters in enumerate(own):
+        first = (parameters or server).budget + server.window
+        sequences.append(Sequence(first, first + row * server.window, 7 + row, parameters))
+    check(Case(server, tuple(sequences), layers=(3, 5)))
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 16], ids="splits={}".format)
 def test_splits(num_splits):
     parameters = EvictionParameters(300, 16, 75)

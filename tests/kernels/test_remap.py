@@ -40,7 +40,11 @@ class Batch:
         generator = torch.Generator().manual_seed(0)
         sizes = (num_rows, num_columns + spare_columns)
         table = largest_block - torch.randint(1000, sizes, generator=generator)
-        table[:, 0] = self.first
+        self.budget = torch.full_like(self.first, budget)
+        # Sequences may have budgets of their own: another for every second one.
+        self.budget[1::2] -= window
+        table[:, BlockTableRow.FIRST] = self.first
+        table[:, BlockTableRow.BUDGET] = self.budget
         table[self.first == 0] = 0
         self.block_table = table.int()[:, :num_columns]
         self.query_start_loc = torch.cat([torch.zeros(1), self.counts.cumsum(0)]).int()
@@ -61,7 +65,6 @@ class Batch:
             self.starts,
             self.num_cached,
             self.token_table,
-            budget=self.schedule.budget,
             window=self.schedule.window,
             block_size=self.block_size,
             num_state_blocks=self.num_state_blocks,
@@ -75,11 +78,11 @@ class Batch:
             if self.first[row] == 0:
                 continue
             positions = starts[row] + torch.arange(self.counts[row])
-            slots = self.schedule.slots(positions, self.first[row])
+            slots = self.schedule.slots(positions, self.first[row], self.budget[row])
             blocks = self.block_table[row, self.front + slots // self.block_size].long()
             begin = int(self.query_start_loc[row])
             mapping[begin : begin + len(slots)] = blocks * self.block_size + slots % self.block_size
-        cached = self.schedule.slots(self.seq_lens.long() - 1, self.first) + 1
+        cached = self.schedule.slots(self.seq_lens.long() - 1, self.first, self.budget) + 1
         return mapping, starts, cached
 
 

@@ -21,7 +21,7 @@ from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.worker.counters import EvictionCounters
-from vase_vllm.worker.first_evictions import FirstEvictions
+from vase_vllm.worker.row_headers import RowHeaders
 from vase_vllm.worker.triton_path import TritonPath
 
 CONFIG = EvictionConfig.parse({"budget": 40, "window": 8, "protected": 10})
@@ -44,20 +44,20 @@ class Worker:
         self.indices = np.arange(len(sequences))[::-1].copy()
         by_id = dict(zip(names, self.indices.tolist(), strict=True))
         runner = SimpleNamespace(req_states=SimpleNamespace(req_id_to_index=by_id))
-        first_evictions = FirstEvictions(runner, max_rows)
+        row_headers = RowHeaders(runner, max_rows)
         new = [
             SimpleNamespace(req_id=name, block_ids=(row,))
             for name, row in zip(names, self.pool.block_table.tolist(), strict=True)
         ]
         message = SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=new)
-        first_evictions.observe(message, group=0)
+        row_headers.observe(message, group=0)
         self.counters = EvictionCounters(num_layers=len(case.layers))
         context = SimpleNamespace(
             config=config,
             vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=max_rows)),
             device=torch.device("cpu"),
             counters=self.counters,
-            first_evictions=first_evictions,
+            row_headers=row_headers,
             kv_heads=torch.arange,
             observer=None,
         )

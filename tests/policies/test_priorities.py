@@ -262,7 +262,7 @@ def test_streaming_gives_the_fused_kernel_its_own_ranking():
     # First eviction, evictions before, candidates.
     sequences = [(32, 0, 24), (0, 0, 0), (104, 0, 96), (32, 1, 24), (104, 3, 24), (32, 40, 24)]
     first, eviction_index, _ = np.array(sequences).T
-    rows = config.policy.slot_priority(config.limits, first, eviction_index, 96)
+    rows = config.policy.slot_priority([config.limits] * 6, first, eviction_index, 96)
     assert rows.shape == (6, 96)
     assert rows.dtype == np.int32
     for row, (first_eviction, index, count) in zip(rows, sequences, strict=True):
@@ -277,7 +277,7 @@ def test_streaming_gives_the_fused_kernel_its_own_ranking():
 def test_other_policies_give_the_fused_kernel_no_ranking(name):
     config = EvictionConfig.parse(LARGE | ALL[name])
     first, eviction_index = np.array([80]), np.array([0])
-    assert config.policy.slot_priority(config.limits, first, eviction_index, 64) is None
+    assert config.policy.slot_priority([config.limits], first, eviction_index, 64) is None
 
 
 # In law

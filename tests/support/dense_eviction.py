@@ -104,7 +104,7 @@ class DenseEviction:
         """Candidates of each KV head that survive by the product's priority, ascending."""
         limits = self.config.limits
         priority = self.priority(**eviction)
-        priority[:, : limits.sinks] = torch.inf
+        priority[:, : limits.fixed] = torch.inf
         order = priority.sort(dim=-1, descending=True, stable=True).indices
         survivors = order[:, : limits.budget - limits.window].sort(dim=-1).values
         return list(map(tuple, survivors.tolist()))
@@ -131,7 +131,7 @@ class DenseEviction:
             ranges=torch.full((num_candidates,), torch.nan),
             protected=protected,
             keep=limits.budget - limits.window,
-            sinks=limits.sinks,
+            sinks=limits.fixed,
             eviction_index=0,
             keys=self.keys[head],
             values=self.values[head],

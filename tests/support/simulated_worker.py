@@ -22,9 +22,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.engine.block_manager import EvictionManager, content_key
+from vase_vllm.engine.block_manager import EvictionManager
+from vase_vllm.engine.row_header import content_key
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import NEVER, BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.query_ring import TorchRingWrite
 
@@ -81,6 +82,9 @@ class Simulation:
         assert isinstance(manager, EvictionManager)
         self.manager = manager
         self.spec = manager.kv_cache_spec
+        config = EvictionConfig.from_vllm(scheduler.vllm_config)
+        assert config is not None
+        self.config = config
         self.pool = manager.block_pool
         self.memory: dict[int, list[Any]] = {}
         # State block to the queries of its ring entries.
@@ -96,11 +100,20 @@ class Simulation:
         self._hasher = get_request_block_hasher(manager.block_size, hash_function)
 
     def add(
-        self, request_id: str, prompt: list[int], max_tokens: int, stops_at: int | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        stops_at: int | None = None,
+        own: dict[str, Any] | None = None,
     ) -> None:
-        """Queue a request, which stops by itself after ``stops_at`` tokens."""
+        """Queue a request, which stops by itself after ``stops_at`` tokens.
+
+        Args:
+            own: its own settings of eviction.
+        """
         parameters = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN]
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN], extra_args=own
         )
         self.stops_at[request_id] = stops_at
         parameters.update_from_generation_config({}, None)
@@ -156,29 +169,37 @@ class Simulation:
 
     def _compute(self, request: Request, start: int, stop: int) -> None:
         row = self.rows[request.request_id]
-        first = row[BlockTableRow.FIRST]
-        assert first == self.spec.schedule.first_eviction(request.num_prompt_tokens)
-        assert row[BlockTableRow.KEY] == content_key(request)
+        header = RowHeader(*row[: BlockTableRow.NUM_HEADER])
+        assert header == self._expected_header(request)
+        first, kept = header.first, header.kept
         token_blocks = row[self.spec.num_front :]
-        schedule = self.spec.schedule
+        schedule = self.spec.schedule.with_budget(header.budget)
         assert stop - start <= schedule.tokens_until_eviction(start, first)
         if schedule.due(start, first):
             self.num_evictions += 1
             self._check_ring(request, row, start)
-            for slot in range(
-                min(schedule.num_cached(start, first), len(token_blocks) * self.spec.block_size)
-            ):
+            num_slots = len(token_blocks) * self.spec.block_size
+            for slot in range(kept, min(schedule.num_cached(start, first), num_slots)):
                 self._cell(token_blocks, slot, EVICTED)
         tokens = request.all_token_ids
         for position in range(start, stop):
             slot = schedule.slots(position, first)
             self._cell(token_blocks, slot, tuple(tokens[: position + 1]))
         self._store_queries(request, row, start, stop)
-        if stop <= first:
-            for position in range(stop):
-                block, cell = divmod(position, self.spec.block_size)
-                found = self.memory[token_blocks[block]][cell]
-                assert found == tuple(tokens[: position + 1]), (request.request_id, position)
+        for position in range(stop if stop <= first else kept):
+            block, cell = divmod(position, self.spec.block_size)
+            found = self.memory[token_blocks[block]][cell]
+            assert found == tuple(tokens[: position + 1]), (request.request_id, position)
+
+    def _expected_header(self, request: Request) -> RowHeader:
+        own, config = request.sampling_params.extra_args or {}, self.config
+        num_prompt, budget = request.num_prompt_tokens, own.get("kv_eviction_budget", config.budget)
+        never = own.get("kv_eviction") == "none"
+        keeps = never or own.get("kv_eviction_prompt", config.prompt) == "keep"
+        kept = num_prompt if keeps else 0
+        schedule = self.spec.schedule.with_budget(budget + kept)
+        first = NEVER if never else schedule.first_eviction(num_prompt)
+        return RowHeader(first, content_key(request), budget + kept, kept)
 
     def _store_queries(self, request: Request, row: list[int], start: int, stop: int) -> None:
         """Write a chunk's queries where the real worker would."""
@@ -210,15 +231,20 @@ class Simulation:
         names[cell] = name
 
     def _check_blocks(self) -> None:
-        """No block of a sequence is another's, or in the prefix cache; what is cached is right."""
-        own = [
-            block
-            for row in self.manager.req_to_blocks.values()
-            for block in row[BlockTableRow.NUM_HEADER :]
+        """Nothing that may be written is another's, or in the prefix cache, which is right."""
+        own, lasting = [], set()
+        for row in self.manager.req_to_blocks.values():
+            if not row:
+                continue
+            num_lasting = row[BlockTableRow.KEPT].block_id // self.spec.block_size
+            lasting |= {block.block_id for block in row[self.spec.num_front :][:num_lasting]}
             # A short sequence has no ring, and null blocks in its place.
-            if not block.is_null
-        ]
-        assert len({block.block_id for block in own}) == len(own)
+            ring = row[BlockTableRow.NUM_HEADER : self.spec.num_front]
+            own += [block for block in ring if not block.is_null]
+            own += row[self.spec.num_front + num_lasting :]
+        ids = {block.block_id for block in own}
+        assert len(ids) == len(own)
+        assert not ids & lasting
         assert all(block.block_hash is None for block in own)
         cached = [block for block in self.pool.blocks if block.block_hash is not None]
         for block in cached:

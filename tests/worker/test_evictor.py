@@ -19,6 +19,7 @@ from vase_vllm.kernels.torch_eviction import (
     select_survivors,
     value_range,
 )
+from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.policies.draws import Draws
@@ -52,7 +53,8 @@ class Paged:
             (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * head_size), torch.nan, dtype=dtype
         )
         ids = (torch.randperm(num_blocks - 1) + 1)[: self.ring.num_blocks + num_token_blocks]
-        self.row = torch.tensor([first, KEY, *ids.tolist(), 0, 0], dtype=torch.int32)
+        header = RowHeader(first, KEY, parameters.budget, kept=0)
+        self.row = torch.tensor([*header, *ids.tolist(), 0, 0], dtype=torch.int32)
         self.blocks = ids[self.ring.num_blocks :]
 
         self.key, self.value = torch.randn(2, num_cached, NUM_HEADS, head_size).to(dtype)

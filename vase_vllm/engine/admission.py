@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from vllm.v1.request import Request
 
-from vase_vllm.config import Admission
+from vase_vllm.config import EvictionConfig
 
 NUM_REMEMBERED = 1024
 NUM_NEEDED = 16
@@ -67,13 +67,13 @@ class AdmissionContext:
 
     Attributes:
         requests: the scheduler's live table, request id to request.
-        admission: when a request is admitted; see :class:`~vase_vllm.config.EvictionConfig`.
+        config: of the server.
         max_model_len: tokens of the longest sequence.
         output_lengths: of the requests that have finished.
     """
 
     requests: Mapping[str, Request]
-    admission: Admission
+    config: EvictionConfig
     max_model_len: int
     output_lengths: OutputLengths = field(default_factory=OutputLengths)
 

@@ -2,17 +2,18 @@
 
 A row of the block table holds, in this order::
 
-    first | key | state blocks ... | blocks of the tokens' slots ...
+    first | key | budget | kept | state blocks ... | blocks of the tokens' slots ...
 
-``first`` and ``key`` are not blocks but two numbers that travel to the workers where block ids do
-(see :class:`BlockTableRow`). That way they live exactly as long as the request's blocks, under
-both model runners, through preemption and reordering, and nobody has to keep them in step.
+The first four are not blocks but numbers that travel to the workers where block ids do (see
+:class:`RowHeader`). That way they live exactly as long as the request's blocks, under both model
+runners, through preemption and reordering, and nobody has to keep them in step.
 The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
 the same layers: allocated, accounted and freed with the rest. A sequence that can never become long
 enough for a query to be kept has null blocks in their place.
+The blocks that a kept prompt fills are never written again once they are computed: sequences whose
+prompts begin alike share them through vLLM's prefix cache.
 """
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,20 +24,11 @@ from vllm.v1.request import Request
 
 from vase_vllm.engine.admission import AdmissionContext, expected_peak
 from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
+from vase_vllm.engine.row_header import make_header
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
-
-
-def content_key(request: Request) -> int:
-    """31-bit hash of what a request asks for: its prompt and its sampling seed.
-
-    Draws keyed by it repeat when the same request comes again, alone or in any batch.
-    """
-    sampling = request.sampling_params
-    seed = sampling.seed if sampling is not None and sampling.seed is not None else 0
-    tokens = np.asarray(request.prompt_token_ids or (), dtype=np.int32)
-    return zlib.crc32(tokens.tobytes(), seed & 0xFFFFFFFF) & 0x7FFFFFFF
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
+from vase_vllm.layout.schedule import EvictionSchedule
 
 
 class EvictionManager(FullAttentionManager):
@@ -53,18 +45,35 @@ class EvictionManager(FullAttentionManager):
         """Learn what the scheduler knows; it calls this once, before there is any request."""
         self._context = context
 
+    def header(self, request_id: str) -> RowHeader:
+        """What the row of a sequence begins with, or will begin with once there is one."""
+        if row := self.req_to_blocks.get(request_id):
+            return RowHeader(*(entry.block_id for entry in row[: BlockTableRow.NUM_HEADER]))
+        return make_header(self._context.config, self._context.requests[request_id])
+
     def first_eviction(self, request_id: str) -> int:
-        """Position of the first eviction: what the row says, else what the prompt will make it."""
+        """Position of a sequence's first eviction."""
         if row := self.req_to_blocks.get(request_id):
             return row[BlockTableRow.FIRST].block_id
-        request = self._context.requests[request_id]
-        return self.kv_cache_spec.schedule.first_eviction(request.num_prompt_tokens)
+        return self.header(request_id).first
+
+    def _schedule(self, request_id: str) -> EvictionSchedule:
+        """The schedule of a sequence, with its own budget."""
+        return self.kv_cache_spec.schedule.with_budget(self.header(request_id).budget)
 
     def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
         num_required = cdiv(num_slots, self.block_size)
         if row := self.req_to_blocks.get(request_id):
             return max(num_required - (len(row) - self._num_front), 0)
-        return num_required + self._num_state_blocks(request_id)
+        num_shared = self._num_shared(request_id, self._prefix_cache.held(request_id))
+        return num_required - num_shared + self._num_state_blocks(request_id)
+
+    def _num_shared(self, request_id: str, cached_blocks: Sequence[KVCacheBlock]) -> int:
+        """How many of the cached blocks that a prompt begins with a sequence takes as its own.
+
+        Those that its kept prompt fills; the others, into which it may write, it gets copies of.
+        """
+        return min(len(cached_blocks), self.header(request_id).kept // self.block_size)
 
     def _num_state_blocks(self, request_id: str) -> int:
         """Blocks for the query ring; a sequence that ends before any query is kept has none."""
@@ -92,16 +101,18 @@ class EvictionManager(FullAttentionManager):
         ones still need to get to theirs, so that none is preempted later; with ``expected`` it is
         the same for what they will probably hold.
 
-        Cached blocks that the prompt begins with are needed beside its own, until they are copied.
+        Cached blocks that the prompt begins with are needed beside its own, until they are copied,
+        or in the place of its own where they are shared.
         """
         num_held = 0
         if new_computed_blocks:
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
+            num_held -= self._num_shared(request_id, new_computed_blocks)
         if not apply_admission_cap:
             return num_held + self._num_blocks_of_step(request_id, num_tokens)
         num_slots = min(num_tokens, self.first_eviction(request_id))
         num_own = self._num_missing_blocks(request_id, num_slots)
-        if self._context.admission != "optimistic":
+        if self._context.config.admission != "optimistic":
             num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
         return num_held + num_own
 
@@ -112,7 +123,7 @@ class EvictionManager(FullAttentionManager):
             # The usual case, twice for every sequence and step, settled without the schedule.
             return 0
         first = self.first_eviction(request_id)
-        num_slots = self.kv_cache_spec.schedule.num_slots(num_tokens, first)
+        num_slots = self._schedule(request_id).num_slots(num_tokens, first)
         return self._num_missing_blocks(request_id, num_slots)
 
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
@@ -126,7 +137,7 @@ class EvictionManager(FullAttentionManager):
             self._num_missing_blocks(request.request_id, num_slots)
             for request, num_slots in zip(requests, most_slots, strict=True)
         )
-        if self._context.admission == "expected" and requests:
+        if self._context.config.admission == "expected" and requests:
             return min(self._num_blocks_expected(requests, np.array(most_slots)), num_most)
         return num_most
 
@@ -134,7 +145,7 @@ class EvictionManager(FullAttentionManager):
         """Slots that a sequence can still come to need."""
         first = self.first_eviction(request.request_id)
         if request.num_computed_tokens >= first:
-            return self.kv_cache_spec.schedule.bound
+            return self._schedule(request.request_id).bound
         return min(self._context.longest(request), first)
 
     def _num_blocks_expected(self, requests: list[Request], most_slots: np.ndarray) -> int:
@@ -184,17 +195,21 @@ class EvictionManager(FullAttentionManager):
         if row:
             row.extend(blocks)
             return blocks
-        first = self.first_eviction(request_id)
-        key = content_key(self._context.requests[request_id])
-        num_absent = self.kv_cache_spec.num_state_blocks - self._num_state_blocks(request_id)
-        entries = [
-            *(KVCacheBlock(block_id=number) for number in (first, key)),
-            *[self._null_block] * num_absent,
-            *blocks,
-        ]
-        row.extend(entries)
-        self._prefix_cache.restore(request_id, row[self._num_front :])
-        return entries
+        num_state_blocks = self._num_state_blocks(request_id)
+        num_absent = self.kv_cache_spec.num_state_blocks - num_state_blocks
+        held = self._prefix_cache.held(request_id)
+        shared = held[: self._num_shared(request_id, held)]
+        row.extend(
+            [
+                *(KVCacheBlock(block_id=number) for number in self.header(request_id)),
+                *[self._null_block] * num_absent,
+                *blocks[:num_state_blocks],
+                *shared,
+                *blocks[num_state_blocks:],
+            ]
+        )
+        self._prefix_cache.restore(request_id, row[self._num_front :], len(shared))
+        return list(row)
 
     def cache_blocks(
         self,
@@ -208,7 +223,8 @@ class EvictionManager(FullAttentionManager):
 
         Outputs are not cached: their end is evicted, and copying the rest would cost every step.
         Nor is what a bounded prefill computes after its first eviction, which rearranges the blocks
-        once this step's copies are made.
+        once this step's copies are made. The blocks of a kept prompt are themselves put there, of
+        others copies.
         """
         num_computed = min(
             request.num_computed_tokens,
@@ -222,6 +238,11 @@ class EvictionManager(FullAttentionManager):
         # Where there is no room now there is no second try: it would be asked for in every step.
         self.num_cached_block[request.request_id] = stop
         own = self.req_to_blocks[request.request_id][self._num_front :]
+        if self.header(request.request_id).kept:
+            self.block_pool.cache_full_blocks(
+                request, own, start, stop, self.block_size, self.kv_cache_group_id
+            )
+            return
         num_spare = self.block_pool.get_num_free_blocks() - self._num_blocks_promised()
         self._prefix_cache.publish(request, own, start, stop, num_spare)
 
@@ -239,8 +260,8 @@ class EvictionManager(FullAttentionManager):
         row = self.req_to_blocks.get(request_id)
         if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
             return
-        spec = self.kv_cache_spec
-        num_kept = BlockTableRow.NUM_HEADER + spec.num_blocks(spec.schedule.bound)
+        bound = self._schedule(request_id).bound
+        num_kept = BlockTableRow.NUM_HEADER + self.kv_cache_spec.num_blocks(bound)
         if len(row) > num_kept:
             surplus = row[num_kept:]
             del row[num_kept:]
@@ -251,5 +272,5 @@ class EvictionManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """Nothing is shared."""
+        """Nothing that attention could read once for all sequences: rows differ in their front."""
         return 0

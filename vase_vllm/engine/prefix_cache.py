@@ -1,10 +1,10 @@
-"""Prefix caching beside eviction: the cache holds copies.
+"""Prefix caching beside eviction: where prompts are evicted from, the cache holds copies.
 
-Evictions write into a sequence's blocks in place, so no block of a sequence may be shared. Instead
-a prompt's blocks, once computed, are copied into blocks that belong to nobody and that vLLM's block
-pool finds by their hash; a later prompt that begins alike gets copies of those. vLLM's scheduler
-can already tell the workers to copy blocks before a step (its copy-on-write of partial prefix
-hits), and evictions run after that: the workers need to know nothing of this.
+Evictions write into a sequence's blocks in place, so no block that they reach may be shared.
+Instead a prompt's blocks, once computed, are copied into blocks that belong to nobody and that
+vLLM's block pool finds by their hash; a later prompt that begins alike gets copies of those.
+vLLM's scheduler can already tell the workers to copy blocks before a step (its copy-on-write of
+partial prefix hits), and evictions run after that: the workers need to know nothing of this.
 
 Memory is what it is without: a sequence never holds more than its own static number of blocks, and
 cached copies lie in blocks that count as free.
@@ -69,12 +69,20 @@ class PrefixCache:
         self._block_pool.touch(blocks)
         self._hits[request_id] = blocks
 
-    def restore(self, request_id: str, own: list[KVCacheBlock]) -> None:
-        """Copy what is held for a request into its own first blocks."""
+    def held(self, request_id: str) -> list[KVCacheBlock]:
+        """The cached blocks that are held for a request."""
+        return self._hits.get(request_id, [])
+
+    def restore(self, request_id: str, own: list[KVCacheBlock], num_shared: int) -> None:
+        """Copy what is held for a request into its own first blocks.
+
+        Args:
+            own: the sequence's token blocks, of which the first ``num_shared`` are the held ones.
+        """
         held = self._hits.pop(request_id, [])
-        for source, destination in zip(held, own, strict=False):
+        for source, destination in list(zip(held, own, strict=False))[num_shared:]:
             self.copies.add(source, destination)
-        self._block_pool.free_blocks(held)
+        self._block_pool.free_blocks(held[num_shared:])
 
     def publish(
         self, request: Request, own: list[KVCacheBlock], start: int, stop: int, num_spare: int

@@ -40,11 +40,12 @@ class _EvictionMixin(Scheduler):
         ]
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None, "this scheduler is chosen only where eviction is on"
-        self._admission = AdmissionContext(self.requests, config.admission, self.max_model_len)
+        self._admission = AdmissionContext(self.requests, config, self.max_model_len)
         for manager in managers:
             manager.bind(self._admission)
         # All groups share one schedule: any manager knows when a request evicts.
         self._manager = managers[0]
+        self._eviction_schedule = config.schedule
         self._statistics = EvictionStatistics()
         self._log_capacity()
         if len(self.kv_cache_config.kv_cache_groups) > 1:
@@ -57,13 +58,14 @@ class _EvictionMixin(Scheduler):
         is_hybrid = len(self.kv_cache_config.kv_cache_groups) > 1
         logger.info(
             "KV eviction: the KV cache holds %s tokens in %s blocks of %d%s, and a sequence at its "
-            "bound %d of these blocks. vLLM's own figures above count a sequence as "
+            "bound %d of these blocks%s. vLLM's own figures above count a sequence as "
             "--max-model-len tokens. The custom scheduler class of vLLM's warning is vase-vllm's.",
             f"{num_blocks * spec.block_size:,}",
             f"{num_blocks:,}",
             spec.block_size,
             ", shared with the sliding-window layers" if is_hybrid else "",
             spec.num_blocks(spec.schedule.bound),
+            " beside those of its prompt" if self._eviction_schedule.keeps_prompt else "",
         )
 
     def _check_longest_prompt(self) -> None:
@@ -72,8 +74,9 @@ class _EvictionMixin(Scheduler):
         The API server refuses prompts that can never fit, but it does not know how many blocks
         the other groups of a hybrid model take beside ours.
         """
-        schedule = self._manager.kv_cache_spec.schedule
-        num_slots = min(schedule.first_eviction(self.max_model_len), self.max_model_len)
+        num_slots = min(
+            self._eviction_schedule.first_eviction(self.max_model_len), self.max_model_len
+        )
         num_required = 0
         for group in self.kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
@@ -100,8 +103,7 @@ class _EvictionMixin(Scheduler):
         """
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
-        schedule = self._manager.kv_cache_spec.schedule
-        most = schedule.first_query(self._manager.first_eviction(request.request_id))
+        most = self._eviction_schedule.first_query(self._manager.first_eviction(request.request_id))
         if num_hit > most:
             found, num_hit, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
             blocks, boundary = cache.create_kv_cache_blocks(found), 0
@@ -124,13 +126,15 @@ class _EvictionMixin(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """vLLM's hook on the end of scheduling: count the evictions in front of this step."""
         if self.log_stats:
-            schedule, counted = self._manager.kv_cache_spec.schedule, self._statistics
             for request_id in scheduler_output.num_scheduled_tokens:
                 position = self.requests[request_id].num_computed_tokens
                 first = self._manager.first_eviction(request_id)
-                if schedule.due(position, first):
-                    counted.evictions += 1
-                    counted.evicted_tokens += schedule.num_cached(position, first) - schedule.budget
+                if self._eviction_schedule.due(position, first):
+                    own = self._eviction_schedule.with_budget(
+                        self._manager.header(request_id).budget
+                    )
+                    self._statistics.evictions += 1
+                    self._statistics.evicted_tokens += own.num_cached(position, first) - own.budget
         super()._update_after_schedule(scheduler_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -139,12 +143,11 @@ class _EvictionMixin(Scheduler):
         if stats is None:
             return None
         counted, self._statistics = self._statistics, EvictionStatistics()
-        sequences = [
-            (request.num_computed_tokens, self._manager.first_eviction(request.request_id))
-            for request in self.running
-        ]
-        positions, first = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
-        held = self._manager.kv_cache_spec.schedule.slots(positions - 1, first) + 1
+        headers = [self._manager.header(request.request_id) for request in self.running]
+        positions = np.array([r.num_computed_tokens for r in self.running], dtype=np.int64)
+        first = np.array([header.first for header in headers], dtype=np.int64)
+        budget = np.array([header.budget for header in headers], dtype=np.int64)
+        held = self._eviction_schedule.slots(positions - 1, first, budget) + 1
         counted.held_tokens = int(held.sum())
         counted.logical_tokens = int(positions.sum())
         counted.evicting_requests = int((positions > first).sum())
@@ -168,8 +171,10 @@ class _EvictionMixin(Scheduler):
         if num_new_tokens <= 1:
             return num_new_tokens
         first = self._manager.first_eviction(request.request_id)
-        schedule = self._manager.kv_cache_spec.schedule
-        return min(num_new_tokens, schedule.tokens_until_eviction(num_computed_tokens, first))
+        return min(
+            num_new_tokens,
+            self._eviction_schedule.tokens_until_eviction(num_computed_tokens, first),
+        )
 
 
 class EvictionScheduler(_EvictionMixin):

@@ -12,6 +12,8 @@ EngineArgs.create_engine_config     choose our worker and         a hook for plu
                                     scheduler, refuse the rest    engine's config
 InputProcessor.process_inputs       reject with HTTP 400 what can a KV manager's say in request
                                     never be served               validation
+ParentRequest.get_child_info        the samples of a request draw a sample's index in what the
+                                    noise of their own            scheduler sees of a request
 StatLoggerManager.__init__          our metrics at /metrics, but  stat logger plugins that do not
                                     only where eviction is on     overrule --disable-log-stats
 =================================== ============================= ===============================
@@ -22,6 +24,7 @@ Python's own extension point, is set where a command line asks for eviction.
 """
 
 import argparse
+import copy
 import difflib
 import functools
 import sys
@@ -40,8 +43,10 @@ from vase_vllm.errors import EvictionError
 # vLLM loads the plugin in every process, with eviction or without: what only eviction needs is
 # imported where it is asked for.
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.parallel_sampling import ParentRequest
 
 logger = init_logger("vllm.vase_vllm")
 
@@ -56,9 +61,12 @@ def apply() -> None:
 
 
 def _apply_to_requests() -> None:
-    """Patch the check of requests, in a process that makes an engine's config with eviction."""
+    """Patch what becomes of requests, in a process that makes an engine's config with eviction."""
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.parallel_sampling import ParentRequest
 
+    if not _is_patched(ParentRequest.get_child_info):
+        ParentRequest.get_child_info = _get_child_info(ParentRequest.get_child_info)
     if not _is_patched(InputProcessor.process_inputs):
         InputProcessor.process_inputs = _process_inputs(InputProcessor.process_inputs)
 
@@ -161,6 +169,25 @@ def _process_inputs(
         return request
 
     return process_inputs
+
+
+def _get_child_info(
+    original: Callable[..., tuple[str, "SamplingParams"]],
+) -> Callable[..., tuple[str, "SamplingParams"]]:
+    @functools.wraps(original)
+    def get_child_info(
+        self: "ParentRequest", index: int, *args: Any, **kwargs: Any
+    ) -> tuple[str, "SamplingParams"]:
+        from vase_vllm.request_settings import SAMPLE
+
+        request_id, params = original(self, index, *args, **kwargs)
+        if index and params.seed is None:
+            # Without a seed all samples share one object.
+            params = copy.copy(params)
+            params.extra_args = {**(params.extra_args or {}), SAMPLE: index}
+        return request_id, params
+
+    return get_child_info
 
 
 def _init_stat_loggers(original: Callable[..., None]) -> Callable[..., None]:

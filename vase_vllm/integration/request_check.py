@@ -5,8 +5,11 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
 
 from vase_vllm.config import EvictionConfig
+from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.block_table_row import NEVER
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.request_settings import POLICY, PROMPT, settings_of_request
 
 
 def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str | None:
@@ -20,33 +23,36 @@ def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str
             "Streaming-input sessions are not supported with --kv-eviction: send each turn as a "
             "request of its own, or serve without --kv-eviction."
         )
-    if reason := _reason_of_own_settings(request):
-        return reason
+    sampling = request.sampling_params
+    try:
+        own = settings_of_request(config, sampling.extra_args if sampling is not None else None)
+    except EvictionError as error:
+        return f"{error}."
     prompt_len = length_from_prompt_token_ids_or_embeds(
         request.prompt_token_ids, request.prompt_embeds
     )
-    return _reason_not_to_fit(vllm_config, config, prompt_len)
-
-
-def _reason_of_own_settings(request: EngineCoreRequest) -> str | None:
-    """Why a request's own settings of eviction would have no effect, or None."""
-    sampling = request.sampling_params
-    for key in (sampling.extra_args or {}) if sampling is not None else ():
-        if "evict" in key.lower():
-            return (
-                f"vllm_xargs.{key}: a request has no settings of its own for --kv-eviction; "
-                "remove it, and set --kv-eviction-config where the server starts."
-            )
-    return None
+    max_tokens = sampling.max_tokens if sampling is not None else None
+    return _reason_not_to_fit(vllm_config, config, own, prompt_len, max_tokens)
 
 
 def _reason_not_to_fit(
-    vllm_config: VllmConfig, config: EvictionConfig, prompt_len: int
+    vllm_config: VllmConfig,
+    config: EvictionConfig,
+    own: EvictionConfig | None,
+    prompt_len: int,
+    max_tokens: int | None,
 ) -> str | None:
-    """Why a prompt of ``prompt_len`` tokens can never fit, or None.
+    """Why a request can never fit, or None.
 
     Until its first eviction a sequence needs a block for every token, with a dense prefill for all
-    of its prompt; if the whole pool has fewer, the request would wait for ever.
+    of its prompt; if the whole pool has fewer, the request would wait for ever. One that opts out
+    of eviction needs a block for every token of its longest output, too.
+
+    Args:
+        config: of the server.
+        own: of the request; None, if it opts out of eviction.
+        prompt_len: tokens of the prompt.
+        max_tokens: of the output, if it is limited.
     """
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if not num_blocks:
@@ -54,9 +60,13 @@ def _reason_not_to_fit(
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    num_slots = min(config.schedule.first_eviction(prompt_len), model.max_model_len)
-    num_state_blocks = RingLayout(config.window, group_size, block_size).num_blocks
-    num_required = num_state_blocks + cdiv(num_slots, block_size)
+    first = NEVER if own is None else own.schedule.first_eviction(prompt_len)
+    longest = model.max_model_len
+    if max_tokens is not None:
+        longest = min(longest, prompt_len + max_tokens)
+    num_required = cdiv(min(longest, first), block_size)
+    if longest > config.schedule.first_query(first):
+        num_required += RingLayout(config.window, group_size, block_size).num_blocks
     # vLLM adds up the blocks of the engines behind this API server: all of them, or its own behind
     # an external or hybrid load balancer. Block 0 of each engine's pool is the null block.
     num_engines = (
@@ -67,8 +77,17 @@ def _reason_not_to_fit(
     num_usable = num_blocks // num_engines - 1
     if num_required <= num_usable:
         return None
+    if own is None:
+        return (
+            f"The request ({longest} tokens with its output) needs {num_required} KV cache "
+            f"blocks without eviction, and the pool has {num_usable}: lower max_tokens or remove "
+            f"vllm_xargs.{POLICY}."
+        )
+    remedy = "set --kv-eviction-config.prefill bounded"
+    if own.prompt == "keep":
+        remedy = f"set vllm_xargs.{PROMPT} evict, which needs less"
     return (
         f"The prompt ({prompt_len} tokens) needs {num_required} KV cache blocks until its first "
-        f"eviction, and the pool has {num_usable}: shorten the prompt, set --kv-eviction-config."
-        "prefill bounded, or raise --kv-cache-memory-bytes or --gpu-memory-utilization."
+        f"eviction, and the pool has {num_usable}: shorten the prompt, {remedy}, or raise "
+        "--kv-cache-memory-bytes or --gpu-memory-utilization."
     )

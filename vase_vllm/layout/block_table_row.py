@@ -1,14 +1,33 @@
 """What stands where in a block-table row."""
 
+from typing import NamedTuple
 
-class BlockTableRow:
-    """Columns of a block-table row.
+NEVER = 2**30
+"""``first`` of a sequence that never evicts: a position that no sequence reaches."""
 
-    ``FIRST`` holds the position of the sequence's first eviction, from which its whole schedule
-    follows; 0, as in a padding row, means that the row never evicts. ``KEY`` holds a hash of the
-    request's content that keys the random draws.
+
+class RowHeader(NamedTuple):
+    """The numbers that a row begins with: all that anybody must know of a sequence's evictions.
+
+    Attributes:
+        first: position of the sequence's first eviction; 0, as in a padding row, means that the
+            row never evicts and none of its tokens is real.
+        key: hash of the request's content, which keys the random draws.
+        budget: tokens that the sequence holds right after an eviction, its kept prompt included.
+        kept: tokens of the prompt that are never evicted: the first ones, in the first slots.
     """
 
-    FIRST = 0
-    KEY = 1
-    NUM_HEADER = 2
+    first: int
+    key: int
+    budget: int
+    kept: int
+
+
+class BlockTableRow:
+    """Columns of a block-table row."""
+
+    FIRST = RowHeader._fields.index("first")
+    KEY = RowHeader._fields.index("key")
+    BUDGET = RowHeader._fields.index("budget")
+    KEPT = RowHeader._fields.index("kept")
+    NUM_HEADER = len(RowHeader._fields)

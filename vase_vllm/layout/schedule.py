@@ -1,18 +1,19 @@
 """When a sequence evicts and where its tokens lie: a closed form, without counters.
 
-A sequence is described by one number, the position ``first`` of its first eviction, which follows
-from the length of its prompt. Everything else is a pure function of ``first`` and a position, so
-the scheduler and the workers agree without exchanging messages, a preempted sequence that is
-recomputed lies exactly where it lay, and there is no state to go stale.
+A sequence is described by two numbers, its budget and the position ``first`` of its first eviction,
+which follow from the length of its prompt. Everything else is a pure function of these and a
+position, so the scheduler and the workers agree without exchanging messages, a preempted sequence
+that is recomputed lies exactly where it lay, and there is no state to go stale.
 
 A dense prefill evicts nothing. From then on a sequence evicts whenever its cached length becomes
 ``budget + k * window`` for a whole k >= 1; the first time, that drops everything above the budget
 at once. A bounded prefill evicts from the prompt as from an output, so that no sequence ever caches
-more than ``budget + window`` tokens, and no number depends on where a prompt ends. Evictions run
-just before the step of the position that needs the room.
+more than ``budget + window`` tokens, and no number depends on where a prompt ends. A prompt that is
+kept is held beside the budget: the sequence's own budget is the sum of both. Evictions run just
+before the step of the position that needs the room.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from vase_vllm.layout.arithmetic import cdiv
@@ -32,11 +33,27 @@ class EvictionSchedule:
         budget: tokens cached right after an eviction (T).
         window: tokens between evictions (W).
         bounded_prefill: whether the prompt is evicted from while it is computed.
+        keeps_prompt: whether the budget is that of the output alone, and all of the prompt is held
+            beside it. What a sequence holds then depends on its prompt; see :meth:`for_prompt`.
     """
 
     budget: int
     window: int
     bounded_prefill: bool = False
+    keeps_prompt: bool = False
+
+    def for_prompt(self, num_prompt_tokens: int) -> "EvictionSchedule":
+        """The schedule of a sequence, whose budget includes the prompt that it keeps.
+
+        >>> EvictionSchedule(budget=1024, window=64, keeps_prompt=True).for_prompt(100).bound
+        1188
+        """
+        kept = num_prompt_tokens if self.keeps_prompt else 0
+        return self.with_budget(self.budget + kept)
+
+    def with_budget(self, budget: int) -> "EvictionSchedule":
+        """The schedule of a sequence that holds ``budget`` tokens right after an eviction."""
+        return replace(self, budget=budget, keeps_prompt=False)
 
     @property
     def bound(self) -> int:
@@ -61,8 +78,11 @@ class EvictionSchedule:
         """Position of the first eviction, which is the cached length at it.
 
         ``first = T + W * ceil((max(L, T) + 1 - T) / W)``: after the prompt, at the earliest after
-        its first decode step, and never before ``T + W``. A bounded prefill has it at ``T + W``.
+        its first decode step, and never before ``T + W``. A bounded prefill has it at ``T + W``,
+        and with a prompt that is kept T includes it.
         """
+        if self.keeps_prompt:
+            return self.for_prompt(num_prompt_tokens).bound
         if self.bounded_prefill:
             return self.bound
         surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
@@ -72,15 +92,17 @@ class EvictionSchedule:
         """Position of the earliest query that an eviction asks for: the first uses the last W."""
         return first - self.window
 
-    def slots(self, positions: Array, first: Array) -> Array:
+    def slots(self, positions: Array, first: Array, budget: Array | None = None) -> Array:
         """Slot of each position: ``p`` before the first eviction, else ``T + (p - first) mod W``.
 
         Args:
             positions: int64 of any shape, of numpy or torch.
             first: broadcastable to it; 0 marks a padding row, which never evicts.
+            budget: of each sequence, broadcastable to it; None is the schedule's own.
         """
         evicted = (first > 0) & (positions >= first)
-        return positions + evicted * (self.budget + (positions - first) % self.window - positions)
+        own = self.budget if budget is None else budget
+        return positions + evicted * (own + (positions - first) % self.window - positions)
 
     def due(self, positions: Array, first: Array) -> Array:
         """Whether a sequence evicts just before the step that starts at each position (bool)."""
@@ -101,12 +123,13 @@ class EvictionSchedule:
             Evictions, and tokens evicted per layer and KV head.
         """
         first = self.first_eviction(num_prompt_tokens)
+        budget = self.for_prompt(num_prompt_tokens).budget
         # The last token of an output is never fed back to the model.
         last_read = num_prompt_tokens + num_output_tokens - 2
         if last_read < first:
             return 0, 0
         num_evictions = (last_read - first) // self.window + 1
-        return num_evictions, first - self.budget + (num_evictions - 1) * self.window
+        return num_evictions, first - budget + (num_evictions - 1) * self.window
 
     def tokens_until_eviction(self, position: int, first: int) -> int:
         """How many tokens from ``position`` on one step may compute.

@@ -1,6 +1,7 @@
 """The interface of a policy."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -30,7 +31,7 @@ class Policy(BaseModel, ABC):
         """Rank one layer's candidates.
 
         The ``budget - window`` largest of each head survive, ties going to the lower slot. The
-        sinks survive whatever is returned for them.
+        sinks and a prompt that is kept survive whatever is returned for them.
 
         Returns:
             [H, n] floating point, in which NaN counts as -inf. It must be a new tensor, for the
@@ -53,7 +54,7 @@ class Policy(BaseModel, ABC):
 
     def slot_priority(
         self,
-        limits: EvictionLimits,
+        limits: Sequence[EvictionLimits],
         first: np.ndarray,
         eviction_index: np.ndarray,
         num_candidates: int,
@@ -64,7 +65,7 @@ class Policy(BaseModel, ABC):
         worker copies it to the device; all layers and KV heads of a sequence share it.
 
         Args:
-            limits: budget, window, sinks and seed.
+            limits: [due], of each sequence.
             first: [due] int64, position of each sequence's first eviction; 0 in a row that never
                 evicts, whose numbers are not read.
             eviction_index: [due] int64, evictions that each sequence has had before.

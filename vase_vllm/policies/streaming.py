@@ -1,5 +1,6 @@
 """StreamingLLM's rule (arXiv 2309.17453): the sinks and the newest tokens."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -28,24 +29,24 @@ class StreamingPolicy(Policy):
 
     def slot_priority(
         self,
-        limits: EvictionLimits,
+        limits: Sequence[EvictionLimits],
         first: np.ndarray,
         eviction_index: np.ndarray,
         num_candidates: int,
     ) -> np.ndarray:
         """The positions of the candidates; see :meth:`Policy.slot_priority`.
 
-        >>> limits = EvictionLimits(budget=4, window=2, sinks=1)
+        >>> limits = [EvictionLimits(budget=4, window=2, sinks=1)] * 2
         >>> first, eviction_index = np.array([8, 8]), np.array([0, 1])
         >>> StreamingPolicy().slot_priority(limits, first, eviction_index, num_candidates=6)
         array([[0, 1, 2, 3, 4, 5],
                [0, 5, 6, 7, 0, 0]], dtype=int32)
         """
         priority = np.zeros((len(first), num_candidates), dtype=np.int32)
-        sequences = zip(priority, first.tolist(), eviction_index.tolist(), strict=True)
-        for row, first_eviction, index in sequences:
+        sequences = zip(priority, limits, first.tolist(), eviction_index.tolist(), strict=True)
+        for row, of_row, first_eviction, index in sequences:
             if first_eviction:
-                positions = slot_positions(limits, first_eviction, index)[: -limits.window]
+                positions = slot_positions(of_row, first_eviction, index)[: -of_row.window]
                 row[: len(positions)] = positions
         return priority
 
@@ -86,9 +87,9 @@ def slot_positions(limits: EvictionLimits, first: int, eviction_index: int) -> n
 
 def _after_eviction(limits: EvictionLimits, positions: np.ndarray) -> np.ndarray:
     """Drop all but the sinks and the newest, and move survivors as every eviction does: [T]."""
-    budget, sinks = limits.budget, limits.sinks
-    oldest_kept = np.sort(positions)[sinks + len(positions) - budget]
-    keep = (positions >= oldest_kept) | (positions < sinks)
+    budget, fixed = limits.budget, limits.fixed
+    oldest_kept = np.sort(positions)[fixed + len(positions) - budget]
+    keep = (positions >= oldest_kept) | (positions < fixed)
     after = positions[:budget].copy()
     after[~keep[:budget]] = positions[budget:][keep[budget:]]
     return after

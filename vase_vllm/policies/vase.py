@@ -41,16 +41,23 @@ class VasePolicy(AttentionPolicy):
     """Ablation: keeps the tokens of the smallest magnitude, whatever their attention."""
 
     def num_protected(self, limits: EvictionLimits) -> int:
-        """``protected`` as a count of tokens; the sinks alone where nothing else is protected.
+        """``protected`` as a count of tokens; the fixed ones alone where no other is protected.
 
-        >>> VasePolicy(protected=0.25).num_protected(EvictionLimits(budget=4096, window=64))
+        As many as ``protected`` says beside the sinks are protected beside a kept prompt:
+
+        >>> limits = EvictionLimits(budget=4096, window=64, sinks=4)
+        >>> VasePolicy(protected=0.25).num_protected(limits)
         1024
+        >>> limits = EvictionLimits(budget=4096 + 300, window=64, sinks=4, kept=300)
+        >>> VasePolicy(protected=0.25).num_protected(limits)
+        1320
         """
         if self.protect == "none" or self.magnitude == "none":
-            return limits.sinks
-        if isinstance(self.protected, int):
-            return self.protected
-        return int(self.protected * limits.budget)
+            return limits.fixed
+        num_protected = self.protected
+        if isinstance(num_protected, float):
+            num_protected = int(num_protected * (limits.budget - limits.kept))
+        return limits.fixed + num_protected - limits.sinks
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
@@ -89,13 +96,13 @@ class VasePolicy(AttentionPolicy):
             self.attention(candidates),
             self._magnitudes(candidates),
             noise,
-            limits.sinks,
+            limits.fixed,
             self.num_protected(limits),
         )
 
     def _magnitudes(self, candidates: Candidates) -> torch.Tensor:
         """What protects a candidate, the largest first: [H, n] fp32."""
-        if self.num_protected(candidates.limits) == candidates.limits.sinks:
+        if self.num_protected(candidates.limits) == candidates.limits.fixed:
             return candidates.queries.new_zeros(len(candidates.queries), candidates.num)
         if self.protect == "random":
             return candidates.draws.uniform()
@@ -105,7 +112,7 @@ class VasePolicy(AttentionPolicy):
         """See :meth:`Policy.fused`."""
         num_protected = self.num_protected(limits)
         by_range = self.protect == "large" and self.magnitude == "range"
-        if self.evict_large or not (by_range or num_protected == limits.sinks):
+        if self.evict_large or not (by_range or num_protected == limits.fixed):
             return None
         return EvictionParameters.of(
             limits,

@@ -57,9 +57,10 @@ class CPUPath:
         else:
             self._evict(block_table, first, seq_lens - query_lens, query_lens)
             token_first = first[token_rows]
-            slots = self.spec.schedule.slots(positions, token_first)
+            budget = rows[:, BlockTableRow.BUDGET].astype(np.int64)
+            slots = self.spec.schedule.slots(positions, token_first, budget[token_rows])
             self._write_slots(slot_mapping, rows, token_rows, slots, token_first > 0)
-            num_cached = self.spec.schedule.slots(seq_lens - 1, first) + 1
+            num_cached = self.spec.schedule.slots(seq_lens - 1, first, budget) + 1
             ring_write = TorchRingWrite.plan(self.ring, rows, token_rows, positions, seq_lens)
 
         self.context.counters.num_cached = num_cached

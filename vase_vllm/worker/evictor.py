@@ -11,9 +11,10 @@ import torch
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
+from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.torch_eviction import largest, plan_moves
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.draws import Draws
@@ -52,8 +53,8 @@ class TorchEvictor:
             scale: what the attention backend multiplies its logits with.
             kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
         """
+        self.config = config
         self.policy = config.policy
-        self.limits = config.limits
         self.spec = spec
         self.ring = ring
         self.page_layout = page_layout
@@ -79,18 +80,20 @@ class TorchEvictor:
         Returns:
             Tokens dropped per KV head.
         """
-        first, key = row[: BlockTableRow.NUM_HEADER].tolist()
-        num_cached = self.spec.schedule.num_cached(position, first)
-        eviction_index = (position - first) // self.limits.window
+        header = RowHeader(*row[: BlockTableRow.NUM_HEADER].tolist())
+        limits = self.config.limits_of(header.budget, header.kept)
+        schedule = self.spec.schedule.with_budget(header.budget)
+        num_cached = schedule.num_cached(position, header.first)
+        eviction_index = (position - header.first) // limits.window
         front = self.spec.num_front
         # Layers with fewer query heads than the largest use fewer of the state blocks.
         state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
         state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()
         blocks = row[front : front + cdiv(num_cached, self.spec.block_size)].long()
-        num_candidates = num_cached - self.limits.window
+        num_candidates = num_cached - limits.window
         draws = Draws(
-            self.limits,
-            key,
+            limits,
+            header.key,
             eviction_index,
             num_candidates,
             list(kv_caches),
@@ -103,20 +106,20 @@ class TorchEvictor:
                 queries=load_queries(self.ring, kv_cache, state_blocks).float(),
                 tokens=CandidatePages(self.page_layout, kv_cache, blocks, num_candidates),
                 scale=self.scale,
-                limits=self.limits,
-                first=first,
+                limits=limits,
+                first=header.first,
                 eviction_index=eviction_index,
                 draws=draws.of_layer(layer),
                 dtype=kv_cache.dtype,
             )
-            self._move(kv_cache, blocks, self.survivors(candidates, observer))
-        return num_cached - self.limits.budget
+            self._move(kv_cache, blocks, limits, self.survivors(candidates, observer))
+        return num_cached - limits.budget
 
     def survivors(
         self, candidates: Candidates, observer: EvictionObserver | None = None
     ) -> torch.Tensor:
         """Which candidates stay: [H, n] bool with ``budget - window`` true per head."""
-        limits = self.limits
+        limits = candidates.limits
         priority = self.policy.priority(candidates)
         if priority.shape != (len(candidates.queries), candidates.num):
             raise EvictionError(
@@ -125,20 +128,26 @@ class TorchEvictor:
             )
         if priority.isnan().any():
             self.nan_warnings.warn(candidates.draws.eviction.key, candidates.first)
-        priority[:, : limits.sinks] = torch.inf
+        priority[:, : limits.fixed] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
         if observer is not None:
             observer.observe(candidates, priority, keep)
         return keep
 
-    def _move(self, kv_cache: torch.Tensor, blocks: torch.Tensor, keep: torch.Tensor) -> None:
+    def _move(
+        self,
+        kv_cache: torch.Tensor,
+        blocks: torch.Tensor,
+        limits: EvictionLimits,
+        keep: torch.Tensor,
+    ) -> None:
         """Move the survivors above the budget into freed slots.
 
         Args:
             blocks: [n] int64, the blocks of the sequence's slots.
             keep: [H, candidates] bool.
         """
-        head, source, destination = plan_moves(self.limits.budget, self.limits.window, keep)
+        head, source, destination = plan_moves(limits.budget, limits.window, keep)
         block_size = self.spec.block_size
         self.page_layout.copy(
             kv_cache,

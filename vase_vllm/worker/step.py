@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vase_vllm.config import EvictionConfig
 from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.evictor import EvictionObserver
-from vase_vllm.worker.first_evictions import FirstEvictions
+from vase_vllm.worker.row_headers import RowHeaders
 
 
 class RingWrite(Protocol):
@@ -69,7 +69,7 @@ class StepContext:
     vllm_config: VllmConfig
     device: torch.device
     counters: EvictionCounters
-    first_evictions: FirstEvictions
+    row_headers: RowHeaders
     observer: EvictionObserver | None = None
 
     def kv_heads(self, num_local_heads: int) -> torch.Tensor:

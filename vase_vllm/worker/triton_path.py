@@ -13,9 +13,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.kernels.evict import PagedEviction
+from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.nan_warnings import NOT_NAN
@@ -70,7 +72,8 @@ class TritonPath:
             num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
             num_cached = min(self.spec.schedule.bound, num_slots)
             nothing = np.zeros(1, dtype=np.int64)
-            self._launch(rows, nothing, nothing, nothing, num_cached)
+            limits = [self.context.config.limits]
+            self._launch(rows, nothing, nothing, nothing, limits, num_cached)
         query_start_loc = common.query_start_loc[: num_rows + 1]
         seq_lens = common.seq_lens[:num_rows]
         token_table = self._token_rows(rows)
@@ -82,7 +85,6 @@ class TritonPath:
             self._starts[:num_rows],
             self._num_cached[:num_rows],
             token_table,
-            budget=self.spec.schedule.budget,
             window=self.spec.schedule.window,
             block_size=self.spec.block_size,
             num_state_blocks=self.spec.num_state_blocks,
@@ -132,20 +134,26 @@ class TritonPath:
         seq_lens = common.seq_lens_cpu_upper_bound[: len(rows)].numpy().astype(np.int64)
         query_lens = np.diff(common.query_start_loc_cpu[: len(rows) + 1].numpy())
         starts = seq_lens - query_lens
-        first = self.context.first_evictions.of_rows(common)
+        headers = self.context.row_headers.of_rows(common)
+        first, budget = headers[:, BlockTableRow.FIRST], headers[:, BlockTableRow.BUDGET]
         due = schedule.due(starts, first)
         due_rows = np.flatnonzero(due & (query_lens > 0))
         if len(due_rows):
-            before = np.where(starts == first, first, schedule.bound)[due_rows]
+            before = np.where(starts == first, first, budget + schedule.window)[due_rows]
             if self._is_fused:
-                self._launch(rows, due_rows, starts[due_rows], first[due_rows], int(before.max()))
+                limits = [
+                    self.context.config.limits_of(*numbers)
+                    for numbers in headers[due_rows, BlockTableRow.BUDGET :].tolist()
+                ]
+                num_cached = int(before.max())
+                self._launch(rows, due_rows, starts[due_rows], first[due_rows], limits, num_cached)
             else:
                 kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
                 for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
                     self._evictor.evict(kv_caches, rows[row], position, self.context.observer)
-            for num_tokens in before - schedule.budget:
+            for num_tokens in before - budget[due_rows]:
                 self.context.counters.add(len(self.layers), int(num_tokens))
-        num_cached = schedule.slots(seq_lens - 1, first) + 1
+        num_cached = schedule.slots(seq_lens - 1, first, budget) + 1
         self.context.counters.num_cached = num_cached
         return num_cached
 
@@ -155,6 +163,7 @@ class TritonPath:
         due_rows: np.ndarray,
         starts: np.ndarray,
         first: np.ndarray,
+        limits: list[EvictionLimits],
         max_num_cached: int,
     ) -> None:
         """Launch one fused eviction.
@@ -164,13 +173,14 @@ class TritonPath:
             due_rows: [due] int64, the rows that evict.
             starts: [due] int64, position of each one's next token.
             first: [due] int64, position of each one's first eviction.
+            limits: [due], of each one.
             max_num_cached: of the due rows.
         """
         config = self.context.config
         parameters = config.fused
         assert parameters is not None
         slot_priority = config.policy.slot_priority(
-            config.limits,
+            limits,
             first,
             (starts - first) // parameters.window,
             max_num_cached - parameters.window,
@@ -191,10 +201,17 @@ class TritonPath:
             num_state_blocks=self.spec.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
+            counts=self._to_device(self._counts(limits)),
             slot_priority=None if slot_priority is None else self._to_device(slot_priority),
             nan_keys=nan_keys,
         ).run()
         self._evictor.nan_warnings.watch(nan_keys, first)
+
+    def _counts(self, limits: list[EvictionLimits]) -> np.ndarray:
+        """What the fused kernel must know of each sequence: [due, 3] int32."""
+        of_rows = [self.context.config.policy.fused(of_row) for of_row in limits]
+        counts = [parameters.counts for parameters in of_rows if parameters is not None]
+        return np.array(counts, dtype=np.int32)
 
     def _to_device(self, numbers: np.ndarray) -> torch.Tensor:
         """Copy an array to the device without waiting for the copy."""

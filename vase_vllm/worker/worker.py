@@ -7,11 +7,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.support import check_pool
 from vase_vllm.worker.backend import full_attention_layers, wrap_layers
 from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.evictor import EvictionObserver
-from vase_vllm.worker.first_evictions import FirstEvictions
+from vase_vllm.worker.row_headers import RowHeaders
 from vase_vllm.worker.step import StepContext
 
 
@@ -30,7 +31,7 @@ class EvictionWorkerMixin(Worker):
             vllm_config=self.vllm_config,
             device=self.device,
             counters=EvictionCounters(num_layers=len(full_attention_layers(self.vllm_config))),
-            first_evictions=FirstEvictions(
+            row_headers=RowHeaders(
                 self.model_runner, self.vllm_config.scheduler_config.max_num_seqs
             ),
         )
@@ -70,7 +71,7 @@ class EvictionWorkerMixin(Worker):
                     for index, row in enumerate(request.block_ids)
                 )
         # All groups' rows say the same.
-        self._eviction.first_evictions.observe(scheduler_output, min(self._eviction_groups))
+        self._eviction.row_headers.observe(scheduler_output, min(self._eviction_groups))
         return super().execute_model(scheduler_output)
 
     def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
@@ -78,9 +79,11 @@ class EvictionWorkerMixin(Worker):
         spec = self._eviction_groups.get(group)
         if spec is None:
             return row
-        first = spec.schedule.first_eviction(len(request.prompt_token_ids))
+        num_prompt = len(request.prompt_token_ids)
+        schedule = spec.schedule.for_prompt(num_prompt)
+        header = RowHeader(schedule.first_eviction(num_prompt), 0, schedule.budget, kept=0)
         # It has no state blocks: any block of its own does for a warm-up.
-        return [first, 0, *[row[0]] * spec.num_state_blocks, *row]
+        return [*header, *[row[0]] * spec.num_state_blocks, *row]
 
     def observe_evictions(self, observer: EvictionObserver) -> None:
         """Let an object of this process look at all evictions from now on."""

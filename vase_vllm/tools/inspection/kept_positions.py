@@ -99,7 +99,7 @@ class KeptPositions:
         survives = torch.where(priority.isposinf(), Status.PROTECTED, Status.RANKED)
         survives = survives.masked_fill(~keep, Status.ABSENT).to(torch.uint8)
         status.scatter_(1, slots[:, : candidates.num], survives)
-        status[:, : limits.sinks] = Status.SINK
+        status[:, : limits.fixed] = Status.SINK
         status[:, position - limits.window :] = Status.WINDOW
         layer.status.append(status)
         layer.positions.append(position)

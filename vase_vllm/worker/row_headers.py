@@ -1,4 +1,4 @@
-"""The sequences' first evictions on the host, without asking the device.
+"""The headers of the sequences' rows on the host, without asking the device.
 
 On a GPU the block table, with the header that says when a sequence evicts, is in device memory.
 The scheduler's messages carry the same header when a request is admitted; this remembers it.
@@ -14,9 +14,11 @@ from vase_vllm.layout.block_table_row import BlockTableRow
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+_PADDING = (0,) * BlockTableRow.NUM_HEADER
 
-class FirstEvictions:
-    """Position of the first eviction of every running request.
+
+class RowHeaders:
+    """The header of every running request's row.
 
     Args:
         runner: vLLM's model runner, V1 or V2; tells which request is in which row.
@@ -25,8 +27,8 @@ class FirstEvictions:
 
     def __init__(self, runner: Any, max_num_requests: int) -> None:
         self._runner = runner
-        self._by_request: dict[str, int] = {}
-        self._by_index = np.zeros(max_num_requests, dtype=np.int64)
+        self._by_request: dict[str, tuple[int, ...]] = {}
+        self._by_index = np.zeros((max_num_requests, BlockTableRow.NUM_HEADER), dtype=np.int64)
         self._not_indexed: list[str] = []
 
     def observe(self, scheduler_output: "SchedulerOutput", group: int) -> None:
@@ -38,23 +40,24 @@ class FirstEvictions:
         for request_id in scheduler_output.finished_req_ids:
             self._by_request.pop(request_id, None)
         for request in scheduler_output.scheduled_new_reqs:
-            first = request.block_ids[group][BlockTableRow.FIRST]
-            self._by_request[request.req_id] = first
+            header = tuple(request.block_ids[group][: BlockTableRow.NUM_HEADER])
+            self._by_request[request.req_id] = header
             self._not_indexed.append(request.req_id)
 
     def of_rows(self, common: CommonAttentionMetadata) -> np.ndarray:
-        """[num_reqs] int64; 0 in padding rows."""
-        result = np.zeros(common.num_reqs, dtype=np.int64)
+        """[num_reqs, columns of a header] int64; zeros in padding rows."""
+        result = np.zeros((common.num_reqs, BlockTableRow.NUM_HEADER), dtype=np.int64)
         if common.req_idx is not None:
             # Runner V2 numbers its requests, and they keep their number while they run.
             for request_id in self._not_indexed:
                 index = self._runner.req_states.req_id_to_index[request_id]
                 self._by_index[index] = self._by_request[request_id]
             rows = self._by_index[common.req_idx[: common.num_reqs]]
+            result[: len(rows)] = rows
         else:
             # Runner V1 moves requests between rows at any time.
             request_ids = self._runner.input_batch.req_ids[: common.num_reqs]
-            rows = np.array([self._by_request.get(i, 0) for i in request_ids], dtype=np.int64)
+            for index, request_id in enumerate(request_ids):
+                result[index] = self._by_request.get(request_id, _PADDING)
         self._not_indexed.clear()
-        result[: len(rows)] = rows
         return result
