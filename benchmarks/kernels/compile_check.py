@@ -150,7 +150,6 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         empty(128),
         empty(128),
         empty(128, 40960 // block_size),
-        budget=parameters.budget,
         window=window,
         block_size=kv_cache.shape[2],
         num_state_blocks=num_state_blocks,

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.server import Server
 from vase_vllm.tools.tiny_model import make_tiny_model
 
@@ -111,8 +112,26 @@ def test_a_client_that_hangs_up_is_counted_and_frees_its_blocks(server):
     assert evictions(server) == server.eviction_stats()["evictions"]
 
 
+@pytest.mark.parametrize(
+    ("own", "schedule"),
+    [
+        ({"kv_eviction_budget": 64}, EvictionSchedule(64, 16)),
+        ({"kv_eviction_prompt": "keep"}, EvictionSchedule(128, 16, keeps_prompt=True)),
+        ({"kv_eviction": "none"}, None),
+    ],
+    ids=["budget", "prompt", "none"],
+)
+def test_settings_of_a_request(server, own, schedule):
+    before = evictions(server)
+    usage = complete(server, "e" * 100, vllm_xargs=own).json()["usage"]
+    lengths = usage["prompt_tokens"], usage["completion_tokens"]
+    assert lengths[1] == 300
+    assert evictions(server) - before == (schedule.evictions(*lengths)[0] if schedule else 0)
+    assert evictions(server) == server.eviction_stats()["evictions"]
+
+
 def test_settings_that_a_request_cannot_have_are_http_400(server):
-    refused = complete(server, "e", vllm_xargs={"kv_eviction_budget": 64})
+    refused = complete(server, "e", vllm_xargs={"kv_eviction_budget": 129})
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
-    assert message.startswith("vllm_xargs.kv_eviction_budget: a request has no settings")
+    assert message.startswith("vllm_xargs.kv_eviction_budget: must be an integer above window (16)")

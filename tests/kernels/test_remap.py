@@ -185,8 +185,8 @@ def test_int32_overflow_of_a_slot_in_a_large_pool():
 
 def test_no_rows():
     empty = torch.zeros(0, dtype=torch.int32)
-    table, mapping = torch.zeros(0, 5, dtype=torch.int32), torch.full((3,), PAD_SLOT)
-    sizes = dict(budget=40, window=8, block_size=16, num_state_blocks=1)
+    table, mapping = torch.zeros(0, 7, dtype=torch.int32), torch.full((3,), PAD_SLOT)
+    sizes = dict(window=8, block_size=16, num_state_blocks=1)
     blocks = torch.zeros(0, 2, dtype=torch.int32)
     BatchRemap(torch.zeros(1).int(), empty, table, mapping, empty, empty, blocks, **sizes).run()
     assert mapping.tolist() == [PAD_SLOT] * 3

@@ -191,6 +191,15 @@ def test_a_request_gives_back_what_a_long_prompt_held():
     assert evicting.batch == int(22754 / (8 + 516 / 3 + 260 * 2 / 3))
 
 
+def test_a_kept_prompt_is_held_beside_the_budget():
+    """8192 + 4096 + 64 tokens at every bound: 772 token blocks, and 8 of the ring."""
+    workload = Workload(40960, 16, 50 * 2**30, mean_prompt_len=8192, mean_output_len=16384)
+    schedule = EvictionSchedule(4096, 64, keeps_prompt=True)
+    kept = make_plan(SHAPE, 1, workload, [schedule]).evicting[0]
+    assert (kept.budget, kept.blocks_per_sequence) == (4096, 780)
+    assert 8192 + 4096 * 0.8 < kept.mean_cached < 8192 + 4096 + 64
+
+
 def test_a_budget_that_does_not_fit_serves_nobody():
     workload = Workload(40960, 16, 700 * 2**20, mean_prompt_len=512, mean_output_len=16384)
     schedules = [EvictionSchedule(budget, 64) for budget in (2048, 4096, 6144)]

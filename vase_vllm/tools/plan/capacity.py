@@ -94,7 +94,8 @@ class Capacity:
     Attributes:
         budget, window: settings of the evictions; None for the full cache.
         state_blocks: blocks of a sequence that hold its query ring.
-        blocks_per_sequence: blocks of a sequence of ``max_model_len`` tokens, including the ring's.
+        blocks_per_sequence: blocks of a sequence of ``max_model_len`` tokens, including the ring's
+            and those of a prompt that is kept.
         max_concurrency: vLLM's "Maximum concurrency": ``num_blocks / blocks_per_sequence``.
         max_sequences: whole sequences that fit besides the null block.
         mean_blocks: blocks that a sequence holds, as the mean over its decode steps.
@@ -207,14 +208,17 @@ class _Run:
         machine: Machine | None,
         schedule: EvictionSchedule | None = None,
     ) -> None:
-        self.shard, self.workload, self.schedule = shard, workload, schedule
+        self.shard, self.workload = shard, workload
         self.num_blocks, self.state_blocks, first = num_blocks, 0, 0
         self.machine = machine
+        self.budget = schedule.budget if schedule else None
         prompt, output = workload.mean_prompt_len, workload.mean_output_len
         if schedule is not None:
+            schedule = schedule.for_prompt(prompt)
             first = schedule.first_eviction(prompt)
             ring = RingLayout(schedule.window, shard.group_size, workload.block_size)
             self.state_blocks = ring.num_blocks
+        self.schedule = schedule
         size = workload.block_size
         self.blocks_per_sequence = num_blocks_held(
             workload.max_model_len, size, schedule, self.state_blocks
@@ -255,7 +259,7 @@ class _Run:
     def capacity(self, full: "_Run") -> Capacity:
         step, schedule = self.step(self.batch), self.schedule
         return Capacity(
-            budget=schedule.budget if schedule else None,
+            budget=self.budget,
             window=schedule.window if schedule else None,
             state_blocks=self.state_blocks,
             blocks_per_sequence=self.blocks_per_sequence,

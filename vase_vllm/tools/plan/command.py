@@ -70,6 +70,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="budgets to compare, in tokens; None: " + ", ".join(map(str, DEFAULT_BUDGETS)),
     )
     add("--window", type=int, default=DEFAULT_WINDOW, metavar="W", help="tokens between evictions")
+    add(
+        "--keep-prompt",
+        action="store_true",
+        help="plan for --kv-eviction-config.prompt keep: prompts are held beside the budget",
+    )
     add("--max-model-len", metavar="N", help="longest sequence in tokens; None: as in the config")
     add("--block-size", type=int, default=16, metavar="B", help="token slots per block")
     add("--dtype", choices=DTYPES, default="auto", help="dtype of weights and KV cache")
@@ -95,7 +100,8 @@ def run_plan(args: argparse.Namespace) -> int:
     if gpu is not None:
         sizes.setdefault("gpu_memory", int(gpu.memory))
     schedules = [
-        _schedule(_size(text, "--budget"), args.window) for text in args.budget or DEFAULT_BUDGETS
+        _schedule(_size(text, "--budget"), args.window, args.keep_prompt)
+        for text in args.budget or DEFAULT_BUDGETS
     ]
     model, longest = read_model_shape(args.model, args.dtype)
     tp = args.tensor_parallel_size
@@ -166,10 +172,10 @@ def _size(text: str | int, flag: str) -> int:
     return size
 
 
-def _schedule(budget: int, window: int) -> EvictionSchedule:
+def _schedule(budget: int, window: int, keeps_prompt: bool) -> EvictionSchedule:
     if budget <= window:
         raise ValueError(
             f"--budget ({budget}) must be larger than --window ({window}): "
             "raise --budget or lower --window"
         )
-    return EvictionSchedule(budget, window)
+    return EvictionSchedule(budget, window, keeps_prompt=keeps_prompt)
