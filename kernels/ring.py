@@ -81,11 +81,13 @@ class TritonRingWrite:
     The queries of positions 6 and 7, with window 2: they are entries 0 and 1 of the ring, and share
     the first cell of state block 2:
 
+    >>> first, key, budget, kept, state_block, token_block = 8, 0, 6, 0, 2, 1
+    >>> row = [first, key, budget, kept, state_block, token_block]
     >>> write = TritonRingWrite(
     ...     positions=torch.tensor([6, 7]),
     ...     query_start_loc=torch.tensor([0, 2], dtype=torch.int32),
     ...     seq_lens=torch.tensor([8], dtype=torch.int32),
-    ...     block_table=torch.tensor([[8, 0, 2, 1]], dtype=torch.int32),  # first, key, state, token
+    ...     block_table=torch.tensor([row], dtype=torch.int32),
     ...     window=2,
     ...     num_state_blocks=1,
     ... )
@@ -99,7 +101,7 @@ class TritonRingWrite:
         positions: [tokens] int32 or int64, true positions.
         query_start_loc: [R + 1] int32, first token of each sequence, non-decreasing.
         seq_lens: [R] int32, tokens of each sequence after this step: true lengths, not cached ones.
-        block_table: [R, columns] int32, rows of ``[first, key, state blocks, token blocks]``.
+        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
         window: entries of the ring.
         num_state_blocks: state blocks in each row.
     """

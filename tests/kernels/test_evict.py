@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.paged_case import Case, Pool, Sequence, check
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.layout.block_table_row import BlockTableRow
 
 SMALL = EvictionParameters(budget=40, window=8, protected=10)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -163,7 +164,7 @@ def test_only_the_rows_that_are_passed():
     pool = Pool(Case(SMALL, (due(SMALL, 1), due(SMALL, 2), due(SMALL, 3))))
     before, (expected,) = pool.caches[0].clone(), pool.expected()[0]
     pool.evict(rows=[2])
-    table = pool.block_table[:, 2:].long()
+    table = pool.block_table[:, BlockTableRow.NUM_HEADER :].long()
     torch.testing.assert_close(pool.caches[0][table[:2]], before[table[:2]], equal_nan=True)
     torch.testing.assert_close(pool.caches[0][table[2]], expected[table[2]], equal_nan=True)
 

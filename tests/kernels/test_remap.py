@@ -27,6 +27,7 @@ class Batch:
         num_padding=0,
         largest_block=1000,
         spare_columns=0,
+        own_budgets=False,
     ):
         self.schedule = EvictionSchedule(budget, window)
         self.block_size, self.num_state_blocks = block_size, num_state_blocks
@@ -41,8 +42,8 @@ class Batch:
         sizes = (num_rows, num_columns + spare_columns)
         table = largest_block - torch.randint(1000, sizes, generator=generator)
         self.budget = torch.full_like(self.first, budget)
-        # Sequences may have budgets of their own: another for every second one.
-        self.budget[1::2] -= window
+        if own_budgets:
+            self.budget[1::2] -= window + 1
         table[:, BlockTableRow.FIRST] = self.first
         table[:, BlockTableRow.BUDGET] = self.budget
         table[self.first == 0] = 0
@@ -174,7 +175,7 @@ def test_random_batches(seed):
         sequences.append(
             (first, before, draw(1, 1 + schedule.tokens_until_eviction(before, first)))
         )
-    check(Batch(sequences, num_padding=3))
+    check(Batch(sequences, num_padding=3, own_budgets=seed % 2))
 
 
 def test_int32_overflow_of_a_slot_in_a_large_pool():
