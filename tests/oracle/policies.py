@@ -125,6 +125,54 @@ def snapkv() -> Ranking:
     return Ranking(protect_sinks)
 
 
+def distinct(ridge: float, count: Callable[[int, int], int]) -> Ranking:
+    """Large value ranges, then large products of key leverage and value leverage, then attention.
+
+    Args:
+        ridge: see `leave_one_out_leverage`.
+        count: How many are kept for their leverage, of (keep, protected).
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        ranges = protect_large("range")(candidates).ranges
+        first = ranges.sort(descending=True, stable=True).indices[: candidates.protected]
+        of_keys, of_values = (
+            leave_one_out_leverage(vectors, ridge)
+            for vectors in (candidates.keys, candidates.values)
+        )
+        order = of_keys * of_values  # below 1
+        order[first] = 2.0
+        total = candidates.protected + count(candidates.keep, candidates.protected)
+        order = _infinite_at_sinks(candidates, order)
+        return replace(candidates, ranges=order, protected=total)
+
+    return Ranking(view)
+
+
+def leave_one_out_leverage(vectors: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Ridge leverage score of each direction, from what the others alone span.
+
+    With A = sum over i != j of x_i x_i^T + r I, that of x_j is 1 - 1 / (1 + x_j^T A^-1 x_j), by the
+    formula of Sherman and Morrison.
+
+    Args:
+        vectors: [n, D], none of them zero.
+        ridge: r in multiples of the mean eigenvalue of the sum over all.
+
+    Returns:
+        [n], float32.
+    """
+    units = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
+    outer = units[:, :, None] * units[:, None, :]
+    total = outer.sum(dim=0)
+    damping = ridge * total.trace() / len(total) * torch.eye(len(total), dtype=torch.float64)
+    scores = [
+        1 - 1 / (1 + unit @ torch.linalg.inv(total - own + damping) @ unit)
+        for unit, own in zip(units, outer, strict=True)
+    ]
+    return torch.stack(scores).float()
+
+
 def rkv(attention_weight: float = 0.5) -> Ranking:
     """The largest sum of attention and dissimilarity of the keys.
 

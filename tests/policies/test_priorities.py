@@ -18,6 +18,12 @@ from tests.support.dense_eviction import DenseEviction
 from vase_vllm.config import EvictionConfig
 from vase_vllm.worker.evictor import TorchEvictor
 
+
+def half_of_the_rest(keep: int, protected: int) -> int:
+    """How many `distinct` keeps for their leverage in these tests."""
+    return (keep - protected + 1) // 2
+
+
 GREEDY = {"policy": "vase", "sampling": "greedy"}
 RANKINGS = {
     "snapkv": ({"policy": "snapkv"}, policies.snapkv()),
@@ -25,6 +31,11 @@ RANKINGS = {
     "rkv-attention": ({"policy": "rkv", "lambda": 0.875}, policies.rkv(0.875)),
     "rkv-keys": ({"policy": "rkv", "lambda": 0.0}, policies.rkv(0.0)),
     "streaming": ({"policy": "streaming"}, policies.streaming()),
+    "distinct": ({"policy": "distinct"}, policies.distinct(0.1, half_of_the_rest)),
+    "distinct-ridge": (
+        {"policy": "distinct", "ridge": 2.0},
+        policies.distinct(2.0, half_of_the_rest),
+    ),
     "vase-range": (GREEDY, policies.vase_greedy("range")),
     "vase-variance": ({**GREEDY, "magnitude": "variance"}, policies.vase_greedy("variance")),
     "vase-l2": ({**GREEDY, "magnitude": "l2"}, policies.vase_greedy("l2")),
@@ -50,7 +61,8 @@ CUR = {
     "cur-redrawn": {"policy": "cur", "gaussian": "redrawn", "columns": 3},
 }
 ALL = {name: own for name, (own, _) in RANKINGS.items()} | DRAWN | CUR
-HAS_ATTENTION = {"snapkv", "rkv", "vase"}
+HAS_ATTENTION = {"snapkv", "rkv", "vase", "distinct"}
+HAS_PROTECTION = {"vase", "distinct"}
 EXAMPLES = settings(max_examples=30, deadline=None)
 
 
@@ -74,8 +86,10 @@ class Shape(NamedTuple):
         common = {"budget": self.keep + self.window, "window": self.window, "sinks": self.sinks}
         if own["policy"] in HAS_ATTENTION:
             common |= {"smoothing": self.smoothing, "temperature": self.temperature}
-        if own["policy"] == "vase":
+        if own["policy"] in HAS_PROTECTION:
             common["protected"] = self.protected
+        if own["policy"] == "distinct":
+            common["distinct"] = half_of_the_rest(self.keep, self.protected)
         return DenseEviction.random(
             common | own,
             self.num_candidates,
@@ -145,6 +159,36 @@ def test_a_key_of_zeros_is_similar_to_nothing():
         attention = eviction.oracle(head, smoothing=5).scores
         expected = policies.rkv_scores(attention, eviction.keys[head], 0.5)
         torch.testing.assert_close(priority[1:], expected[1:], atol=1e-6, rtol=1e-5)
+
+
+ONLY_DISTINCT = {"policy": "distinct", "budget": 20, "window": 4, "sinks": 0, "protected": 0}
+
+
+def test_a_key_of_zeros_is_not_distinct():
+    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 7}, 20)
+    eviction.keys[:, 7:] = 0
+    assert [row.nonzero().flatten().tolist() for row in eviction.priority().isinf()] == [
+        list(range(7))
+    ] * 2
+
+
+def test_a_token_that_is_not_finite_does_not_change_which_others_are_distinct():
+    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 8}, 24)
+    without = eviction.permuted(torch.arange(23)).priority().isinf()
+    eviction.values[:, 23], eviction.keys[:, 23] = torch.inf, torch.nan
+    assert torch.equal(eviction.priority().isinf()[:, :23], without)
+    assert (without.sum(dim=-1) == 8).all()
+
+
+def test_a_token_unlike_all_others_is_distinct():
+    """Wherever it lies, among as many alike ones as there may be."""
+    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 1}, 24)
+    common = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+    for tokens in (eviction.keys, eviction.values):
+        tokens.mul_(0.1).add_(common)
+        tokens[0, 5], tokens[1, 20] = (torch.eye(16)[i] for i in (0, 1))
+    first, second = eviction.priority().isinf()
+    assert (first.nonzero().item(), second.nonzero().item()) == (5, 20)
 
 
 # What must hold

@@ -10,6 +10,7 @@ GROUP = "vase_vllm.policies"
 DEFAULT_POLICY = "vase"
 OURS = {
     "cur": "vase_vllm.policies.cur:CURPolicy",
+    "distinct": "vase_vllm.policies.distinct:DistinctPolicy",
     "random": "vase_vllm.policies.random:RandomPolicy",
     "rkv": "vase_vllm.policies.rkv:RKVPolicy",
     "snapkv": "vase_vllm.policies.snapkv:SnapKVPolicy",

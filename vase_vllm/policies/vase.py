@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters, Sampling
 from vase_vllm.kernels.torch_eviction import value_range, vase_priority
-from vase_vllm.policies.base import AttentionPolicy
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.protecting import ProtectingPolicy
 
 MAGNITUDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "range": value_range,
@@ -19,7 +18,7 @@ MAGNITUDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """What makes a value abnormal: [..., D] -> [...], fp32."""
 
 
-class VasePolicy(AttentionPolicy):
+class VasePolicy(ProtectingPolicy):
     """Value-aware Stochastic KV Cache Eviction (arXiv 2606.03928).
 
     The sinks and the tokens whose values have the largest magnitudes are protected; the rest are
@@ -28,9 +27,6 @@ class VasePolicy(AttentionPolicy):
 
     name: ClassVar[str] = "vase"
 
-    protected: int | float = Field(default=0.25, ge=0)
-    """Tokens kept for their abnormally large values: a fraction of the budget, or a count. The
-    sinks are among them."""
     sampling: Sampling = "gumbel"
     """``gumbel`` draws in proportion to attention, ``greedy`` keeps the top-k."""
     magnitude: Literal["range", "variance", "l2", "none"] = "range"
@@ -43,39 +39,16 @@ class VasePolicy(AttentionPolicy):
     def num_protected(self, limits: EvictionLimits) -> int:
         """``protected`` as a count of tokens; the fixed ones alone where no other is protected.
 
-        As many as ``protected`` says beside the sinks are protected beside a kept prompt:
-
-        >>> limits = EvictionLimits(budget=4096, window=64, sinks=4)
-        >>> VasePolicy(protected=0.25).num_protected(limits)
+        >>> VasePolicy(protected=0.25).num_protected(EvictionLimits(budget=4096, window=64))
         1024
-        >>> limits = EvictionLimits(budget=4096 + 300, window=64, sinks=4, kept=300)
-        >>> VasePolicy(protected=0.25).num_protected(limits)
-        1320
         """
         if self.protect == "none" or self.magnitude == "none":
             return limits.fixed
-        num_protected = self.protected
-        if isinstance(num_protected, float):
-            num_protected = int(num_protected * (limits.budget - limits.kept))
-        return limits.fixed + num_protected - limits.sinks
+        return super().num_protected(limits)
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
         super().check(limits)
-        if isinstance(self.protected, float) and self.protected > 1:
-            raise ValueError(
-                f"protected ({self.protected}) must be a fraction up to 1 or an integer count"
-            )
-        if (num_protected := self.num_protected(limits)) > limits.budget - limits.window:
-            raise ValueError(
-                f"protected ({num_protected} tokens) must be at most budget - window "
-                f"({limits.budget - limits.window}): lower protected or raise budget"
-            )
-        if num_protected < limits.sinks:
-            raise ValueError(
-                f"protected ({num_protected} tokens) must be at least sinks "
-                f"({limits.sinks}), which count among them: raise protected or lower sinks"
-            )
         if self.evict_large and self.magnitude == "none":
             raise ValueError(
                 "evict_large needs a magnitude: set magnitude to range, variance or l2"

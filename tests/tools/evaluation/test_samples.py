@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vase_vllm.errors import EvictionError
-from vase_vllm.tools.evaluation.recall import KINDS, recall_cases
+from vase_vllm.tools.evaluation.recall import KINDS, PASSCODES, PLACES, recall_cases
 from vase_vllm.tools.evaluation.samples import text_samples
 from vase_vllm.tools.evaluation.texts import HALVES, own_texts, read_texts
 
@@ -83,20 +83,43 @@ def test_a_sample_is_the_beginning_of_its_text(texts, tokenizer):
 def test_recall_cases_state_a_fact_and_ask_for_it_at_the_distance(texts, tokenizer):
     cases = recall_cases(texts, tokenizer, distances=[300, 500], instances=9, fact_at=20)
     assert len({case.name for case in cases}) == len(cases) == 2 * len(KINDS) * 9
+    # A character for each token, for the texts have some that are several tokens.
+    contents = ["".join(map(chr, tokenizer(text.content)["input_ids"])) for text in texts]
     for index, case in enumerate(cases):
-        ids = case.token_ids
-        length = (len(ids) - case.distance - 20) // 2
-        assert ids[20 : 20 + length] == ids[-length:]
-        statement, words = tokenizer.decode(ids[-length:]), tokenizer.decode(ids)
+        ids, words = case.token_ids, tokenizer.decode(case.token_ids)
+        tokens, text = "".join(map(chr, ids)), texts[index % 9 % len(texts)]
+        (length,) = (
+            length
+            for length in range(20, 200)
+            if tokens[:20] + tokens[20 + length :][: case.distance]
+            in contents[index % 9 % len(texts)]
+        )
+        statement = tokenizer.decode(ids[20 : 20 + length])
+        asked = tokenizer.decode(ids[20 + length + case.distance :])
         values = "".join(tokenizer.decode([ids[position]]) for position in case.value_positions)
         assert values.replace(".", "").isdigit()
         assert len(values) == {"passcode": 4, "constant": 5, "two facts": 8}[case.kind]
-        assert words.count(values[:4]) == 2
-        assert case.value_positions[0] >= len(ids) - length
-        text = texts[index % 9 % len(texts)]
-        assert words[:10] in text.content
-        assert statement.strip() not in text.content
+        for value in {values[:4], values[-4:]}:
+            assert words.count(value) == 2
+            assert value in statement
+            assert value in asked
+        assert case.value_positions[0] > len(ids) - len(asked)
+        assert asked.strip() not in statement
+        assert statement not in text.content
         assert case.half == text.half
     assert cases == recall_cases(texts, tokenizer, [300, 500], 9, 20)
     with pytest.raises(EvictionError, match="give longer --texts"):
         recall_cases(texts, tokenizer, [10**6], 1, 20)
+
+
+def test_every_wording_of_a_passcode_is_in_both_halves(texts, tokenizer):
+    instances = len(HALVES) * len(PASSCODES)
+    cases = recall_cases(texts, tokenizer, distances=[100], instances=instances, fact_at=20)
+    found = {
+        (case.half, question)
+        for case in cases
+        for _, question in PASSCODES
+        for place in PLACES
+        if tokenizer.decode(case.token_ids)[:-5].endswith(f"\n\n{question.format(name=place)} ")
+    }
+    assert found == {(half, question) for half in HALVES for _, question in PASSCODES}

@@ -7,7 +7,7 @@ from typing import Any
 
 from vase_vllm.errors import EvictionError
 from vase_vllm.tools.evaluation.samples import Sample
-from vase_vllm.tools.evaluation.texts import Text
+from vase_vllm.tools.evaluation.texts import HALVES, Text
 
 PLACES = (
     *("archive", "bakery", "cellar", "chapel", "cottage", "foundry", "granary", "harbour"),
@@ -16,61 +16,96 @@ PLACES = (
 SYLLABLES = ("bel", "cor", "dan", "fen", "gal", "hos", "jun", "lor", "mib", "nar", "pol", "quin")
 
 
+Wording = tuple[str, str]
+"""How a fact is stated, with {name} and {value}, and the beginning of a sentence that {value} ends.
+
+The questions say it in other words than the statements: a model that has forgotten a fact but kept
+the form of its sentence would otherwise do better than one that is asked in free words.
+"""
+PASSCODES: tuple[Wording, ...] = (
+    (
+        "\n\nThe passcode of the {name} is {value}.\n\n",
+        "Question: What is the passcode of the {name}?\nAnswer: The passcode is",
+    ),
+    (" Remember that {value} is the passcode of the {name}.", "The passcode of the {name} is"),
+    (
+        "\n\nNote: whoever enters the {name} has to type the passcode {value} twice.\n\n",
+        "To enter the {name}, type the passcode",
+    ),
+    (
+        " The {name} has a new lock, and its passcode, which nobody else knows, is {value}.",
+        "The passcode of the lock of the {name} is",
+    ),
+)
+CONSTANTS: tuple[Wording, ...] = (
+    (
+        "\n\nThe value of the {name} constant is {value}.\n\n",
+        "Question: What is the value of the {name} constant?\nAnswer: Its value is",
+    ),
+    (" We take {value} as the value of the {name} constant.", "The {name} constant is equal to"),
+)
+
+
 @dataclass(frozen=True)
 class Fact:
     """What is stated, and its questions.
 
     Attributes:
-        questions: each the beginning of a sentence and the value that ends it. The sentences in
-            full are the statement.
+        statement: the sentences that state it, with the space around them.
+        questions: each the beginning of a sentence and the value that ends it.
     """
 
+    statement: str
     questions: tuple[tuple[str, str], ...]
 
     @property
-    def sentences(self) -> str:
-        """The statement; the questions with the right values are the same words."""
-        return " ".join(f"{question} {value}." for question, value in self.questions)
+    def asked(self) -> str:
+        """The questions with the right values, each a paragraph."""
+        return "".join(f"\n\n{question} {value}." for question, value in self.questions)
 
     def value_spans(self) -> list[range]:
-        """Where in the sentences each value is, in characters."""
+        """Where in :attr:`asked` each value is, in characters."""
         spans, start = [], 0
         for question, value in self.questions:
-            start += len(question) + 1
+            start += len("\n\n") + len(question) + len(" ")
             spans.append(range(start, start + len(value)))
-            start += len(value) + 2
+            start += len(value) + len(".")
         return spans
 
 
-def passcode(rng: random.Random) -> Fact:
+def passcode(rng: random.Random, wording: int) -> Fact:
     """Four digits, which nothing else in the text suggests."""
-    return _passcodes(rng, 1)
+    return _passcodes(rng, 1, wording)
 
 
-def constant(rng: random.Random) -> Fact:
+def constant(rng: random.Random, wording: int) -> Fact:
     """A number with a name that is no word."""
     name = "".join(rng.sample(SYLLABLES, 2)).capitalize()
     value = f"{rng.randrange(2, 10)}.{rng.randrange(100, 1000)}"
-    return Fact(((f"The value of the {name} constant is", value),))
+    return _worded(CONSTANTS[wording % len(CONSTANTS)], {name: value})
 
 
-def two_facts(rng: random.Random) -> Fact:
+def two_facts(rng: random.Random, wording: int) -> Fact:
     """Two passcodes, stated together and asked for one after the other."""
-    return _passcodes(rng, 2)
+    return _passcodes(rng, 2, wording)
 
 
-def _passcodes(rng: random.Random, count: int) -> Fact:
+def _passcodes(rng: random.Random, count: int, wording: int) -> Fact:
     places = rng.sample(PLACES, count)
-    values = [f"{rng.randrange(1000, 10_000)}" for _ in places]
+    values = {place: f"{rng.randrange(1000, 10_000)}" for place in places}
+    return _worded(PASSCODES[wording % len(PASSCODES)], values)
+
+
+def _worded(wording: Wording, values: dict[str, str]) -> Fact:
+    statement, question = wording
     return Fact(
-        tuple(
-            (f"The passcode of the {place} is", value)
-            for place, value in zip(places, values, strict=True)
-        )
+        "".join(statement.format(name=name, value=value) for name, value in values.items()),
+        tuple((question.format(name=name), value) for name, value in values.items()),
     )
 
 
-KINDS: dict[str, Callable[[random.Random], Fact]] = {
+Maker = Callable[[random.Random, int], Fact]
+KINDS: dict[str, Maker] = {
     "passcode": passcode,
     "constant": constant,
     "two facts": two_facts,
@@ -102,7 +137,7 @@ def recall_cases(
     """Cases of every kind at every distance.
 
     The tokens in front of the statement and between it and the questions are a passage of one of
-    the texts, which say nothing of the facts.
+    the texts, which say nothing of the facts. Every kind has several wordings, in turn.
 
     Args:
         texts: what the passages are from; a case is of the half of its text.
@@ -132,11 +167,13 @@ def recall_cases(
                 rng = random.Random(name)
                 start = rng.randrange(surplus + 1)
                 filler = passage[start : start + fact_at + distance]
-                fact = _absent_fact(make, rng, tokenizer.decode(filler))
+                # Texts are alternately of one half and the other: each half gets every wording.
+                wording = index // len(HALVES)
+                fact = _absent_fact(make, rng, wording, tokenizer.decode(filler))
                 before = [*beginning, *filler[:fact_at]]
-                statement = _encode(tokenizer, fact)[0]
+                statement = tokenizer(fact.statement, **plain)["input_ids"]
                 between = filler[fact_at:]
-                questions, offsets = _encode(tokenizer, fact)
+                questions, offsets = _encode_questions(tokenizer, fact)
                 asked_at = len(before) + len(statement) + len(between)
                 cases.append(
                     RecallCase(
@@ -152,21 +189,18 @@ def recall_cases(
     return cases
 
 
-def _absent_fact(make: Callable[[random.Random], Fact], rng: random.Random, filler: str) -> Fact:
+def _absent_fact(make: Maker, rng: random.Random, wording: int, filler: str) -> Fact:
     """A fact whose values are nowhere in the filler."""
     while True:
-        fact = make(rng)
+        fact = make(rng, wording)
         if not any(value in filler for _, value in fact.questions):
             return fact
 
 
-def _encode(tokenizer: Any, fact: Fact) -> tuple[list[int], list[int]]:
-    """The tokens of a fact's sentences in a paragraph of their own, and which are of its values."""
-    opening = "\n\n"
-    encoded = tokenizer(
-        f"{opening}{fact.sentences}\n\n", add_special_tokens=False, return_offsets_mapping=True
-    )
-    values = {len(opening) + i for span in fact.value_spans() for i in span}
+def _encode_questions(tokenizer: Any, fact: Fact) -> tuple[list[int], list[int]]:
+    """The tokens of a fact's questions, and which of them are of the values."""
+    encoded = tokenizer(fact.asked, add_special_tokens=False, return_offsets_mapping=True)
+    values = {i for span in fact.value_spans() for i in span}
     offsets = [
         index
         for index, (start, end) in enumerate(encoded["offset_mapping"])
