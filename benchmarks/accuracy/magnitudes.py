@@ -7,8 +7,8 @@ VaSE protects the tokens whose value vectors have an abnormally large range, max
 large reasoning models the ranges have a heavy tail; here it is measured whether a model's have one.
 The testbed's model reads held-out problems with their solutions, another the texts that
 `vase-vllm evaluate` brings, by transformers, in float32; the values are rounded to the dtype of the
-model, as a server caches them. Beside each KV head stands a Gaussian: values drawn independently with the
-mean and the standard deviation of each dimension.
+model, as a server caches them. Beside each KV head stands a Gaussian: values drawn independently
+with the mean and the standard deviation of each dimension.
 """
 
 from __future__ import annotations
