@@ -6,7 +6,9 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("name", ["candidates", "distinct", "protecting", "rkv", "streaming", "vase"])
+@pytest.mark.parametrize(
+    "name", ["candidates", "distinct", "protecting", "rkv", "streaming", "vase"]
+)
 def test_examples_show_what_happens(name):
     result = doctest.testmod(import_module(f"vase_vllm.policies.{name}"))
     assert result.attempted
