@@ -33,7 +33,10 @@ class Policy:
     @property
     def schedule(self) -> EvictionSchedule | None:
         """When a sequence evicts; None for the full cache."""
-        return None if self.budget is None else EvictionSchedule(self.budget, self.window)
+        if self.budget is None:
+            return None
+        keeps_prompt = dict(self.settings).get("prompt") == "keep"
+        return EvictionSchedule(self.budget, self.window, keeps_prompt=keeps_prompt)
 
     def serve_arguments(self) -> list[str]:
         """What distinguishes this policy's server; everything else is vLLM's default."""

@@ -141,7 +141,7 @@ CPU_WORKLOADS = (
         input_len=64,
         output_len=64,
         prefix_len=1024,
-        policies=("full", "vase-512"),
+        policies=("full", "vase-512", "vase-512-keep"),
     ),
 )
 
@@ -216,6 +216,7 @@ SUITES = {
         model=CPU_MODEL,
         policies=(
             *budget_policies(256, 512, 1024),
+            Policy("vase-512-keep", 512, settings=(("prompt", "keep"),)),
             *(Policy(f"{name}-512", 512, name) for name in ("snapkv", "rkv", "cur")),
             *(
                 Policy(f"vase-512-{rule}", 512, settings=(("admission", rule),))
