@@ -14,37 +14,55 @@ from vase_vllm.engine.admission import (
     expected_peak,
 )
 
-CUT_OFF = 10**9
-lengths = st.lists(st.integers(1, 50) | st.just(CUT_OFF), max_size=80)
+# Length, and whether it was cut off there.
+lengths = st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=80)
+running = st.lists(st.integers(0, 60), min_size=1, max_size=8)
 
 
 def remember(lengths):
     outputs = OutputLengths()
-    for length in lengths:
-        # Whatever length it was cut off at, it counts as longer than any.
-        outputs.add(7 if length == CUT_OFF else length, cut_off=length == CUT_OFF)
+    for length, cut_off in lengths:
+        outputs.add(length, cut_off)
     return outputs
 
 
-def survival(lengths, so_far, ahead):
-    longer = [length for length in lengths if length > so_far]
-    if len(longer) < NUM_NEEDED:
+def survival(lengths, running, so_far, ahead):
+    """The product-limit estimator, length by length."""
+    if sum(length > so_far for length, _ in lengths) < NUM_NEEDED:
         return 1.0
-    return np.mean([length > so_far + ahead for length in longer])
+    probability = 1.0
+    for end in range(so_far + 1, so_far + ahead + 1):
+        num_ended = sum(length == end and not cut_off for length, cut_off in lengths)
+        num_observed = sum(length >= end for length in [*(n for n, _ in lengths), *running])
+        probability *= 1 - num_ended / max(num_observed, 1)
+    return probability
 
 
-@given(lengths, st.integers(0, 60), st.integers(0, 60))
-def test_survival_is_that_of_the_longer_outputs(lengths, so_far, ahead):
-    found = remember(lengths).survival(np.array([so_far]), np.array([ahead]))
-    assert found == pytest.approx(survival(lengths, so_far, ahead))
+@given(lengths, running, st.integers(0, 60))
+def test_survival_is_the_product_limit_estimate(lengths, running, ahead):
+    found = remember(lengths).survival(np.array(running), np.array([ahead]))
+    wanted = [survival(lengths, running, so_far, ahead) for so_far in running]
+    np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_still_runs_is_not_taken_for_short():
+    """20 outputs have ended within 10 tokens, and 60 run on: most outputs are long."""
+    outputs = remember([(1 + index % 10, False) for index in range(20)] + [(40, False)] * 16)
+    without = outputs.survival(np.array([0]), np.array([10]))[0, 0]
+    beside = outputs.survival(np.array([0] + [30] * 60), np.array([10]))[0, 0]
+    assert without < 0.5 < 0.75 < beside
 
 
 def test_old_outputs_are_forgotten():
-    outputs = remember([1000] * NUM_REMEMBERED + [10] * (NUM_REMEMBERED // 2))
-    assert outputs.survival(np.array([0]), np.array([500])) == 0.5
-    for _ in range(NUM_REMEMBERED // 2):
-        outputs.add(10, cut_off=False)
-    assert outputs.survival(np.array([0]), np.array([9, 500])).tolist() == [[1, 0]]
+    half = [(10, False)] * (NUM_REMEMBERED // 2)
+    outputs = remember([(1000, False)] * NUM_REMEMBERED + half)
+    # One more has been observed, which has just begun.
+    survival = outputs.survival(np.array([0]), np.array([500]))
+    assert survival[0, 0] == pytest.approx(0.5)
+    for length, cut_off in half:
+        outputs.add(length, cut_off)
+    survival = outputs.survival(np.array([0]), np.array([9, 500]))
+    np.testing.assert_allclose(survival, [[1, 0]], atol=1e-12)
 
 
 @given(
@@ -67,7 +85,7 @@ def test_the_peak_is_no_more_than_the_worst_and_no_less_than_now(lengths, reques
         assert peak == worst
     # At the first and the last moment, the whole list of remembered lengths says the same.
     for t in {0, int(ahead.max())}:
-        runs = np.array([survival(lengths, n, t) for n in so_far])
+        runs = np.array([survival(lengths, so_far.tolist(), n, t) for n in so_far.tolist()])
         blocks = state + -(-np.minimum(num_prompt + so_far + t, most) // block_size)
         margin = MARGIN * np.sqrt((runs * (1 - runs) * blocks**2).sum())
         assert peak >= (runs * blocks).sum() + margin - 1e-6

@@ -3,8 +3,8 @@
 Memory that is reserved for the longest possible output is mostly reserved for nothing: few requests
 say how long their output will be, and most stop early. As in the Past-Future scheduler (Gong et
 al., arXiv 2507.10150), the lengths of the last outputs give the probability that a request still
-runs some time from now, and memory must suffice at every moment from now on. Under eviction no
-sequence grows past its bound.
+runs some time from now, and memory must suffice at every moment from now on. Here those that still
+run count as well, as longer than they are. Under eviction no sequence grows past its bound.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from vase_vllm.config import EvictionConfig
 
 NUM_REMEMBERED = 1024
 NUM_NEEDED = 16
-"""Finished outputs longer than a request's own so far that a prediction for it needs."""
+"""Remembered outputs longer than a request's own so far that a prediction for it needs."""
 NUM_MOMENTS = 32
 """Moments of the future at which memory is looked at."""
 MARGIN = 2.0
@@ -25,40 +25,62 @@ MARGIN = 2.0
 
 
 class OutputLengths:
-    """Lengths of the last outputs that finished, in tokens."""
+    """Lengths of the last outputs that ended by themselves or were cut off, in tokens.
+
+    Outputs that were cut off, and those that still run, are longer than they are known to be. The
+    product-limit estimator (Kaplan and Meier, JASA 53, 1958) takes them as that: without it the
+    short outputs, which end first, would be all that is known of any.
+    """
 
     def __init__(self) -> None:
         self._lengths = np.zeros(NUM_REMEMBERED, dtype=np.int64)
+        self._is_cut_off = np.zeros(NUM_REMEMBERED, dtype=bool)
         self._num_seen = 0
-        self._num_longer: np.ndarray | None = None
 
     def add(self, num_tokens: int, cut_off: bool) -> None:
-        """Remember an output; one that was cut off counts as longer than any other."""
-        self._lengths[self._num_seen % NUM_REMEMBERED] = -1 if cut_off else num_tokens
+        """Remember an output; one that was ``cut_off`` would have been longer."""
+        index = self._num_seen % NUM_REMEMBERED
+        self._lengths[index], self._is_cut_off[index] = num_tokens, cut_off
         self._num_seen += 1
-        self._num_longer = None
 
     def survival(self, so_far: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-        """Probability that outputs go on.
+        """Probability that running outputs go on.
 
-        With L a remembered length: the share of ``L > so_far + ahead`` among ``L > so_far``; 1
-        where too few are longer than ``so_far``.
+        With ``d`` outputs that ended at length ``l`` and ``n`` that were observed to have ``l``
+        tokens or more, running ones among them: the product of ``1 - d / n`` over the lengths
+        ``l`` with ``so_far < l <= so_far + ahead``. It is 1 where too few remembered outputs are
+        longer than ``so_far``.
 
         Args:
-            so_far: [R] int64, tokens that each output has.
+            so_far: [R] int64, tokens that each running output has.
             ahead: [K] int64, further tokens.
 
         Returns:
             [R, K].
         """
-        if self._num_longer is None:
-            lengths = self._lengths[: self._num_seen]
-            ended = np.bincount(lengths[lengths >= 0], minlength=1)
-            self._num_longer = len(lengths) - np.cumsum(ended)
-        last = len(self._num_longer) - 1
-        longer_now = self._num_longer[np.minimum(so_far, last)][:, None]
-        longer_then = self._num_longer[np.minimum(so_far[:, None] + ahead, last)]
-        return np.where(longer_now < NUM_NEEDED, 1.0, longer_then / np.maximum(longer_now, 1))
+        lengths = np.sort(self._lengths[: self._num_seen])
+        is_cut_off = self._is_cut_off[: self._num_seen]
+        ends, num_ended = np.unique(
+            self._lengths[: self._num_seen][~is_cut_off], return_counts=True
+        )
+        num_observed = _at_least(lengths, ends) + _at_least(np.sort(so_far), ends)
+        # The logarithm of what is left after each length, and of all before the first.
+        with np.errstate(divide="ignore"):
+            steps = np.log1p(-num_ended / num_observed)
+        left = np.concatenate([[0.0], np.cumsum(np.maximum(steps, _LOG_NONE))])
+        now = left[np.searchsorted(ends, so_far, side="right")][:, None]
+        then = left[np.searchsorted(ends, so_far[:, None] + ahead, side="right")]
+        num_longer = _at_least(lengths, so_far + 1)[:, None]
+        return np.where(num_longer < NUM_NEEDED, 1.0, np.exp(then - now))
+
+
+_LOG_NONE = -50.0
+"""In place of the logarithm of 0, which differences could not be taken of."""
+
+
+def _at_least(lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """How many of sorted lengths are as long as each bound."""
+    return len(lengths) - np.searchsorted(lengths, bounds, side="left")
 
 
 @dataclass(frozen=True)
