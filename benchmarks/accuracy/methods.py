@@ -10,6 +10,8 @@ from benchmarks.common.policy import Policy
 WINDOW = 16
 """Small beside the smallest budget, so that a method decides about most of it."""
 COMPRESSIONS = (2, 4, 8)
+PROMPT = 85
+"""Tokens of a prompt, ``<bos>`` included; all have the same length."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,23 @@ class Method:
     draws: bool = False
     ablation: bool = False
 
+    @property
+    def _prompt(self) -> int:
+        """Tokens of the budget that a kept prompt takes."""
+        return PROMPT if self.settings.get("prompt") == "keep" else 0
+
+    def fits(self, budget: int) -> bool:
+        """Whether a budget leaves two windows at least beside a kept prompt."""
+        return budget - self._prompt >= 2 * WINDOW
+
     def at(self, budget: int | None, seed: int) -> Policy:
-        """The method with a budget and a seed, as it is served."""
-        if self.policy is None:
+        """The method with a budget and a seed, as it is served.
+
+        Where prompts are kept beside the budget, it is less by a prompt: all methods hold as much.
+        """
+        if self.policy is None or budget is None:
             return Policy(self.name)
+        budget -= self._prompt
         settings = {"window": str(WINDOW), "seed": str(seed), **self.settings}
         return Policy(self.name, budget, self.policy, tuple(settings.items()))
 
@@ -51,6 +66,10 @@ METHODS = (
     Method("cur-redrawn", "cur", {"gaussian": "redrawn"}, draws=True),
     Method("streaming", "streaming"),
     Method("random", "random", draws=True),
+    Method("distinct", "distinct"),
+    Method("vase-prompt-kept", "vase", {"prompt": "keep"}, draws=True),
+    Method("random-prompt-kept", "random", {"prompt": "keep"}, draws=True),
+    Method("distinct-prompt-kept", "distinct", {"prompt": "keep"}),
     _ablation("no-protection", draws=True, protect="none"),
     _ablation("no-randomness", draws=False, sampling="greedy"),
     # As in the paper: tokens drawn at random in place of the large ones, beside the top-k.

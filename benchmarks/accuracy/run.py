@@ -54,6 +54,8 @@ def configurations(args: argparse.Namespace, length: float) -> list[Configuratio
             continue
         for compression in args.compressions:
             budget = budget_for(compression, length)
+            if not method.fits(budget):
+                continue
             chosen += [Configuration(method, compression, budget, seed) for seed in seeds]
     return chosen
 

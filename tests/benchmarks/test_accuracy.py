@@ -21,7 +21,14 @@ from benchmarks.accuracy.grading import (
     read_prompt,
 )
 from benchmarks.accuracy.intervals import interval
-from benchmarks.accuracy.methods import COMPRESSIONS, METHODS, WINDOW, budget_for, mean_length
+from benchmarks.accuracy.methods import (
+    COMPRESSIONS,
+    METHODS,
+    PROMPT,
+    WINDOW,
+    budget_for,
+    mean_length,
+)
 from benchmarks.accuracy.run import configurations
 from benchmarks.accuracy.tasks import (
     HELD_OUT_FILE,
@@ -158,6 +165,14 @@ def test_only_methods_that_draw_run_with_several_seeds() -> None:
     assert [key for key in keys if key[0] == "random"] == [
         ("random", compression, seed) for compression in (2, 8) for seed in range(3)
     ]
+
+
+def test_a_kept_prompt_takes_its_tokens_of_the_budget() -> None:
+    assert {1 + len(p.prompt.split()) for p in read_jsonl(HELD_OUT_FILE)} == {PROMPT}
+    policy = BY_NAME["vase-prompt-kept"].at(176, 0)
+    assert policy.schedule.first_eviction(PROMPT) == 176 + WINDOW
+    args = argparse.Namespace(policies=["vase-prompt-kept"], compressions=[2, 4, 8], seeds=1)
+    assert [c.compression for c in configurations(args, length=718)] == [2, 4]
 
 
 def test_serve_arguments() -> None:
