@@ -242,6 +242,13 @@ class Simulation:
             ring = row[BlockTableRow.NUM_HEADER : self.spec.num_front]
             own += [block for block in ring if not block.is_null]
             own += row[self.spec.num_front + num_lasting :]
+        requests, manager = self.scheduler.requests, self.manager
+        missing = sum(
+            manager._num_missing_blocks(request_id, manager._most_slots(requests[request_id]))
+            for request_id, row in manager.req_to_blocks.items()
+            if row
+        )
+        assert manager._num_missing == missing
         ids = {block.block_id for block in own}
         assert len(ids) == len(own)
         assert not ids & lasting

@@ -40,6 +40,10 @@ class EvictionManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self._num_front = self.kv_cache_spec.num_front
         self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
+        # What each running sequence can still come to need, and the sum, which every admission asks
+        # for: it changes only where blocks are allocated or freed.
+        self._missing: dict[str, int] = {}
+        self._num_missing = 0
 
     def bind(self, context: AdmissionContext) -> None:
         """Learn what the scheduler knows; it calls this once, before there is any request."""
@@ -128,18 +132,17 @@ class EvictionManager(FullAttentionManager):
 
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
         """Blocks that the running sequences, and one more, can or probably will come to need."""
-        running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
-        requests = [self._context.requests[id] for id in running if id in self._context.requests]
+        num_most = self._num_missing
         if and_to is not None:
-            requests.append(self._context.requests[and_to])
-        most_slots = [self._most_slots(request) for request in requests]
-        num_most = sum(
-            self._num_missing_blocks(request.request_id, num_slots)
-            for request, num_slots in zip(requests, most_slots, strict=True)
-        )
-        if self._context.config.admission == "expected" and requests:
-            return min(self._num_blocks_expected(requests, np.array(most_slots)), num_most)
+            num_most += self._num_missing_at_most(and_to) - self._missing.get(and_to, 0)
+        if self._context.config.admission == "expected":
+            return min(self._num_blocks_expected(and_to), num_most)
         return num_most
+
+    def _num_missing_at_most(self, request_id: str) -> int:
+        """Blocks that a sequence can still come to need beside those that it holds."""
+        most_slots = self._most_slots(self._context.requests[request_id])
+        return self._num_missing_blocks(request_id, most_slots)
 
     def _most_slots(self, request: Request) -> int:
         """Slots that a sequence can still come to need."""
@@ -148,18 +151,20 @@ class EvictionManager(FullAttentionManager):
             return self._schedule(request.request_id).bound
         return min(self._context.longest(request), first)
 
-    def _num_blocks_expected(self, requests: list[Request], most_slots: np.ndarray) -> int:
-        """Blocks beyond those they hold that sequences will probably need.
-
-        Args:
-            most_slots: [R] int64, what each can come to need.
-        """
+    def _num_blocks_expected(self, and_to: str | None) -> int:
+        """Blocks beyond those they hold that the running sequences, and one more, probably need."""
+        running = [id for id, row in self.req_to_blocks.items() if row and id != and_to]
+        requests = [self._context.requests[id] for id in running if id in self._context.requests]
+        if and_to is not None:
+            requests.append(self._context.requests[and_to])
+        if not requests:
+            return 0
         num_state_blocks = [self._num_state_blocks(request.request_id) for request in requests]
         peak = expected_peak(
             self._context.output_lengths,
             np.array([request.num_prompt_tokens for request in requests]),
             np.array([request.num_output_tokens for request in requests]),
-            most_slots,
+            np.array([self._most_slots(request) for request in requests]),
             np.array(num_state_blocks),
             self.block_size,
         )
@@ -194,6 +199,7 @@ class EvictionManager(FullAttentionManager):
             self.new_block_ids.extend(block.block_id for block in blocks)
         if row:
             row.extend(blocks)
+            self._set_missing(request_id, self._num_missing_at_most(request_id))
             return blocks
         num_state_blocks = self._num_state_blocks(request_id)
         num_absent = self.kv_cache_spec.num_state_blocks - num_state_blocks
@@ -209,7 +215,14 @@ class EvictionManager(FullAttentionManager):
             ]
         )
         self._prefix_cache.restore(request_id, row[self._num_front :], len(shared))
+        self._set_missing(request_id, self._num_missing_at_most(request_id))
         return list(row)
+
+    def _set_missing(self, request_id: str, num_blocks: int) -> None:
+        """Take note of what a sequence can still come to need."""
+        self._num_missing += num_blocks - self._missing.pop(request_id, 0)
+        if num_blocks:
+            self._missing[request_id] = num_blocks
 
     def cache_blocks(
         self,
@@ -269,6 +282,7 @@ class EvictionManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The sequence's real blocks; the header is no block and must not reach the pool."""
+        self._set_missing(request_id, 0)
         return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
