@@ -272,6 +272,7 @@ class EvictingDecoder:
             eviction_index=len(self.evictions),
             keys=cache.keys[kv_head, :count],
             values=cache.values[kv_head, :count],
+            queries=cache.queries[kv_head * group : (kv_head + 1) * group],
         )
         chosen = self.select(candidates).sort().values
         allowed = torch.isin(chosen, torch.arange(count)).all()

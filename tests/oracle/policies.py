@@ -125,6 +125,28 @@ def snapkv() -> Ranking:
     return Ranking(protect_sinks)
 
 
+def expected(value_norm: bool = True) -> Ranking:
+    """The largest expected attention to queries like the window's, times the norm of the value.
+
+    For q ~ N(m, S), E exp(q . k / sqrt(D)) = exp(m . k / sqrt(D) + k^T S k / (2 D)).
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        keys, head_dim = candidates.keys.double(), candidates.keys.shape[-1]
+        total = torch.zeros(len(keys), dtype=torch.float64)
+        for queries in candidates.queries.double():
+            mean = queries.mean(dim=0)
+            covariance = (queries - mean).T @ (queries - mean) / len(queries)
+            spread = torch.einsum("nd,de,ne->n", keys, covariance, keys)
+            total += (keys @ mean / head_dim**0.5 + spread / (2 * head_dim)).softmax(dim=0)
+        scores = (total / len(candidates.queries)).float()
+        if value_norm:
+            scores = scores * value_magnitudes(candidates.values, "l2")
+        return replace(protect_sinks(candidates), scores=scores)
+
+    return Ranking(view)
+
+
 def distinct(ridge: float, count: Callable[[int, int], int]) -> Ranking:
     """Large value ranges, then large products of key leverage and value leverage, then attention.
 

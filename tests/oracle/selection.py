@@ -66,6 +66,7 @@ class Candidates:
         eviction_index: How many evictions the sequence has had before.
         keys: [n, D], float32, after RoPE.
         values: [n, D], float32.
+        queries: [G, W, D], float32, after RoPE, of the window.
     """
 
     step: int
@@ -80,6 +81,7 @@ class Candidates:
     eviction_index: int
     keys: torch.Tensor
     values: torch.Tensor
+    queries: torch.Tensor
 
 
 Selector = Callable[[Candidates], torch.Tensor]

@@ -51,6 +51,7 @@ def by_hand(
         eviction_index=0,
         keys=torch.tensor(keys or [[1.0, 0.0]] * len(scores)),
         values=torch.tensor(values),
+        queries=torch.empty(0, 0, 2),
     )
 
 

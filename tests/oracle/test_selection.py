@@ -75,6 +75,7 @@ def by_hand(scores: list[float], ranges: list[float], protected: int, keep: int)
         eviction_index=0,
         keys=nothing,
         values=nothing,
+        queries=torch.empty(0, 0, 2),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["candidates", "distinct", "protecting", "rkv", "streaming", "vase"]
+    "name", ["candidates", "distinct", "expected", "protecting", "rkv", "streaming", "vase"]
 )
 def test_examples_show_what_happens(name):
     result = doctest.testmod(import_module(f"vase_vllm.policies.{name}"))

@@ -31,6 +31,11 @@ RANKINGS = {
     "rkv-attention": ({"policy": "rkv", "lambda": 0.875}, policies.rkv(0.875)),
     "rkv-keys": ({"policy": "rkv", "lambda": 0.0}, policies.rkv(0.0)),
     "streaming": ({"policy": "streaming"}, policies.streaming()),
+    "expected": ({"policy": "expected"}, policies.expected()),
+    "expected-attention": (
+        {"policy": "expected", "value_norm": False},
+        policies.expected(value_norm=False),
+    ),
     "distinct": ({"policy": "distinct"}, policies.distinct(0.1, half_of_the_rest)),
     "distinct-ridge": (
         {"policy": "distinct", "ridge": 2.0},

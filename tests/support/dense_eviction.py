@@ -87,7 +87,7 @@ class DenseEviction:
         )
         return Candidates(
             num=num_candidates,
-            queries=self.queries.flatten(1, 2),
+            queries=self.queries.transpose(1, 2).flatten(1, 2),
             tokens=DenseTokens(self.keys, self.values),
             scale=head_size**-0.5,
             limits=limits,
@@ -135,4 +135,5 @@ class DenseEviction:
             eviction_index=0,
             keys=self.keys[head],
             values=self.values[head],
+            queries=self.queries[head],
         )

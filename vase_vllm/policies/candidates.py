@@ -86,7 +86,7 @@ class Candidates:
 
     Attributes:
         num: n.
-        queries: [H, W * G, D] fp32, of the window, after RoPE.
+        queries: [H, W * G, D] fp32, of the window, window-major, after RoPE.
         tokens: reads keys and values when the policy asks for them.
         scale: factor that attention puts on its logits, usually ``1 / sqrt(D)``.
         limits: budget, window, sinks and seed.

@@ -11,6 +11,7 @@ DEFAULT_POLICY = "vase"
 OURS = {
     "cur": "vase_vllm.policies.cur:CURPolicy",
     "distinct": "vase_vllm.policies.distinct:DistinctPolicy",
+    "expected": "vase_vllm.policies.expected:ExpectedPolicy",
     "random": "vase_vllm.policies.random:RandomPolicy",
     "rkv": "vase_vllm.policies.rkv:RKVPolicy",
     "snapkv": "vase_vllm.policies.snapkv:SnapKVPolicy",
