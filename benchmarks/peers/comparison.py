@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+import requests
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.load import RunFailedError
@@ -132,7 +133,7 @@ class Comparison:
                 if self._texts and system.name not in result["nll"]:
                     show("likelihood")
                     result["nll"][system.name] = self._likelihood(running)
-        except RunFailedError as error:
+        except (RunFailedError, requests.RequestException) as error:
             left = self.setting.requests[len(runs) :]
             failed = {"status": "failed", "reason": str(error)}
             runs += [head | {"requests": count} | failed for count in left]

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -67,13 +67,9 @@ class Peer:
         return found
 
     def _ask(self, call: Any) -> dict[str, Any]:
-        channels: tuple[IO[str] | None, ...] = self._process.stdin, self._process.stdout
-        to_worker, from_worker = channels
-        assert to_worker is not None
-        assert from_worker is not None
         try:
-            print(json.dumps(call), file=to_worker, flush=True)
-            reply = from_worker.readline()
+            print(json.dumps(call), file=self._process.stdin, flush=True)
+            reply = self._process.stdout.readline()
         except BrokenPipeError:
             reply = ""
         if not reply:
@@ -92,12 +88,12 @@ def running_peer(system: System, setting: Setting, peers: Path) -> Iterator[Peer
     Raises:
         RunFailedError: it does not start.
     """
-    python: Sequence[str] = [sys.executable]
+    python = Path(sys.executable)
     if system.environment is not None:
-        python = [str(python_of(peers, system.environment))]
+        python = python_of(peers, system.environment)
     with sigterm_unwinds(), tempfile.NamedTemporaryFile("w", suffix=".log") as log:
         process = subprocess.Popen(
-            [*python, "-m", "benchmarks.peers.worker"],
+            [str(python), "-m", "benchmarks.peers.worker"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -9,6 +9,7 @@ See README.md in this folder for what is measured and how to read it.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--serve-arguments", default="", help="further ones of vllm serve")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a call of vLLM")
     parser.add_argument("--note", action="append", default=[], help="to be shown with the results")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
@@ -76,6 +78,7 @@ def chosen(args: argparse.Namespace) -> tuple[Setting, list[System]]:
         threads=args.threads,
         dtype=args.dtype,
         device=args.device,
+        serve_arguments=tuple(shlex.split(args.serve_arguments)),
     )
     setting.check()
     if (found := current_platform.device_type) != args.device:

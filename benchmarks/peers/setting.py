@@ -29,6 +29,7 @@ class Setting:
         threads: of every system.
         dtype: of weights and KV cache, as torch and vLLM name it.
         device: ``cpu`` or ``cuda``.
+        serve_arguments: further ones of ``vllm serve``.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Setting:
     threads: int
     dtype: str
     device: str
+    serve_arguments: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:

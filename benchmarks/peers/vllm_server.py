@@ -1,7 +1,7 @@
 """vLLM's server, seen from this command: the same calls as those of a peer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def serve_arguments(setting: Setting, policy: Policy) -> list[str]:
         *("--max-model-len", str(max_model_len(setting))),
         *("--kv-cache-memory-bytes", str(memory)),
         *policy.serve_arguments(),
+        *setting.serve_arguments,
     ]
 
 
@@ -144,10 +145,12 @@ def running_vllm(
         RunFailedError: it does not start.
     """
     policy = system.policy(setting)
-    try:
-        with running_server(
-            setting.model, serve_arguments(setting, policy), failure_log=failure_log
-        ) as server:
-            yield VllmServer(server, policy, setting, timeout)
-    except RuntimeError:
-        raise RunFailedError(f"vllm serve did not start: {failure_log} has its log") from None
+    arguments = serve_arguments(setting, policy)
+    with ExitStack() as stack:
+        try:
+            starting = running_server(setting.model, arguments, failure_log=failure_log)
+            server = stack.enter_context(starting)
+        except RuntimeError:
+            reason = f"vllm serve did not start: {failure_log} has its log"
+            raise RunFailedError(reason) from None
+        yield VllmServer(server, policy, setting, timeout)

@@ -80,7 +80,7 @@ def test_a_system_without_batches_runs_a_few_requests(model, peers):
 
 
 def test_the_servers_have_room_for_the_largest_run_and_little_more(model, peers):
-    setting = setting_of(model, peers)
+    setting = setting_of(model, peers, "--serve-arguments=--enforce-eager")
     full = vllm_server.num_blocks(setting, BY_NAME["vLLM, full cache"].policy(setting))
     # A sequence of 448 tokens and one more, in blocks of 32.
     assert full == 32 * 15
@@ -89,6 +89,7 @@ def test_the_servers_have_room_for_the_largest_run_and_little_more(model, peers)
     assert 32 * setting.bound // 32 < evicting < full
     arguments = vllm_server.serve_arguments(setting, policy)
     assert "--kv-eviction-config.prefill bounded" in " ".join(arguments)
+    assert arguments[-1] == "--enforce-eager"
     per_token = setting.shard().kv_bytes_per_token
     expected = str((evicting + 1) * vllm_server.BLOCK_SIZE * per_token)
     assert arguments[arguments.index("--kv-cache-memory-bytes") + 1] == expected
