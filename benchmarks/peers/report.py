@@ -86,7 +86,8 @@ def legend(result: Result) -> list[str]:
         f"the last output is there. Prompts have {setting['prompt_len']} tokens, outputs "
         f"{setting['output_len']}; decoding is greedy.",
         f"- `N: MiB`: peak {kind}; `warm MiB` is the resident memory at its peak while one short "
-        "request warms the system up. Libraries that two processes share count twice.",
+        "request warms the system up. Pages that two processes share count twice. vLLM's pool of "
+        "KV cache, as large as the run with the most requests needs, is there from the start.",
         f"- `rise of the NLL`: by how many nats per token the negative log-likelihood of "
         f"{setting['texts']} texts exceeds that of transformers' full cache, with the 95 % "
         f"interval over texts. They have {length} tokens, and "

@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--serial-requests", type=int, default=1, help="that a system without batches has to run"
     )
     parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=384)
+    parser.add_argument("--output-len", type=int, default=320)
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--texts", type=int, default=4, help="that likelihood is measured on")

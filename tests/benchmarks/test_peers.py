@@ -38,7 +38,7 @@ def peers(tmp_path):
 
 
 def setting_of(model, peers, *arguments):
-    common = ["--model", str(model), "--peers", str(peers), "--threads", "1"]
+    common = ["--model", str(model), "--peers", str(peers), "--output-len", "384"]
     return chosen(parse_arguments([*common, *arguments]))[0]
 
 
