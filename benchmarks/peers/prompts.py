@@ -14,7 +14,9 @@ Tokens = list[list[int]]
 def tokenized_texts(setting: Setting) -> Tokens:
     """The tokens of each text."""
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    return [tokenizer.encode(text.content, add_special_tokens=False) for text in own_texts()]
+    # It would warn that a whole text is longer than the model takes.
+    options = {"add_special_tokens": False, "verbose": False}
+    return [tokenizer.encode(text.content, **options) for text in own_texts()]
 
 
 class Prompts:
