@@ -33,6 +33,10 @@ EXTRA_OF = {
     "benchmarks/reasoning/": ["bench", "accuracy"],
 }
 """Folders and files that need more than the base; the longest that fits is meant."""
+REQUIREMENTS_OF = {
+    "benchmarks/peers/caches.py": ("peers-kvpress.txt", "peers-randkv.txt"),
+}
+"""Files that run in environments of their own, and what is installed there."""
 DISTRIBUTIONS = packages_distributions()
 NOT_IMPORTED = {"accelerate", "gguf", "pandas"}
 """Needed by what is called; pyproject.toml says by what."""
@@ -90,12 +94,18 @@ def extras_of(path: Path) -> list[str]:
     return EXTRA_OF[max(fitting, key=len)] if fitting else []
 
 
+def own_requirements(path: Path) -> list[str]:
+    files = REQUIREMENTS_OF.get(path.relative_to(ROOT).as_posix(), ())
+    texts = [(ROOT / "requirements" / name).read_text() for name in files]
+    return [line for text in texts for line in text.splitlines() if not line.startswith("#")]
+
+
 @pytest.mark.parametrize("folder", ["vase_vllm", "kernels", "benchmarks"])
 def test_what_is_imported_is_declared(folder):
     undeclared = {}
     for path in sources(folder):
         extras = [requirement for extra in extras_of(path) for requirement in EXTRAS[extra]]
-        if names := distributions(path) - BASE - declared(extras):
+        if names := distributions(path) - BASE - declared(extras + own_requirements(path)):
             undeclared[str(path.relative_to(ROOT))] = sorted(names)
     assert not undeclared
 
