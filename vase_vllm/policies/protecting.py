@@ -15,12 +15,17 @@ class ProtectingPolicy(AttentionPolicy):
 
     def num_protected(self, limits: EvictionLimits) -> int:
         """``protected`` as a count of tokens."""
-        return token_count(self.protected, limits)
+        if isinstance(self.protected, int):
+            return self.protected
+        return int(self.protected * limits.budget)
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
         super().check(limits)
-        check_fraction("protected", self.protected)
+        if isinstance(self.protected, float) and self.protected > 1:
+            raise ValueError(
+                f"protected ({self.protected}) must be a fraction up to 1 or an integer count"
+            )
         if (num_protected := self.num_protected(limits)) > limits.budget - limits.window:
             raise ValueError(
                 f"protected ({num_protected} tokens) must be at most budget - window "
@@ -31,22 +36,3 @@ class ProtectingPolicy(AttentionPolicy):
                 f"protected ({num_protected} tokens) must be at least sinks "
                 f"({limits.sinks}), which count among them: raise protected or lower sinks"
             )
-
-
-def token_count(share: int | float, limits: EvictionLimits) -> int:
-    """A setting that is a fraction of the budget or a count, as a count.
-
-    >>> token_count(0.25, EvictionLimits(budget=4096, window=64))
-    1024
-    """
-    return share if isinstance(share, int) else int(share * limits.budget)
-
-
-def check_fraction(key: str, share: int | float) -> None:
-    """Check that a fraction is not above 1.
-
-    Raises:
-        ValueError: names the key.
-    """
-    if isinstance(share, float) and share > 1:
-        raise ValueError(f"{key} ({share}) must be a fraction up to 1 or an integer count")
