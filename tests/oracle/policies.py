@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import normalize
 
 from .selection import (
     Candidates,
@@ -147,52 +148,40 @@ def expected(value_norm: bool = True) -> Ranking:
     return Ranking(view)
 
 
-def distinct(ridge: float, count: Callable[[int, int], int]) -> Ranking:
-    """Large value ranges, then large products of key leverage and value leverage, then attention.
+def distinct(window_values: torch.Tensor, ridge: float) -> Ranking:
+    """The P tokens that are the least like the others and the window, then the largest attention.
 
     Args:
-        ridge: see `leave_one_out_leverage`.
-        count: How many are kept for their leverage, of (keep, protected).
+        window_values: [W, D], float32, of the KV head.
+        ridge: See `distinctness`.
     """
 
     def view(candidates: Candidates) -> Candidates:
-        ranges = protect_large("range")(candidates).ranges
-        first = ranges.sort(descending=True, stable=True).indices[: candidates.protected]
-        of_keys, of_values = (
-            leave_one_out_leverage(vectors, ridge)
-            for vectors in (candidates.keys, candidates.values)
-        )
-        order = of_keys * of_values  # below 1
-        order[first] = 2.0
-        total = candidates.protected + count(candidates.keep, candidates.protected)
-        order = _infinite_at_sinks(candidates, order)
-        return replace(candidates, ranges=order, protected=total)
+        units = normalize(candidates.keys, dim=-1)
+        similarity = (units @ units.T).fill_diagonal_(0).mean(dim=-1)
+        of_values = distinctness(candidates.values, window_values, ridge).sqrt()
+        scores = (1 - similarity) * value_magnitudes(candidates.values, "range") * of_values
+        return replace(candidates, ranges=_infinite_at_sinks(candidates, scores))
 
     return Ranking(view)
 
 
-def leave_one_out_leverage(vectors: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge leverage score of each direction, from what the others alone span.
-
-    With A = sum over i != j of x_i x_i^T + r I, that of x_j is 1 - 1 / (1 + x_j^T A^-1 x_j), by the
-    formula of Sherman and Morrison.
+def distinctness(values: torch.Tensor, window_values: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Squared parts of each value along the principal axes of the window's, over their lengths.
 
     Args:
-        vectors: [n, D], none of them zero.
-        ridge: r in multiples of the mean eigenvalue of the sum over all.
+        values: [n, D], float32.
+        window_values: [W, D], float32.
+        ridge: Added to each axis's squared length, in multiples of their mean.
 
     Returns:
         [n], float32.
     """
-    units = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
-    outer = units[:, :, None] * units[:, None, :]
-    total = outer.sum(dim=0)
-    damping = ridge * total.trace() / len(total) * torch.eye(len(total), dtype=torch.float64)
-    scores = [
-        1 - 1 / (1 + unit @ torch.linalg.inv(total - own + damping) @ unit)
-        for unit, own in zip(units, outer, strict=True)
-    ]
-    return torch.stack(scores).float()
+    _, singular, axes = torch.linalg.svd(window_values.double(), full_matrices=True)
+    squared = torch.zeros(values.shape[-1], dtype=torch.float64)
+    squared[: len(singular)] = singular.square()
+    parts = (values.double() @ axes.T).square()
+    return (parts / (squared + ridge * squared.mean())).sum(dim=-1).float()
 
 
 def rkv(attention_weight: float = 0.5) -> Ranking:

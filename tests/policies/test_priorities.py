@@ -16,13 +16,9 @@ from tests.oracle.law import chi_square_of_sets, set_probabilities
 from tests.oracle.policies import Ranking
 from tests.support.dense_eviction import DenseEviction
 from vase_vllm.config import EvictionConfig
+from vase_vllm.kernels.torch_eviction import value_range
+from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.worker.evictor import TorchEvictor
-
-
-def half_of_the_rest(keep: int, protected: int) -> int:
-    """How many `distinct` keeps for their leverage in these tests."""
-    return (keep - protected + 1) // 2
-
 
 GREEDY = {"policy": "vase", "sampling": "greedy"}
 RANKINGS = {
@@ -35,11 +31,6 @@ RANKINGS = {
     "expected-attention": (
         {"policy": "expected", "value_norm": False},
         policies.expected(value_norm=False),
-    ),
-    "distinct": ({"policy": "distinct"}, policies.distinct(0.1, half_of_the_rest)),
-    "distinct-ridge": (
-        {"policy": "distinct", "ridge": 2.0},
-        policies.distinct(2.0, half_of_the_rest),
     ),
     "vase-range": (GREEDY, policies.vase_greedy("range")),
     "vase-variance": ({**GREEDY, "magnitude": "variance"}, policies.vase_greedy("variance")),
@@ -65,7 +56,11 @@ CUR = {
     "cur-fixed": {"policy": "cur", "gaussian": "fixed", "columns": 3},
     "cur-redrawn": {"policy": "cur", "gaussian": "redrawn", "columns": 3},
 }
-ALL = {name: own for name, (own, _) in RANKINGS.items()} | DRAWN | CUR
+DISTINCT = {
+    "distinct": {"policy": "distinct"},
+    "distinct-ridge": {"policy": "distinct", "ridge": 2.0},
+}
+ALL = {name: own for name, (own, _) in RANKINGS.items()} | DRAWN | CUR | DISTINCT
 HAS_ATTENTION = {"snapkv", "rkv", "vase", "distinct"}
 HAS_PROTECTION = {"vase", "distinct"}
 EXAMPLES = settings(max_examples=30, deadline=None)
@@ -93,8 +88,6 @@ class Shape(NamedTuple):
             common |= {"smoothing": self.smoothing, "temperature": self.temperature}
         if own["policy"] in HAS_PROTECTION:
             common["protected"] = self.protected
-        if own["policy"] == "distinct":
-            common["distinct"] = half_of_the_rest(self.keep, self.protected)
         return DenseEviction.random(
             common | own,
             self.num_candidates,
@@ -166,34 +159,30 @@ def test_a_key_of_zeros_is_similar_to_nothing():
         torch.testing.assert_close(priority[1:], expected[1:], atol=1e-6, rtol=1e-5)
 
 
-ONLY_DISTINCT = {"policy": "distinct", "budget": 20, "window": 4, "sinks": 0, "protected": 0}
+@pytest.mark.parametrize("own", DISTINCT.values(), ids=DISTINCT)
+@EXAMPLES
+@given(shape=shapes())
+def test_distinct_keeps_what_is_least_like_the_rest(own, shape):
+    eviction = shape.eviction(own)
+    for head, window_values in enumerate(eviction.window_values):
+        policy = policies.distinct(window_values, own.get("ridge", 0.1))
+        assert_equal_to_oracle(eviction.head(head), shape, policy)
 
 
-def test_a_key_of_zeros_is_not_distinct():
-    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 7}, 20)
-    eviction.keys[:, 7:] = 0
-    assert [row.nonzero().flatten().tolist() for row in eviction.priority().isinf()] == [
-        list(range(7))
-    ] * 2
-
-
-def test_a_token_that_is_not_finite_does_not_change_which_others_are_distinct():
-    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 8}, 24)
-    without = eviction.permuted(torch.arange(23)).priority().isinf()
-    eviction.values[:, 23], eviction.keys[:, 23] = torch.inf, torch.nan
-    assert torch.equal(eviction.priority().isinf()[:, :23], without)
-    assert (without.sum(dim=-1) == 8).all()
-
-
-def test_a_token_unlike_all_others_is_distinct():
-    """Wherever it lies, among as many alike ones as there may be."""
-    eviction = DenseEviction.random(ONLY_DISTINCT | {"distinct": 1}, 24)
-    common = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
-    for tokens in (eviction.keys, eviction.values):
-        tokens.mul_(0.1).add_(common)
-        tokens[0, 5], tokens[1, 20] = (torch.eye(16)[i] for i in (0, 1))
-    first, second = eviction.priority().isinf()
-    assert (first.nonzero().item(), second.nonzero().item()) == (5, 20)
+def test_a_window_value_that_is_not_finite_is_left_out_of_the_comparison():
+    settings = {"policy": "distinct", "budget": 20, "window": 8, "sinks": 0, "protected": 6}
+    eviction = DenseEviction.random(settings, 24)
+    eviction.window_values[:, 3] = 0
+    without = eviction.priority()
+    for number in (torch.nan, torch.inf, 3e38):
+        eviction.window_values[:, 3, 2] = number
+        assert torch.equal(eviction.priority(), without)
+    eviction.window_values[:] = torch.nan
+    unlike = 1 - mean_similarity(eviction.keys.transpose(-1, -2))
+    scores = unlike * value_range(eviction.values) * eviction.values.norm(dim=-1)
+    expected = scores >= scores.topk(6).values[:, -1:]
+    assert torch.equal(eviction.priority().isinf(), expected)
+    assert not torch.equal(expected, without.isinf())
 
 
 # What must hold
@@ -216,7 +205,7 @@ def test_as_many_survive_as_shall_and_the_sinks_are_among_them(own, shape, ties)
 @EXAMPLES
 @given(
     shape=shapes(),
-    what=st.sampled_from(["keys", "values", "queries"]),
+    what=st.sampled_from(["keys", "values", "queries", "window_values"]),
     number=st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38]),
     which=st.integers(0, 100),
 )
@@ -272,7 +261,7 @@ def test_a_head_alone_ranks_as_it_does_among_others(own, shape):
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name in RANKINGS if name != "streaming"), *CUR], ids=str
+    "name", [*(name for name in RANKINGS if name != "streaming"), *CUR, *DISTINCT], ids=str
 )
 @EXAMPLES
 @given(shape=shapes(), data=st.data())

@@ -1,6 +1,7 @@
 """Evictions over plain tensors, as the product sees them and as the oracle does."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ class DenseEviction:
         config: of any policy.
         queries: [H, G, W, D] fp32.
         keys, values: [H, n, D] fp32.
+        window_values: [H, W, D] fp32.
     """
 
     config: EvictionConfig
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    window_values: torch.Tensor
 
     @classmethod
     def random(
@@ -45,26 +48,24 @@ class DenseEviction:
         rows = torch.arange(num_candidates) % (num_distinct or num_candidates)
         queries = torch.randn(num_heads, group, config.window, head_size, generator=generator)
         keys, values = torch.randn(2, num_heads, num_candidates, head_size, generator=generator)
-        return cls(config, queries, keys[:, rows], values[:, rows])
+        window_values = torch.randn(num_heads, config.window, head_size, generator=generator)
+        return cls(config, queries, keys[:, rows], values[:, rows], window_values)
 
     def repeated(self, num_heads: int) -> "DenseEviction":
         """The first KV head many times over: heads that differ in their draws only."""
-        queries, keys, values = (
-            tensor[:1].expand(num_heads, *tensor.shape[1:])
-            for tensor in (self.queries, self.keys, self.values)
-        )
-        return DenseEviction(self.config, queries, keys, values)
+        return self._with_each(lambda tensor: tensor[:1].expand(num_heads, *tensor.shape[1:]))
 
     def permuted(self, order: torch.Tensor) -> "DenseEviction":
         """The candidates in another order: [n] int64."""
-        return DenseEviction(self.config, self.queries, self.keys[:, order], self.values[:, order])
+        return replace(self, keys=self.keys[:, order], values=self.values[:, order])
 
     def head(self, head: int) -> "DenseEviction":
         """One KV head by itself."""
-        queries, keys, values = (
-            tensor[head : head + 1] for tensor in (self.queries, self.keys, self.values)
-        )
-        return DenseEviction(self.config, queries, keys, values)
+        return self._with_each(lambda tensor: tensor[head : head + 1])
+
+    def _with_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DenseEviction":
+        tensors = (self.queries, self.keys, self.values, self.window_values)
+        return DenseEviction(self.config, *map(function, tensors))
 
     def candidates(
         self, *, key: int = 1, eviction_index: int = 0, layer: int = 0, first_head: int = 0
@@ -88,7 +89,7 @@ class DenseEviction:
         return Candidates(
             num=num_candidates,
             queries=self.queries.transpose(1, 2).flatten(1, 2),
-            tokens=DenseTokens(self.keys, self.values),
+            tokens=DenseTokens(self.keys, self.values, self.window_values),
             scale=head_size**-0.5,
             limits=limits,
             first=num_candidates + limits.window,

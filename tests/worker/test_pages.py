@@ -82,13 +82,16 @@ def test_plain_pages_in_any_order_of_strides(order):
     check_moves(PlainPages(), cache, key, value)
 
 
-def test_candidates_stop_before_the_window():
+def test_candidates_stop_before_the_window_whose_values_come_after_them():
     torch.manual_seed(0)
     key, value = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, 64)
     cache = torch.cat([by_block(key), by_block(value)], dim=-1)
     blocks, num = torch.tensor([3, 0, 2]), BLOCK_SIZE + 5
-    candidates = CandidatePages(PlainPages(), cache, blocks, num)
-    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:num]
+    candidates = CandidatePages(PlainPages(), cache, blocks, num, window=BLOCK_SIZE)
+    slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
+    window = slots[num : num + BLOCK_SIZE]
+    assert torch.equal(candidates.window_values(), value[window].transpose(0, 1))
+    slots = slots[:num]
     assert torch.equal(candidates.keys(), key[slots].permute(1, 2, 0))
     values = torch.cat(list(candidates.values()), dim=1)
     assert torch.equal(values, value[slots].transpose(0, 1))

@@ -25,6 +25,9 @@ class TokenSource(Protocol):
     def values(self) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part; the parts make up the n candidates."""
 
+    def window_values(self) -> torch.Tensor:
+        """[H, W, D] of the cache's dtype, of the newest tokens, which stay."""
+
 
 @dataclass(frozen=True)
 class DenseTokens:
@@ -32,10 +35,12 @@ class DenseTokens:
 
     Attributes:
         dense_keys, dense_values: [H, n, D].
+        dense_window_values: [H, W, D], for policies that read it.
     """
 
     dense_keys: torch.Tensor
     dense_values: torch.Tensor
+    dense_window_values: torch.Tensor | None = None
 
     def keys(self) -> torch.Tensor:
         """See :class:`TokenSource`."""
@@ -44,6 +49,12 @@ class DenseTokens:
     def values(self) -> Iterator[torch.Tensor]:
         """See :class:`TokenSource`."""
         yield self.dense_values
+
+    def window_values(self) -> torch.Tensor:
+        """See :class:`TokenSource`."""
+        if self.dense_window_values is None:
+            raise ValueError("the policy reads the window's values: give dense_window_values")
+        return self.dense_window_values
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,11 @@ class Candidates:
     def values(self) -> torch.Tensor:
         """[H, n, D] fp32."""
         return torch.cat([part.float() for part in self.tokens.values()], dim=1)
+
+    @cached_property
+    def window_values(self) -> torch.Tensor:
+        """[H, W, D] fp32, of the window."""
+        return self.tokens.window_values().float()
 
     def of_values(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``function`` of each token's value, without keeping all the values: [H, n] fp32.

@@ -16,14 +16,25 @@ class ProtectingPolicy(AttentionPolicy):
     def num_protected(self, limits: EvictionLimits) -> int:
         """``protected`` as a count of tokens.
 
-        Beside a kept prompt as many are protected as beside the sinks of one that is not kept.
+        Beside a kept prompt as many are protected as beside the sinks of one that is not kept:
+
+        >>> from vase_vllm.policies.vase import VasePolicy
+        >>> limits = EvictionLimits(budget=4096 + 300, window=64, sinks=4, kept=300)
+        >>> VasePolicy(protected=0.25).num_protected(limits)
+        1320
         """
-        return limits.fixed + token_count(self.protected, limits) - limits.sinks
+        num_protected = self.protected
+        if isinstance(num_protected, float):
+            num_protected = int(num_protected * (limits.budget - limits.kept))
+        return limits.fixed + num_protected - limits.sinks
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
         super().check(limits)
-        check_fraction("protected", self.protected)
+        if isinstance(self.protected, float) and self.protected > 1:
+            raise ValueError(
+                f"protected ({self.protected}) must be a fraction up to 1 or an integer count"
+            )
         if (num_protected := self.num_protected(limits)) > limits.budget - limits.window:
             raise ValueError(
                 f"protected ({num_protected} tokens) must be at most budget - window "
@@ -34,24 +45,3 @@ class ProtectingPolicy(AttentionPolicy):
                 f"protected ({num_protected} tokens) must be at least sinks "
                 f"({limits.sinks}), which count among them: raise protected or lower sinks"
             )
-
-
-def token_count(share: int | float, limits: EvictionLimits) -> int:
-    """A setting that is a fraction of the budget or a count, as a count.
-
-    >>> token_count(0.25, EvictionLimits(budget=4096, window=64))
-    1024
-    >>> token_count(0.25, EvictionLimits(budget=4096 + 300, window=64, kept=300))
-    1024
-    """
-    return share if isinstance(share, int) else int(share * (limits.budget - limits.kept))
-
-
-def check_fraction(key: str, share: int | float) -> None:
-    """Check that a fraction is not above 1.
-
-    Raises:
-        ValueError: names the key.
-    """
-    if isinstance(share, float) and share > 1:
-        raise ValueError(f"{key} ({share}) must be a fraction up to 1 or an integer count")

@@ -104,7 +104,9 @@ class TorchEvictor:
             candidates = Candidates(
                 num=num_candidates,
                 queries=load_queries(self.ring, kv_cache, state_blocks).float(),
-                tokens=CandidatePages(self.page_layout, kv_cache, blocks, num_candidates),
+                tokens=CandidatePages(
+                    self.page_layout, kv_cache, blocks, num_candidates, limits.window
+                ),
                 scale=self.scale,
                 limits=limits,
                 first=header.first,

@@ -165,12 +165,14 @@ class CandidatePages:
     Attributes:
         blocks: [blocks] int64, of the sequence's slots.
         num: candidates, the first slots.
+        window: newest tokens, the slots after them.
     """
 
     layout: PageLayout
     kv_cache: torch.Tensor
     blocks: torch.Tensor
     num: int
+    window: int
 
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""
@@ -190,6 +192,12 @@ class CandidatePages:
             if left > 0:
                 yield part[:, :left]
             left -= part.shape[1]
+
+    def window_values(self) -> torch.Tensor:
+        """[H, W, D] of the cache's dtype."""
+        first_block, start = divmod(self.num, self.kv_cache.shape[2])
+        parts = self.layout.values(self.kv_cache, self.blocks[first_block:].tolist())
+        return torch.cat(list(parts), dim=1)[:, start : start + self.window]
 
 
 @cache

@@ -1,0 +1,203 @@
+"""Compares rules of eviction on a real model without an engine: ``--help`` has the arguments.
+
+Every passage of 1,024 tokens states three facts. Reading it gives the rise of the NLL; at 640
+tokens and at its end the facts are asked for, and the questions forgotten again.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.accuracy.rules import RULES
+from benchmarks.accuracy.teacher_forcing import Llama, Reader, Rule
+from benchmarks.common.provenance import provenance
+from vase_vllm.kernels.parameters import EvictionLimits
+from vase_vllm.tools.evaluation.recall import PLACES
+from vase_vllm.tools.evaluation.texts import HALVES, own_texts
+from vase_vllm.tools.markdown import table
+
+LENGTH, FACTS_AT, ASKED_AT = 1024, (64, 230, 400), (640, 1024)
+WINDOW = 64
+WORDINGS = (
+    (
+        "\n\nThe passcode of the {place} is {value}.\n\n",
+        "\n\nQuestion: What is the passcode of the {place}?\nAnswer: The passcode is {value}",
+    ),
+    (
+        "\n\nRemember that {value} is the telephone number of the {place}.\n\n",
+        "\n\nThe telephone number of the {place} is {value}",
+    ),
+    (
+        " Whoever enters the {place} has to type the number {value} twice.",
+        "\n\nTo enter the {place}, type the number {value}",
+    ),
+)
+VALUE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids of a text with facts in it, and of the questions with their values."""
+
+    token_ids: list[int]
+    questions: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What reading one passage gave: NLL [rules, positions]; of the facts, at both times, the mean
+    NLL of a digit and whether all digits are the most probable: [times * facts, rules]."""
+
+    nll: torch.Tensor
+    fact_nll: torch.Tensor
+    recalled: torch.Tensor
+
+
+def passages(tokenizer: PreTrainedTokenizerBase, half: str) -> list[Passage]:
+    """One of each text of a half."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    found = []
+    for index, text in enumerate(text for text in own_texts() if text.half == half):
+        rng = random.Random(f"{half}{index}")
+        tokens = encode(text.content)
+        start = rng.randrange(len(tokens) - LENGTH)
+        filler = iter(tokens[start : start + LENGTH])
+        ids: list[int] = []
+        questions = []
+        for number, at in enumerate(FACTS_AT):
+            statement, question = WORDINGS[(index + number) % len(WORDINGS)]
+            fact = {"place": rng.choice(PLACES), "value": str(rng.randrange(1000, 10_000))}
+            ids += [next(filler) for _ in range(at - len(ids))]
+            ids += encode(statement.format(**fact))
+            questions.append(encode(question.format(**fact)))
+        ids += [next(filler) for _ in range(LENGTH - len(ids))]
+        found.append(Passage(ids, questions))
+    return found
+
+
+def measure(reader: Reader, passage: Passage, first_scored: int) -> Measured:
+    """Read a passage and ask for its facts."""
+    nll, fact_nll, recalled = [], [], []
+    done = 0
+    for until in ASKED_AT:
+        scored = [p - done for p in range(max(done, first_scored) + 1, until)]
+        nll.append(reader.nll(passage.token_ids[done:until], scored)[0])
+        done = until
+        for question in passage.questions:
+            digits = range(len(question) - VALUE_TOKENS, len(question))
+            of_digits, is_top = reader.ask(question, digits)
+            fact_nll.append(of_digits.mean(dim=-1))
+            recalled.append(is_top.all(dim=-1))
+    return Measured(torch.cat(nll, dim=-1), torch.stack(fact_nll), torch.stack(recalled))
+
+
+def compare(
+    model: Llama,
+    rules: dict[str, Rule],
+    found: Sequence[Passage],
+    of_full_cache: Sequence[Measured],
+    budget: int,
+) -> list[dict[str, object]]:
+    """A row of results for each rule.
+
+    A fact counts if the full cache recalls it.
+    """
+    limits = EvictionLimits(budget=budget, window=WINDOW)
+    rises, fact_nll, recalled = [], [], []
+    for index, (passage, full) in enumerate(zip(found, of_full_cache, strict=True)):
+        reader = Reader(model, list(rules.values()), limits, index)
+        own = measure(reader, passage, budget + WINDOW)
+        rises.append((own.nll - full.nll[:, -own.nll.shape[1] :]).mean(dim=-1))
+        counts = full.recalled[:, 0].view(len(ASKED_AT), -1)
+        for kept, of in ((fact_nll, own.fact_nll), (recalled, own.recalled.float())):
+            rows = of.view(*counts.shape, -1)
+            kept.append([rows[time][counts[time]] for time in range(len(ASKED_AT))])
+    result = []
+    for column, name in enumerate(rules):
+        row: dict[str, object] = {"rule": name, "budget": budget}
+        row["rise"] = round(float(torch.stack(rises)[:, column].mean()), 4)
+        row["rise of each passage"] = [round(float(rise[column]), 4) for rise in rises]
+        for time, at in enumerate(ASKED_AT):
+            nlls, oks = (
+                torch.cat([x[time] for x in kept])[:, column] for kept in (fact_nll, recalled)
+            )
+            row[f"facts at {at}"] = len(oks)
+            row[f"recalled at {at}"] = int(oks.sum())
+            row[f"NLL at {at}"] = round(float(nlls.mean()), 3)
+        result.append(row)
+        print(json.dumps(row), flush=True)
+    return result
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results in Markdown, for each budget the smallest rise first."""
+    lines = [
+        f"# Rules of eviction, {results['half']} half",
+        "",
+        f"- command: `{results['command']}`",
+        f"- date: {results['date']}",
+        "",
+        "The rise of the NLL over the full cache in nats per token, over all passages and in each",
+        f"of them; of the facts that the full cache recalls at {ASKED_AT[0]} and {ASKED_AT[1]}",
+        "tokens, how many are recalled, and the NLL of a digit. `rule_search.py` says what a",
+        "passage is, `rules.py` what the names mean.",
+    ]
+    columns = [f"{name} {at}" for at in ASKED_AT for name in ("recalled at", "NLL at")]
+    for budget in dict.fromkeys(row["budget"] for row in results["results"]):
+        rows = [row for row in results["results"] if row["budget"] == budget]
+        cells = [
+            [
+                row["rule"],
+                f"{row['rise']:+.4f}",
+                ", ".join(f"{rise:.3f}" for rise in row["rise of each passage"]),
+                *(
+                    cell
+                    for at in ASKED_AT
+                    for cell in (
+                        f"{row[f'recalled at {at}']} of {row[f'facts at {at}']}",
+                        f"{row[f'NLL at {at}']:.2f}",
+                    )
+                ),
+            ]
+            for row in sorted(rows, key=lambda row: float(row["rise"]))
+        ]
+        lines += ["", f"## Budget {budget}", "", *table(["rule", "rise", "each", *columns], cells)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="directory of a Llama, as of vase-vllm demo-model")
+    parser.add_argument("--half", choices=HALVES, default="choice")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256])
+    parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file; its page lies beside it"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = Llama(args.model)
+    found = passages(AutoTokenizer.from_pretrained(args.model), args.half)
+    rules = {name: RULES[name] for name in args.rules}
+    first = min(args.budgets) + WINDOW
+    full = [measure(Reader(model, [], None), passage, first) for passage in found]
+    rows: list[dict[str, object]] = []
+    for budget in args.budgets:
+        rows += compare(model, rules, found, full, budget)
+        results = {**provenance(("torch", "vase-vllm")), "half": args.half, "results": rows}
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Rules of eviction that were tried, by name: the policies of the product, and others.
+
+A score is a function of the candidates, [H, n], of which the largest are kept. A rule is made of
+scores: parts of the budget go to the largest of one after the other, the rest to the last.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.teacher_forcing import Rule
+from vase_vllm.kernels.torch_eviction import largest, value_range
+from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.distinct import whitening
+from vase_vllm.policies.registry import find_policy
+from vase_vllm.policies.rkv import mean_similarity
+
+Score = Callable[[Candidates], Tensor]
+Vectors = Callable[[Candidates], Tensor]
+"""[H, D, n]."""
+
+
+# What tokens are compared by
+
+
+def keys(c: Candidates) -> Tensor:
+    return c.keys
+
+
+def values(c: Candidates) -> Tensor:
+    return c.values.transpose(-1, -2)
+
+
+def centred(of: Vectors) -> Vectors:
+    """Less their mean over the candidates."""
+    return lambda c: of(c) - of(c).mean(dim=-1, keepdim=True)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-8)
+
+
+def joint(c: Candidates) -> Tensor:
+    """Key and value, each centred and of norm 1, one after the other."""
+    return torch.cat([unit(centred(keys)(c)), unit(centred(values)(c))], dim=1)
+
+
+def pair_norms_and_values(c: Candidates) -> Tensor:
+    """As :func:`joint`, of the norms of the pairs that RoPE rotates, the same at every position."""
+    norms = centred(lambda c: torch.hypot(*c.keys.chunk(2, dim=1)))
+    return torch.cat([unit(norms(c)), unit(centred(values)(c))], dim=1)
+
+
+# Scores
+
+
+def rare(of: Vectors, neighbours: int) -> Score:
+    """Minus the mean of the largest cosine similarities to others: n^2 D operations."""
+
+    def score(c: Candidates) -> Tensor:
+        x = unit(of(c))
+        similarity = x.transpose(-1, -2) @ x
+        similarity.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+        return -similarity.topk(neighbours, dim=-1).values.mean(dim=-1)
+
+    return score
+
+
+def leverage_of(of: Vectors, ridge: float = 0.1) -> Score:
+    """Ridge leverage scores among the candidates."""
+
+    def score(c: Candidates) -> Tensor:
+        rows = of(c).transpose(-1, -2)
+        return (rows @ whitening(rows, ridge)).square().sum(dim=-1)
+
+    return score
+
+
+def unlike_the_mean(c: Candidates) -> Tensor:
+    """1 less the mean cosine similarity of the key to the others."""
+    return 1 - mean_similarity(c.keys)
+
+
+def novelty_with(ridge: float) -> Score:
+    """Squared length of the value after the whitening of the window's values."""
+    return lambda c: (c.values @ whitening(c.window_values, ridge)).square().sum(dim=-1)
+
+
+def square_root(score: Score) -> Score:
+    return lambda c: score(c).sqrt()
+
+
+def product(*scores: Score) -> Score:
+    return lambda c: torch.stack([score(c) for score in scores]).prod(dim=0)
+
+
+def attention(c: Candidates) -> Tensor:
+    return c.attention()
+
+
+def attention_less_redundancy(c: Candidates) -> Tensor:
+    """R-KV's, without smoothing."""
+    return attention(c) - torch.softmax(mean_similarity(c.keys), dim=-1)
+
+
+def range_of_value(c: Candidates) -> Tensor:
+    return c.of_values(value_range)
+
+
+def norm_of_value(c: Candidates) -> Tensor:
+    return c.of_values(lambda part: part.float().norm(dim=-1))
+
+
+# Rules
+
+
+def parts(
+    protected: Sequence[tuple[Score, float]], then: Score = attention, draw: bool = False
+) -> Rule:
+    """A rule.
+
+    Args:
+        protected: scores, and the parts of the budget that the largest of what is left get.
+        then: score of the rest.
+        draw: draw the rest in proportion to it.
+    """
+
+    def rule(c: Candidates) -> Tensor:
+        taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
+        taken[:, : c.limits.sinks] = True
+        for score, part in protected:
+            left = score(c).masked_fill(taken, -torch.inf)
+            taken |= largest(left, int(part * c.limits.budget))
+        rest = then(c)
+        if draw:
+            rest = rest.log() + c.draws.gumbel()
+        return rest.masked_fill(taken, torch.inf)
+
+    return rule
+
+
+def policy(name: str, **settings: object) -> Rule:
+    """A policy of the product."""
+    return find_policy(name)(**settings).priority
+
+
+def unit_of(of: Vectors) -> Vectors:
+    return lambda c: unit(of(c))
+
+
+unit_centred_keys, unit_centred_values = unit_of(centred(keys)), unit_of(centred(values))
+range_, unlike, novelty = range_of_value, unlike_the_mean, novelty_with(0.1)
+quarter_range = (range_, 0.25)
+of_both = leverage_of(joint)
+of_unit_keys = leverage_of(unit_of(keys))
+uncentred = product(of_unit_keys, leverage_of(unit_centred_values))
+POLICIES: dict[str, Rule] = {
+    "vase": policy("vase"),
+    "vase:smoothing=1": policy("vase", smoothing=1),
+    "rkv": policy("rkv"),
+    "rkv:smoothing=1": policy("rkv", smoothing=1),
+    "snapkv": policy("snapkv"),
+    "random": policy("random"),
+    "streaming": policy("streaming"),
+    "cur": policy("cur"),
+    "distinct": policy("distinct"),
+    "distinct:protected=0.25": policy("distinct", protected=0.25),
+    "distinct:protected=0.5": policy("distinct", protected=0.5),
+}
+OTHERS: dict[str, Rule] = {
+    "range .25": parts([quarter_range]),
+    "range .25, then R-KV": parts([quarter_range], attention_less_redundancy),
+    "rare keys .25, range .25": parts([(rare(centred(keys), 4), 0.25), quarter_range]),
+    "rare values .25, range .25": parts([(rare(centred(values), 4), 0.25), quarter_range]),
+    "rare both .25, range .25": parts([(rare(joint, 4), 0.25), quarter_range]),
+    "leverage of keys .25, range .25": parts(
+        [(leverage_of(unit_centred_keys), 0.25), quarter_range]
+    ),
+    "leverage of keys .5": parts([(leverage_of(unit_centred_keys), 0.5)]),
+    "leverage of values .25, range .25": parts(
+        [(leverage_of(unit_centred_values), 0.25), quarter_range]
+    ),
+    "leverage of raw values .5": parts([(leverage_of(centred(values)), 0.5)]),
+    "leverage of both .25, range .25": parts([(of_both, 0.25), quarter_range]),
+    "leverage of both .25, range .25, drawn": parts([(of_both, 0.25), quarter_range], draw=True),
+    "leverage of both .25, range .25, ridge 1": parts(
+        [(leverage_of(joint, 1.0), 0.25), quarter_range]
+    ),
+    "leverage of both .25, range .25, ridge .01": parts(
+        [(leverage_of(joint, 0.01), 0.25), quarter_range]
+    ),
+    "leverage of both .25": parts([(of_both, 0.25)]),
+    "leverage of both .5": parts([(of_both, 0.5)]),
+    "leverage of pair norms and values .25, range .25": parts(
+        [(leverage_of(pair_norms_and_values), 0.25), quarter_range]
+    ),
+    "leverage of keys * of values .25, range .25": parts(
+        [
+            (product(leverage_of(unit_centred_keys), leverage_of(unit_centred_values)), 0.25),
+            quarter_range,
+        ]
+    ),
+    "uncentred leverage of keys .5": parts([(of_unit_keys, 0.5)]),
+    "uncentred leverage of keys * of values .25": parts([(uncentred, 0.25)]),
+    "uncentred leverage of keys * of values .5": parts([(uncentred, 0.5)]),
+    "uncentred leverage of keys * uncentred of values .5": parts(
+        [(product(of_unit_keys, leverage_of(unit_of(values))), 0.5)]
+    ),
+    "uncentred leverage of keys * of values .25, range .25": parts(
+        [(uncentred, 0.25), quarter_range]
+    ),
+    "uncentred leverage of keys * of values .5, range .125": parts(
+        [(uncentred, 0.5), (range_, 0.125)]
+    ),
+    "uncentred leverage of keys * of values .25, range .25, then R-KV": parts(
+        [(uncentred, 0.25), quarter_range], attention_less_redundancy
+    ),
+    "range .25, unlike .25": parts([quarter_range, (unlike, 0.25)]),
+    "unlike * range .375": parts([(product(unlike, range_), 0.375)]),
+    "unlike * range .375, drawn": parts([(product(unlike, range_), 0.375)], draw=True),
+    "unlike * range .4375": parts([(product(unlike, range_), 0.4375)]),
+    "unlike * range .5": parts([(product(unlike, range_), 0.5)]),
+    "unlike^2 * range .375": parts([(product(unlike, unlike, range_), 0.375)]),
+    "unlike * norm .375": parts([(product(unlike, norm_of_value), 0.375)]),
+    "novelty .25": parts([(novelty, 0.25)]),
+    "novelty .375": parts([(novelty, 0.375)]),
+    "novelty .375, ridge 1": parts([(novelty_with(1.0), 0.375)]),
+    "novelty .375, then R-KV": parts([(novelty, 0.375)], attention_less_redundancy),
+    "novelty .4375": parts([(novelty, 0.4375)]),
+    "novelty .5": parts([(novelty, 0.5)]),
+    "unlike * novelty .375": parts([(product(unlike, novelty), 0.375)]),
+    "unlike * novelty .375, then R-KV": parts(
+        [(product(unlike, novelty), 0.375)], attention_less_redundancy
+    ),
+    "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
+}
+RULES = POLICIES | OTHERS

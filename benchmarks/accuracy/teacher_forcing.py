@@ -1,0 +1,205 @@
+"""A Llama in plain float32 torch that reads a text under several eviction rules at once.
+
+Decoding a text token by token gives the probabilities that reading it in chunks gives, as long as
+chunks end where evictions fall. All rules hold the same number of tokens at every position, so
+they are a batch: the matrix products of all of them are one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from vase_vllm.kernels.parameters import EvictionLimits
+from vase_vllm.kernels.torch_eviction import largest, plan_moves
+from vase_vllm.policies.candidates import Candidates, DenseTokens
+from vase_vllm.policies.draws import Draws
+
+Rule = Callable[[Candidates], Tensor]
+"""Ranks candidates as a policy's ``priority`` does: [H, n]."""
+
+
+class Llama:
+    """The weights of a Hugging Face checkpoint with tied embeddings.
+
+    Args:
+        directory: of the checkpoint.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        self.layers = config["num_hidden_layers"]
+        self.query_heads = config["num_attention_heads"]
+        self.kv_heads = config["num_key_value_heads"]
+        self.head_dim = config["head_dim"]
+        self.epsilon = config["rms_norm_eps"]
+        exponents = torch.arange(0, self.head_dim, 2) / self.head_dim
+        self.frequencies = config["rope_parameters"]["rope_theta"] ** -exponents
+        weights = load_file(directory / "model.safetensors")
+        self.weights = {name: weight.float() for name, weight in weights.items()}
+
+    def of_layer(self, layer: int, name: str) -> Tensor:
+        """A weight of one layer."""
+        return self.weights[f"model.layers.{layer}.{name}.weight"]
+
+    def normalised(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm."""
+        return rms_norm(hidden, hidden.shape[-1:], weight, self.epsilon)
+
+    def rotated(self, heads: Tensor, start: int) -> Tensor:
+        """RoPE at the positions from ``start``: [B, heads, tokens, D]."""
+        positions = torch.arange(start, start + heads.shape[-2])
+        angles = positions[:, None] * self.frequencies
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        first, second = heads.chunk(2, dim=-1)
+        return heads * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def queries_keys_values(
+        self, layer: int, hidden: Tensor, start: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a chunk: [B, heads, tokens, D] each, queries and keys after RoPE."""
+        x = self.normalised(hidden, self.of_layer(layer, "input_layernorm"))
+        q, k, v = (
+            linear(x, self.of_layer(layer, f"self_attn.{name}_proj"))
+            .unflatten(-1, (-1, self.head_dim))
+            .transpose(1, 2)
+            for name in "qkv"
+        )
+        return self.rotated(q, start), self.rotated(k, start), v
+
+    def after_attention(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a layer: [B, tokens, hidden size]."""
+        hidden = hidden + linear(attended, self.of_layer(layer, "self_attn.o_proj"))
+        x = self.normalised(hidden, self.of_layer(layer, "post_attention_layernorm"))
+        gate = silu(linear(x, self.of_layer(layer, "mlp.gate_proj")))
+        up = linear(x, self.of_layer(layer, "mlp.up_proj"))
+        return hidden + linear(gate * up, self.of_layer(layer, "mlp.down_proj"))
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """Of the next token: [..., vocabulary]."""
+        x = self.normalised(hidden, self.weights["model.norm.weight"])
+        return linear(x, self.weights["model.embed_tokens.weight"]).log_softmax(dim=-1)
+
+
+class Reader:
+    """Reads one text under several rules, whose caches are rows of one batch.
+
+    Args:
+        model: the model.
+        rules: of the rows; None never evicts.
+        limits: of every eviction; None never evicts.
+        key: of the draws: the number of the text.
+    """
+
+    def __init__(
+        self, model: Llama, rules: Sequence[Rule], limits: EvictionLimits | None, key: int = 0
+    ) -> None:
+        self.model, self.rules, self.limits, self.key = model, rules, limits, key
+        self.keys: list[Tensor] = [torch.empty(0)] * model.layers
+        self.values: list[Tensor] = [torch.empty(0)] * model.layers
+        self.queries: list[Tensor] = [torch.empty(0)] * model.layers
+        self.read = self.evictions = 0
+
+    @torch.inference_mode()
+    def nll(self, token_ids: Sequence[int], scored: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Read a text; every call but the last reads whole chunks.
+
+        Args:
+            token_ids: what comes next.
+            scored: indices in it of the tokens whose probability is wanted; 0 cannot be.
+
+        Returns:
+            (negative log-likelihood in nats, whether the token is the most probable one), each
+            [rules, scored].
+        """
+        ids = torch.tensor(token_ids)
+        chunk = self.limits.window if self.limits else 512
+        empty = torch.empty(max(1, len(self.rules)), 0)
+        found = [(empty, empty.bool())]
+        for start in range(0, len(ids), chunk):
+            end = start + chunk
+            hidden = self._forward(ids[start:end])
+            found.append(self._scores(hidden, ids, start, [p for p in scored if start < p <= end]))
+            if self.limits and self.keys[0].shape[-2] == self.limits.budget + self.limits.window:
+                self._evict()
+        nlls, tops = zip(*found, strict=True)
+        return torch.cat(nlls, dim=-1), torch.cat(tops, dim=-1)
+
+    @torch.inference_mode()
+    def ask(self, token_ids: Sequence[int], scored: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What :meth:`nll` would return for one chunk, which is forgotten afterwards."""
+        before = list(self.keys), list(self.values), list(self.queries), self.read
+        ids = torch.tensor(token_ids)
+        found = self._scores(self._forward(ids), ids, 0, scored)
+        self.keys, self.values, self.queries, self.read = before
+        return found
+
+    def _scores(
+        self, hidden: Tensor, ids: Tensor, start: int, scored: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(scored, dtype=torch.long)
+        logprobs = self.model.logprobs(hidden[:, index - 1 - start])
+        own = logprobs.gather(-1, ids[index].expand(len(hidden), -1)[..., None])[..., 0]
+        rows = max(1, len(self.rules))
+        return (-own).expand(rows, -1), (own == logprobs.amax(dim=-1)).expand(rows, -1)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        model, start = self.model, self.read
+        group = model.query_heads // model.kv_heads
+        rows = len(self.keys[0]) if start else 1
+        hidden = model.weights["model.embed_tokens.weight"][ids].expand(rows, -1, -1)
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+        for layer in range(model.layers):
+            q, k, v = model.queries_keys_values(layer, hidden, start)
+            self.queries[layer] = q
+            if start:
+                k = torch.cat([self.keys[layer], k], dim=-2)
+                v = torch.cat([self.values[layer], v], dim=-2)
+            self.keys[layer], self.values[layer] = k, v
+            # [B, H, G * tokens, n]
+            grouped = q.reshape(rows, model.kv_heads, group * len(ids), model.head_dim)
+            logits = (grouped @ k.transpose(-1, -2)).mul_(model.head_dim**-0.5)
+            logits[..., -len(ids) :].masked_fill_(mask.repeat(group, 1), -torch.inf)
+            attended = (logits.softmax(dim=-1) @ v).view(rows, model.query_heads, len(ids), -1)
+            attended = attended.transpose(1, 2).flatten(2)
+            hidden = model.after_attention(layer, hidden, attended)
+        self.read += len(ids)
+        return hidden
+
+    def _evict(self) -> None:
+        limits, model = self.limits, self.model
+        assert limits is not None
+        num, first = limits.budget, limits.budget + limits.window
+        heads = torch.arange(model.kv_heads)
+        layers = list(range(model.layers))
+        draws = Draws(limits, self.key, self.evictions, num, layers, heads)
+        for layer in layers:
+            rows = len(self.rules)
+            k, v, q = (
+                x.expand(rows, -1, -1, -1)
+                for x in (self.keys[layer], self.values[layer], self.queries[layer])
+            )
+            index = torch.arange(limits.budget).repeat(rows, model.kv_heads, 1)
+            for row, rule in enumerate(self.rules):
+                candidates = Candidates(
+                    num=num,
+                    queries=q[row].reshape(model.kv_heads, -1, model.head_dim),
+                    tokens=DenseTokens(k[row, :, :num], v[row, :, :num], v[row, :, num:]),
+                    scale=model.head_dim**-0.5,
+                    limits=limits,
+                    first=first,
+                    eviction_index=self.evictions,
+                    draws=draws.of_layer(layer),
+                )
+                priority = rule(candidates)
+                priority[:, : limits.sinks] = torch.inf
+                keep = largest(priority, limits.budget - limits.window)
+                head, source, destination = plan_moves(limits.budget, limits.window, keep)
+                index[row, head, destination] = source
+            gather = index[..., None].expand(-1, -1, -1, model.head_dim)
+            self.keys[layer], self.values[layer] = k.gather(2, gather), v.gather(2, gather)
+        self.evictions += 1

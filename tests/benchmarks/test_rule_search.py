@@ -1,0 +1,92 @@
+"""The model that rules of eviction are compared on, against transformers and by hand."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.accuracy.rule_search import ASKED_AT, page
+from benchmarks.accuracy.rules import POLICIES, RULES
+from benchmarks.accuracy.teacher_forcing import Llama, Reader
+from vase_vllm.kernels.parameters import EvictionLimits
+
+LIMITS = EvictionLimits(budget=32, window=8, sinks=4)
+TOKENS = torch.randperm(128, generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+    )
+    directory = tmp_path_factory.mktemp("llama")
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return model, Llama(directory)
+
+
+def test_the_full_cache_gives_the_probabilities_of_transformers(reference):
+    theirs, ours = reference
+    with torch.inference_mode():
+        logprobs = theirs(torch.tensor([TOKENS])).logits[0].log_softmax(dim=-1)
+    expected = -logprobs[torch.arange(127), TOKENS[1:]]
+    never = EvictionLimits(budget=1000, window=8)
+    for reader in (Reader(ours, [], None), Reader(ours, [RULES["vase"]] * 2, never)):
+        nll, is_top = reader.nll(TOKENS, range(1, 128))
+        assert nll.shape == (max(1, len(reader.rules)), 127)
+        torch.testing.assert_close(nll, expected.expand_as(nll), atol=1e-3, rtol=1e-3)
+        assert is_top.tolist() == [
+            (logprobs[:-1].argmax(dim=-1) == torch.tensor(TOKENS[1:])).tolist()
+        ] * len(nll)
+
+
+@pytest.mark.parametrize("length", [32, 40, 100])
+def test_a_reader_evicts_on_schedule_and_streaming_keeps_the_newest(reference, length):
+    """Values of the first layer are those of their tokens alone."""
+    _, model = reference
+    reader = Reader(model, [RULES["streaming"], RULES["random"]], LIMITS)
+    reader.nll(TOKENS[:length])
+    full = Reader(model, [], None)
+    full.nll(TOKENS[:length])
+    held = length if length < 40 else 32 + length % 8
+    assert {values.shape[-2] for values in reader.values} == {held}
+    streaming = reader.values[0][0, 0]
+    same = (full.values[0][0, 0][:, None] - streaming).abs().amax(dim=-1) < 1e-5
+    kept = same.any(dim=1).nonzero().flatten().tolist()
+    assert kept == [*range(4), *range(length - held + 4, length)]
+
+
+def test_a_question_is_forgotten(reference):
+    _, model = reference
+    reader = Reader(model, [RULES["distinct"]], LIMITS)
+    reader.nll(TOKENS[:100])
+    first = reader.ask(TOKENS[:7], [5, 6])
+    again = reader.ask(TOKENS[:7], [5, 6])
+    assert torch.equal(first[0], again[0])
+    assert reader.read == 100
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - POLICIES.keys()))
+def test_every_rule_ranks_all_candidates(reference, name):
+    _, model = reference
+    reader = Reader(model, [RULES[name]], LIMITS)
+    nll, _ = reader.nll(TOKENS, range(60, 128))
+    assert nll.isfinite().all()
+
+
+def test_the_page_has_a_row_for_each_rule_and_the_smallest_rise_first():
+    rows = [
+        {"rule": name, "budget": 256, "rise": rise, "rise of each passage": [rise]}
+        | {f"{what} {at}": 1 for what in ("facts at", "recalled at", "NLL at") for at in ASKED_AT}
+        for name, rise in (("vase", 0.2), ("distinct", 0.1))
+    ]
+    text = page({"half": "choice", "command": "c", "date": "d", "results": rows})
+    assert text.index("| distinct | +0.1000 | 0.100 | 1 of 1 | 1.00") < text.index("| vase | +0.2")
