@@ -193,3 +193,20 @@ def test_layers_that_draw_together_draw_what_each_would_alone(num_candidates):
     for layer in layers:
         alone = sampling_noise(limits.seed, num_candidates, 4, layer, heads, KEY)
         assert torch.equal(draws.of_layer(layer).gumbel(), alone)
+
+
+@pytest.mark.parametrize("num_cached", [112, 230], ids=["steady", "long-prompt"])
+def test_a_policy_reads_the_values_of_the_window(num_cached):
+    """On packed pages, where the window begins in the middle of a block."""
+    config = EvictionConfig.parse({"budget": 96, "window": 16})
+    first = 112 if num_cached == 112 else num_cached
+    paged = Paged(config, "vec", torch.bfloat16, 2, num_cached, first)
+    found = []
+
+    class Observer:
+        def observe(self, candidates, _priority, _keep):
+            found.append(candidates.window_values)
+
+    paged.evictor().evict({5: paged.cache}, paged.row, first, Observer())
+    expected = paged.value[num_cached - 16 :].transpose(0, 1).float()
+    assert torch.equal(found[0], expected)
