@@ -85,8 +85,12 @@ def test_every_rule_ranks_all_candidates(reference, name):
 def test_the_page_has_a_row_for_each_rule_and_the_smallest_rise_first():
     rows = [
         {"rule": name, "budget": 256, "rise": rise, "rise of each passage": [rise]}
-        | {f"{what} {at}": 1 for what in ("facts at", "recalled at", "NLL at") for at in ASKED_AT}
+        | {
+            f"{what} {at}": 1
+            for what in ("facts at", "recalled at", "NLL at")
+            for at in (ASKED_AT, 1024)
+        }
         for name, rise in (("vase", 0.2), ("distinct", 0.1))
     ]
-    text = page({"half": "choice", "command": "c", "date": "d", "results": rows})
+    text = page({"half": "choice", "length": 1024, "command": "c", "date": "d", "results": rows})
     assert text.index("| distinct | +0.1000 | 0.100 | 1 of 1 | 1.00") < text.index("| vase | +0.2")
