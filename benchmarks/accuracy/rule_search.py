@@ -188,6 +188,8 @@ def main() -> None:
         "--output", type=Path, required=True, help="JSON file; its page lies beside it"
     )
     args = parser.parse_args()
+    if max(args.budgets) + WINDOW >= args.length:
+        parser.error(f"--budgets must be below --length less {WINDOW}, or nothing is evicted")
     torch.set_num_threads(1)
     model = Llama(args.model)
     found = passages(AutoTokenizer.from_pretrained(args.model), args.half, args.length)

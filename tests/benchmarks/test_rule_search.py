@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.accuracy.rule_search import ASKED_AT, page
+from benchmarks.accuracy.rule_search import ASKED_AT, Passage, compare, measure, page
 from benchmarks.accuracy.rules import POLICIES, RULES
 from benchmarks.accuracy.teacher_forcing import Llama, Reader
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -94,3 +94,16 @@ def test_the_page_has_a_row_for_each_rule_and_the_smallest_rise_first():
     ]
     text = page({"half": "choice", "length": 1024, "command": "c", "date": "d", "results": rows})
     assert text.index("| distinct | +0.1000 | 0.100 | 1 of 1 | 1.00") < text.index("| vase | +0.2")
+
+
+def test_rules_are_compared_with_the_full_cache_on_what_it_recalls(reference):
+    _, model = reference
+    passage = Passage(TOKENS * 6, [TOKENS[:20], TOKENS[5:25]])
+    full = measure(Reader(model, [], None), passage, first_scored=192)
+    rules = {name: RULES[name] for name in ("vase", "distinct")}
+    rows = compare(model, rules, [passage], [full], 256)
+    assert [row["rule"] for row in rows] == ["vase", "distinct"]
+    for row in rows:
+        assert row["facts at 640"] == int(full.recalled[:2].sum())
+        assert row["rise"] == pytest.approx(row["rise of each passage"][0])
+        assert abs(row["rise"]) > 1e-3
