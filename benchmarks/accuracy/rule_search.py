@@ -1,7 +1,7 @@
 """Compares rules of eviction on a real model without an engine: ``--help`` has the arguments.
 
-Every passage of 1,024 tokens states three facts. Reading it gives the rise of the NLL; at 640
-tokens and at its end the facts are asked for, and the questions forgotten again.
+Every passage states three facts. Reading it gives the rise of the NLL; at 640 tokens and at its end
+the facts are asked for, and the questions forgotten again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from vase_vllm.tools.evaluation.recall import PLACES
 from vase_vllm.tools.evaluation.texts import HALVES, own_texts
 from vase_vllm.tools.markdown import table
 
-LENGTH, FACTS_AT, ASKED_AT = 1024, (64, 230, 400), (640, 1024)
+FACTS_AT, ASKED_AT = (64, 230, 400), 640
 WINDOW = 64
 WORDINGS = (
     (
@@ -60,7 +60,7 @@ class Measured:
     recalled: torch.Tensor
 
 
-def passages(tokenizer: PreTrainedTokenizerBase, half: str) -> list[Passage]:
+def passages(tokenizer: PreTrainedTokenizerBase, half: str, length: int) -> list[Passage]:
     """One of each text of a half."""
 
     def encode(text: str) -> list[int]:
@@ -70,8 +70,8 @@ def passages(tokenizer: PreTrainedTokenizerBase, half: str) -> list[Passage]:
     for index, text in enumerate(text for text in own_texts() if text.half == half):
         rng = random.Random(f"{half}{index}")
         tokens = encode(text.content)
-        start = rng.randrange(len(tokens) - LENGTH)
-        filler = iter(tokens[start : start + LENGTH])
+        start = rng.randrange(len(tokens) - length)
+        filler = iter(tokens[start : start + length])
         ids: list[int] = []
         questions = []
         for number, at in enumerate(FACTS_AT):
@@ -80,7 +80,7 @@ def passages(tokenizer: PreTrainedTokenizerBase, half: str) -> list[Passage]:
             ids += [next(filler) for _ in range(at - len(ids))]
             ids += encode(statement.format(**fact))
             questions.append(encode(question.format(**fact)))
-        ids += [next(filler) for _ in range(LENGTH - len(ids))]
+        ids += [next(filler) for _ in range(length - len(ids))]
         found.append(Passage(ids, questions))
     return found
 
@@ -89,7 +89,7 @@ def measure(reader: Reader, passage: Passage, first_scored: int) -> Measured:
     """Read a passage and ask for its facts."""
     nll, fact_nll, recalled = [], [], []
     done = 0
-    for until in ASKED_AT:
+    for until in (ASKED_AT, len(passage.token_ids)):
         scored = [p - done for p in range(max(done, first_scored) + 1, until)]
         nll.append(reader.nll(passage.token_ids[done:until], scored)[0])
         done = until
@@ -113,21 +113,22 @@ def compare(
     A fact counts if the full cache recalls it.
     """
     limits = EvictionLimits(budget=budget, window=WINDOW)
+    times = (ASKED_AT, len(found[0].token_ids))
     rises, fact_nll, recalled = [], [], []
     for index, (passage, full) in enumerate(zip(found, of_full_cache, strict=True)):
         reader = Reader(model, list(rules.values()), limits, index)
         own = measure(reader, passage, budget + WINDOW)
         rises.append((own.nll - full.nll[:, -own.nll.shape[1] :]).mean(dim=-1))
-        counts = full.recalled[:, 0].view(len(ASKED_AT), -1)
+        counts = full.recalled[:, 0].view(len(times), -1)
         for kept, of in ((fact_nll, own.fact_nll), (recalled, own.recalled.float())):
             rows = of.view(*counts.shape, -1)
-            kept.append([rows[time][counts[time]] for time in range(len(ASKED_AT))])
+            kept.append([rows[time][counts[time]] for time in range(len(times))])
     result = []
     for column, name in enumerate(rules):
         row: dict[str, object] = {"rule": name, "budget": budget}
         row["rise"] = round(float(torch.stack(rises)[:, column].mean()), 4)
         row["rise of each passage"] = [round(float(rise[column]), 4) for rise in rises]
-        for time, at in enumerate(ASKED_AT):
+        for time, at in enumerate(times):
             nlls, oks = (
                 torch.cat([x[time] for x in kept])[:, column] for kept in (fact_nll, recalled)
             )
@@ -141,6 +142,7 @@ def compare(
 
 def page(results: dict[str, Any]) -> str:
     """The results in Markdown, for each budget the smallest rise first."""
+    times = (ASKED_AT, results["length"])
     lines = [
         f"# Rules of eviction, {results['half']} half",
         "",
@@ -148,11 +150,11 @@ def page(results: dict[str, Any]) -> str:
         f"- date: {results['date']}",
         "",
         "The rise of the NLL over the full cache in nats per token, over all passages and in each",
-        f"of them; of the facts that the full cache recalls at {ASKED_AT[0]} and {ASKED_AT[1]}",
+        f"of them; of the facts that the full cache recalls at {times[0]} and {times[1]}",
         "tokens, how many are recalled, and the NLL of a digit. `rule_search.py` says what a",
         "passage is, `rules.py` what the names mean.",
     ]
-    columns = [f"{name} {at}" for at in ASKED_AT for name in ("recalled at", "NLL at")]
+    columns = [f"{name} {at}" for at in times for name in ("recalled at", "NLL at")]
     for budget in dict.fromkeys(row["budget"] for row in results["results"]):
         rows = [row for row in results["results"] if row["budget"] == budget]
         cells = [
@@ -162,7 +164,7 @@ def page(results: dict[str, Any]) -> str:
                 ", ".join(f"{rise:.3f}" for rise in row["rise of each passage"]),
                 *(
                     cell
-                    for at in ASKED_AT
+                    for at in times
                     for cell in (
                         f"{row[f'recalled at {at}']} of {row[f'facts at {at}']}",
                         f"{row[f'NLL at {at}']:.2f}",
@@ -179,22 +181,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="directory of a Llama, as of vase-vllm demo-model")
     parser.add_argument("--half", choices=HALVES, default="choice")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a passage")
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
     parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file; its page lies beside it"
     )
     args = parser.parse_args()
+    if max(args.budgets) + WINDOW >= args.length:
+        parser.error(f"--budgets must be below --length less {WINDOW}, or nothing is evicted")
     torch.set_num_threads(1)
     model = Llama(args.model)
-    found = passages(AutoTokenizer.from_pretrained(args.model), args.half)
+    found = passages(AutoTokenizer.from_pretrained(args.model), args.half, args.length)
     rules = {name: RULES[name] for name in args.rules}
     first = min(args.budgets) + WINDOW
     full = [measure(Reader(model, [], None), passage, first) for passage in found]
     rows: list[dict[str, object]] = []
     for budget in args.budgets:
         rows += compare(model, rules, found, full, budget)
-        results = {**provenance(("torch", "vase-vllm")), "half": args.half, "results": rows}
+        of = {"half": args.half, "length": args.length}
+        results = {**provenance(("torch", "vase-vllm")), **of, "results": rows}
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         args.output.with_suffix(".md").write_text(page(results))
 

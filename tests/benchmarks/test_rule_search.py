@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.accuracy.rule_search import ASKED_AT, page
+from benchmarks.accuracy.rule_search import ASKED_AT, Passage, compare, measure, page
 from benchmarks.accuracy.rules import POLICIES, RULES
 from benchmarks.accuracy.teacher_forcing import Llama, Reader
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -85,8 +85,25 @@ def test_every_rule_ranks_all_candidates(reference, name):
 def test_the_page_has_a_row_for_each_rule_and_the_smallest_rise_first():
     rows = [
         {"rule": name, "budget": 256, "rise": rise, "rise of each passage": [rise]}
-        | {f"{what} {at}": 1 for what in ("facts at", "recalled at", "NLL at") for at in ASKED_AT}
+        | {
+            f"{what} {at}": 1
+            for what in ("facts at", "recalled at", "NLL at")
+            for at in (ASKED_AT, 1024)
+        }
         for name, rise in (("vase", 0.2), ("distinct", 0.1))
     ]
-    text = page({"half": "choice", "command": "c", "date": "d", "results": rows})
+    text = page({"half": "choice", "length": 1024, "command": "c", "date": "d", "results": rows})
     assert text.index("| distinct | +0.1000 | 0.100 | 1 of 1 | 1.00") < text.index("| vase | +0.2")
+
+
+def test_rules_are_compared_with_the_full_cache_on_what_it_recalls(reference):
+    _, model = reference
+    passage = Passage(TOKENS * 6, [TOKENS[:20], TOKENS[5:25]])
+    full = measure(Reader(model, [], None), passage, first_scored=192)
+    rules = {name: RULES[name] for name in ("vase", "distinct")}
+    rows = compare(model, rules, [passage], [full], 256)
+    assert [row["rule"] for row in rows] == ["vase", "distinct"]
+    for row in rows:
+        assert row["facts at 640"] == int(full.recalled[:2].sum())
+        assert row["rise"] == pytest.approx(row["rise of each passage"][0])
+        assert abs(row["rise"]) > 1e-3
