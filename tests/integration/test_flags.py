@@ -102,7 +102,7 @@ def test_help_shows_the_flags(command, monkeypatch, capsys):
         cli.main()
     assert not end.value.code
     text = capsys.readouterr().out
-    assert "--kv-eviction {none,vase,cur,random," in text
+    assert "--kv-eviction {none,vase,cur,distinct," in text
     assert "`budget` (4096)" in " ".join(text.split())
 
 
