@@ -273,6 +273,7 @@ class EvictingDecoder:
             keys=cache.keys[kv_head, :count],
             values=cache.values[kv_head, :count],
             queries=cache.queries[kv_head * group : (kv_head + 1) * group],
+            window_values=cache.values[kv_head, count:],
         )
         chosen = self.select(candidates).sort().values
         allowed = torch.isin(chosen, torch.arange(count)).all()

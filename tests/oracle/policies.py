@@ -148,18 +148,17 @@ def expected(value_norm: bool = True) -> Ranking:
     return Ranking(view)
 
 
-def distinct(window_values: torch.Tensor, ridge: float) -> Ranking:
+def distinct(ridge: float) -> Ranking:
     """The P tokens that are the least like the others and the window, then the largest attention.
 
     Args:
-        window_values: [W, D], float32, of the KV head.
         ridge: See `distinctness`.
     """
 
     def view(candidates: Candidates) -> Candidates:
         units = normalize(candidates.keys, dim=-1)
         similarity = (units @ units.T).fill_diagonal_(0).mean(dim=-1)
-        of_values = distinctness(candidates.values, window_values, ridge).sqrt()
+        of_values = distinctness(candidates.values, candidates.window_values, ridge).sqrt()
         scores = (1 - similarity) * value_magnitudes(candidates.values, "range") * of_values
         return replace(candidates, ranges=_infinite_at_sinks(candidates, scores))
 

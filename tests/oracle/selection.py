@@ -67,6 +67,7 @@ class Candidates:
         keys: [n, D], float32, after RoPE.
         values: [n, D], float32.
         queries: [G, W, D], float32, after RoPE, of the window.
+        window_values: [W, D], float32.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Candidates:
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    window_values: torch.Tensor
 
 
 Selector = Callable[[Candidates], torch.Tensor]

@@ -24,6 +24,7 @@ RANKINGS = {
     "snapkv": ({"policy": "snapkv", "smoothing": 1}, policies.snapkv()),
     "rkv": ({"policy": "rkv", "smoothing": 1}, policies.rkv(0.5)),
     "rkv-lambda": ({"policy": "rkv", "smoothing": 1, "lambda": 0.125}, policies.rkv(0.125)),
+    "distinct": ({"policy": "distinct", "protected": 0.25}, policies.distinct(0.1)),
     "expected": ({"policy": "expected"}, policies.expected()),
     "streaming": ({"policy": "streaming"}, policies.streaming()),
     "vase-variance": ({**GREEDY, "magnitude": "variance"}, policies.vase_greedy("variance")),

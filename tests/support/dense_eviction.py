@@ -137,4 +137,5 @@ class DenseEviction:
             keys=self.keys[head],
             values=self.values[head],
             queries=self.queries[head],
+            window_values=self.window_values[head],
         )
