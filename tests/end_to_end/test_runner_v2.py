@@ -36,7 +36,7 @@ SETTINGS = {
     "random": {"policy": "random", **BESIDE_THE_PROMPT},
     # Not in the fused kernel: plain torch on the device's pages.
     "rkv": {"policy": "rkv"},
-    "cur": {"policy": "cur"},
+    "distinct": {"policy": "distinct"},
 }
 CASES = {
     name: {

@@ -154,6 +154,7 @@ def test_the_block_manager(sequence):
         request_id="request",
         num_prompt_tokens=sequence.num_prompt,
         prompt_token_ids=[2] * sequence.num_prompt,
+        num_computed_tokens=0,
         max_tokens=1000,
         sampling_params=None,
     )
@@ -165,6 +166,7 @@ def test_the_block_manager(sequence):
     row = manager.req_to_blocks["request"]
     assert row[BlockTableRow.FIRST].block_id == sequence.first
     for position, slot in zip(sequence.positions, sequence.slots, strict=True):
+        request.num_computed_tokens = position
         # Before a step vLLM takes back what the steps before it no longer need.
         manager.remove_skipped_blocks("request", position, sequence.num_prompt)
         manager.allocate_new_blocks("request", position + 1, position + 1)
