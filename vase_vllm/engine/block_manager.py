@@ -24,7 +24,7 @@ from vllm.v1.request import Request
 
 from vase_vllm.engine.admission import AdmissionContext, expected_peak
 from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
-from vase_vllm.engine.row_header import make_header
+from vase_vllm.engine.row_header import SequenceNumbers, content_key, sequence_numbers
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
@@ -49,21 +49,22 @@ class EvictionManager(FullAttentionManager):
         """Learn what the scheduler knows; it calls this once, before there is any request."""
         self._context = context
 
-    def header(self, request_id: str) -> RowHeader:
-        """What the row of a sequence begins with, or will begin with once there is one."""
+    def numbers(self, request_id: str) -> SequenceNumbers:
+        """What a sequence's row says of its schedule, or will say once there is one."""
         if row := self.req_to_blocks.get(request_id):
-            return RowHeader(*(entry.block_id for entry in row[: BlockTableRow.NUM_HEADER]))
-        return make_header(self._context.config, self._context.requests[request_id])
+            columns = BlockTableRow.FIRST, BlockTableRow.BUDGET, BlockTableRow.KEPT
+            return SequenceNumbers(*(row[column].block_id for column in columns))
+        return sequence_numbers(self._context.config, self._context.requests[request_id])
 
     def first_eviction(self, request_id: str) -> int:
         """Position of a sequence's first eviction."""
         if row := self.req_to_blocks.get(request_id):
             return row[BlockTableRow.FIRST].block_id
-        return self.header(request_id).first
+        return self.numbers(request_id).first
 
     def _schedule(self, request_id: str) -> EvictionSchedule:
         """The schedule of a sequence, with its own budget."""
-        return self.kv_cache_spec.schedule.with_budget(self.header(request_id).budget)
+        return self.kv_cache_spec.schedule.with_budget(self.numbers(request_id).budget)
 
     def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
         num_required = cdiv(num_slots, self.block_size)
@@ -77,7 +78,7 @@ class EvictionManager(FullAttentionManager):
 
         Those that its kept prompt fills; the others, into which it may write, it gets copies of.
         """
-        return min(len(cached_blocks), self.header(request_id).kept // self.block_size)
+        return min(len(cached_blocks), self.numbers(request_id).kept // self.block_size)
 
     def _num_state_blocks(self, request_id: str) -> int:
         """Blocks for the query ring; a sequence that ends before any query is kept has none."""
@@ -205,9 +206,12 @@ class EvictionManager(FullAttentionManager):
         num_absent = self.kv_cache_spec.num_state_blocks - num_state_blocks
         held = self._prefix_cache.held(request_id)
         shared = held[: self._num_shared(request_id, held)]
+        first, budget, kept = self.numbers(request_id)
+        key = content_key(self._context.requests[request_id])
+        header = RowHeader(first, key, budget, kept)
         row.extend(
             [
-                *(KVCacheBlock(block_id=number) for number in self.header(request_id)),
+                *(KVCacheBlock(block_id=number) for number in header),
                 *[self._null_block] * num_absent,
                 *blocks[:num_state_blocks],
                 *shared,
@@ -251,7 +255,7 @@ class EvictionManager(FullAttentionManager):
         # Where there is no room now there is no second try: it would be asked for in every step.
         self.num_cached_block[request.request_id] = stop
         own = self.req_to_blocks[request.request_id][self._num_front :]
-        if self.header(request.request_id).kept:
+        if self.numbers(request.request_id).kept:
             self.block_pool.cache_full_blocks(
                 request, own, start, stop, self.block_size, self.kv_cache_group_id
             )

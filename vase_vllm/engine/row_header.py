@@ -1,27 +1,37 @@
 """What a request's block-table row begins with."""
 
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.request import Request
 
 from vase_vllm.config import EvictionConfig
-from vase_vllm.layout.block_table_row import NEVER, RowHeader
+from vase_vllm.layout.block_table_row import NEVER
 from vase_vllm.request_settings import SAMPLE, settings_of_request
 
 
-def make_header(server: EvictionConfig, request: Request) -> RowHeader:
-    """The header of a request's row: a function of the request alone, also after a preemption.
+class SequenceNumbers(NamedTuple):
+    """The part of a row's header that the schedule goes by; see ``RowHeader``."""
 
-    A request that opts out of eviction keeps all of its prompt, and never evicts.
+    first: int
+    budget: int
+    kept: int
+
+
+def sequence_numbers(server: EvictionConfig, request: Request) -> SequenceNumbers:
+    """Those of a request: a function of it alone, also after a preemption.
+
+    A request that opts out of eviction keeps all of its prompt, and never evicts. While a request
+    waits this is asked for in every step, and the key, which reads the whole prompt, is not.
     """
     sampling = request.sampling_params
     own = settings_of_request(server, sampling.extra_args if sampling is not None else None)
-    num_prompt, key = request.num_prompt_tokens, content_key(request)
+    num_prompt = request.num_prompt_tokens
     if own is None:
-        return RowHeader(NEVER, key, server.budget + num_prompt, kept=num_prompt)
+        return SequenceNumbers(NEVER, server.budget + num_prompt, kept=num_prompt)
     kept = num_prompt if own.prompt == "keep" else 0
-    return RowHeader(own.schedule.first_eviction(num_prompt), key, own.budget + kept, kept)
+    return SequenceNumbers(own.schedule.first_eviction(num_prompt), own.budget + kept, kept)
 
 
 def content_key(request: Request) -> int:

@@ -131,7 +131,7 @@ class _EvictionMixin(Scheduler):
                 first = self._manager.first_eviction(request_id)
                 if self._eviction_schedule.due(position, first):
                     own = self._eviction_schedule.with_budget(
-                        self._manager.header(request_id).budget
+                        self._manager.numbers(request_id).budget
                     )
                     self._statistics.evictions += 1
                     self._statistics.evicted_tokens += own.num_cached(position, first) - own.budget
@@ -143,10 +143,9 @@ class _EvictionMixin(Scheduler):
         if stats is None:
             return None
         counted, self._statistics = self._statistics, EvictionStatistics()
-        headers = [self._manager.header(request.request_id) for request in self.running]
+        numbers = [self._manager.numbers(request.request_id) for request in self.running]
         positions = np.array([r.num_computed_tokens for r in self.running], dtype=np.int64)
-        first = np.array([header.first for header in headers], dtype=np.int64)
-        budget = np.array([header.budget for header in headers], dtype=np.int64)
+        first, budget, _ = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
         held = self._eviction_schedule.slots(positions - 1, first, budget) + 1
         counted.held_tokens = int(held.sum())
         counted.logical_tokens = int(positions.sum())
