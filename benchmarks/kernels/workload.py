@@ -109,6 +109,7 @@ class Workload:
         self.rows = torch.arange(shape.num_due, dtype=torch.int32, device=device)
         self.pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=device)
         self.layer_indices = torch.arange(shape.num_layers, dtype=torch.int32, device=device)
+        self._counts: dict[EvictionParameters, torch.Tensor] = {}
         # Positions out of order, as they are after an eviction.
         order = torch.rand(shape.num_due, shape.num_candidates, device=device)
         self.arrival = order.argsort(dim=-1).int()
@@ -118,6 +119,10 @@ class Workload:
     ) -> None:
         """Evict; ``parameters`` other than the shape's have to have its budget and window."""
         parameters = parameters or self.shape.parameters
+        if parameters not in self._counts:
+            # Copied to the device once, so that no launch that is timed waits for it.
+            rows = torch.tensor([parameters.counts] * self.shape.num_due, dtype=torch.int32)
+            self._counts[parameters] = rows.to(self.rows.device)
         PagedEviction(
             self.pointers,
             self.caches[0],
@@ -130,6 +135,7 @@ class Workload:
             softmax_scale=self.shape.softmax_scale,
             num_state_blocks=self.shape.num_state_blocks,
             max_num_cached=self.shape.num_cached,
+            counts=self._counts[parameters],
             num_splits=num_splits,
             slot_priority=self.arrival if parameters.scoring == "age" else None,
         ).run()
