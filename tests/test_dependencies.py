@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 WITH_VLLM = {"vllm", "torch", "triton", "transformers", "tokenizers", "safetensors"}
-WITH_VLLM |= {"prometheus_client"}
+WITH_VLLM |= {"prometheus_client", "fastapi", "starlette"}
 """Which build of torch is right depends on the machine, so all of these come with the extras gpu
 and cpu, or are there already; vLLM itself requires them."""
 EXTRA_OF = {

@@ -4,7 +4,7 @@ import pytest
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
-from vase_vllm.request_settings import settings_of_request
+from vase_vllm.request_settings import settings_of_request, wants_report
 
 SERVER = EvictionConfig.parse({"policy": "vase", "budget": 96, "window": 16})
 
@@ -16,6 +16,15 @@ def test_without_settings_of_its_own_a_request_has_the_servers(extra_args):
 
 def test_a_request_that_opts_out():
     assert settings_of_request(SERVER, {"kv_eviction": "none"}) is None
+
+
+def test_a_report_is_no_setting():
+    asks = {"kv_eviction_report": True}
+    assert settings_of_request(SERVER, asks) == SERVER
+    assert settings_of_request(SERVER, asks | {"kv_eviction": "none"}) is None
+    assert wants_report(asks)
+    assert not wants_report({"kv_eviction_report": False})
+    assert not wants_report(None)
 
 
 def test_what_a_request_may_choose():
@@ -40,6 +49,7 @@ def test_what_a_request_may_choose():
         ({"kv_eviction_budget": [64]}, "up to the server's budget (96), got [64]"),
         ({"kv_eviction_prompt": "both"}, "kv_eviction_prompt: must be evict or keep, got 'both'"),
         ({"kv_eviction_prompt": ["keep"]}, "kv_eviction_prompt: must be evict or keep"),
+        ({"kv_eviction_report": "yes"}, "kv_eviction_report: must be true or false, got 'yes'"),
         ({"kv_eviction_sinks": 4}, "kv_eviction_sinks: unknown key; the keys are kv_eviction, "),
         (
             {"kv_eviction": "none", "kv_eviction_budget": 64},

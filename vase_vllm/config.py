@@ -63,6 +63,9 @@ class EvictionConfig(BaseModel):
     """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
     it, so that none is preempted; ``expected``, when they probably can, judged by the lengths of
     the last outputs; ``optimistic``, as soon as its prompt fits, which is vLLM's own rule."""
+    self_check: bool = True
+    """Whether a start-up proves on a dummy sequence that evictions happen on this model, attention
+    backend and model runner, and refuses to serve if they do not."""
 
     @model_validator(mode="after")
     def _check(self) -> "EvictionConfig":

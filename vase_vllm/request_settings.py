@@ -10,7 +10,8 @@ from vase_vllm.config import EvictionConfig, Prompt
 from vase_vllm.errors import EvictionError
 
 POLICY, BUDGET, PROMPT = "kv_eviction", "kv_eviction_budget", "kv_eviction_prompt"
-KEYS = (POLICY, BUDGET, PROMPT)
+REPORT = "kv_eviction_report"
+KEYS = (POLICY, BUDGET, PROMPT, REPORT)
 SAMPLE = "vase_vllm_sample"
 """Key that says which of a request's ``n`` samples this is, where neither it is the first nor its
 seed says so. A patch of vLLM's front end adds it."""
@@ -33,6 +34,8 @@ def settings_of_request(
         return config
     for key in own.keys() - set(KEYS):
         raise EvictionError(f"vllm_xargs.{key}: unknown key; the keys are {', '.join(KEYS)}")
+    if (report := own.pop(REPORT, False)) not in (True, False):
+        raise EvictionError(f"vllm_xargs.{REPORT}: must be true or false, got {report!r}")
     policy = own.pop(POLICY, config.policy.name)
     if policy not in ("none", config.policy.name):
         raise EvictionError(
@@ -56,6 +59,11 @@ def settings_of_request(
             f"vllm_xargs.{PROMPT}: must be {' or '.join(get_args(Prompt))}, got {prompt!r}"
         )
     return _merged(config, budget, prompt)
+
+
+def wants_report(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request asks to be told what it has evicted."""
+    return bool((extra_args or {}).get(REPORT))
 
 
 @lru_cache(maxsize=1024)

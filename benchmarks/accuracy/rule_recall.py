@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy.rules import RULES
+from benchmarks.accuracy.rules import RULES, order_of
 from benchmarks.accuracy.teacher_forcing import Llama, Reader, Rule
 from benchmarks.common.provenance import provenance
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -27,7 +27,9 @@ def compare(
     limits = EvictionLimits(budget=budget, window=WINDOW)
     nlls, recalled = [], []
     for index, case in enumerate(cases):
-        readers = (Reader(model, [], None), Reader(model, list(rules.values()), limits, index))
+        orders = [order_of(name) for name in rules]
+        evicting = Reader(model, list(rules.values()), limits, index, orders)
+        readers = (Reader(model, [], None), evicting)
         nll, is_top = (
             torch.cat(found)
             for found in zip(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.accuracy.rules import RULES
+from benchmarks.accuracy.rules import RULES, order_of
 from benchmarks.accuracy.teacher_forcing import Llama, Reader, Rule
 from benchmarks.common.provenance import provenance
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -116,7 +116,7 @@ def compare(
     times = (ASKED_AT, len(found[0].token_ids))
     rises, fact_nll, recalled = [], [], []
     for index, (passage, full) in enumerate(zip(found, of_full_cache, strict=True)):
-        reader = Reader(model, list(rules.values()), limits, index)
+        reader = Reader(model, list(rules.values()), limits, index, [order_of(n) for n in rules])
         own = measure(reader, passage, budget + WINDOW)
         rises.append((own.nll - full.nll[:, -own.nll.shape[1] :]).mean(dim=-1))
         counts = full.recalled[:, 0].view(len(times), -1)

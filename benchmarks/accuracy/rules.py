@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_place
 from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
@@ -235,4 +236,13 @@ OTHERS: dict[str, Rule] = {
     ),
     "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
 }
-RULES = POLICIES | OTHERS
+IN_ANOTHER_ORDER: dict[str, tuple[Rule, SlotOrder]] = {
+    "vase, survivors by position": (policy("vase"), by_position),
+    "vase, survivors in the authors' order": (policy("vase"), authors),
+}
+RULES = POLICIES | OTHERS | {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.items()}
+
+
+def order_of(name: str) -> SlotOrder:
+    """In which order a rule's survivors lie."""
+    return IN_ANOTHER_ORDER[name][1] if name in IN_ANOTHER_ORDER else in_place

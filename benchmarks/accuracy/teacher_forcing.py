@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from benchmarks.accuracy.slot_orders import SlotOrder, in_place
 from vase_vllm.kernels.parameters import EvictionLimits
-from vase_vllm.kernels.torch_eviction import largest, plan_moves
+from vase_vllm.kernels.torch_eviction import largest
 from vase_vllm.policies.candidates import Candidates, DenseTokens
 from vase_vllm.policies.draws import Draws
 
@@ -93,12 +94,19 @@ class Reader:
         rules: of the rows; None never evicts.
         limits: of every eviction; None never evicts.
         key: of the draws: the number of the text.
+        orders: of the survivors, one for each rule; in place, if there are none.
     """
 
     def __init__(
-        self, model: Llama, rules: Sequence[Rule], limits: EvictionLimits | None, key: int = 0
+        self,
+        model: Llama,
+        rules: Sequence[Rule],
+        limits: EvictionLimits | None,
+        key: int = 0,
+        orders: Sequence[SlotOrder] = (),
     ) -> None:
         self.model, self.rules, self.limits, self.key = model, rules, limits, key
+        self.orders = orders or [in_place] * len(rules)
         self.keys: list[Tensor] = [torch.empty(0)] * model.layers
         self.values: list[Tensor] = [torch.empty(0)] * model.layers
         self.queries: list[Tensor] = [torch.empty(0)] * model.layers
@@ -183,8 +191,8 @@ class Reader:
                 x.expand(rows, -1, -1, -1)
                 for x in (self.keys[layer], self.values[layer], self.queries[layer])
             )
-            index = torch.arange(limits.budget).repeat(rows, model.kv_heads, 1)
-            for row, rule in enumerate(self.rules):
+            index = torch.empty(rows, model.kv_heads, limits.budget, dtype=torch.int64)
+            for row, (rule, order) in enumerate(zip(self.rules, self.orders, strict=True)):
                 candidates = Candidates(
                     num=num,
                     queries=q[row].reshape(model.kv_heads, -1, model.head_dim),
@@ -193,13 +201,12 @@ class Reader:
                     limits=limits,
                     first=first,
                     eviction_index=self.evictions,
-                    draws=draws.of_layer(layer),
+                    draws=draws.of_layers([layer]),
                 )
                 priority = rule(candidates)
                 priority[:, : limits.sinks] = torch.inf
                 keep = largest(priority, limits.budget - limits.window)
-                head, source, destination = plan_moves(limits.budget, limits.window, keep)
-                index[row, head, destination] = source
+                index[row] = order(candidates, priority, keep)
             gather = index[..., None].expand(-1, -1, -1, model.head_dim)
             self.keys[layer], self.values[layer] = k.gather(2, gather), v.gather(2, gather)
         self.evictions += 1

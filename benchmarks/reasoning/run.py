@@ -36,11 +36,12 @@ from vase_vllm.tools.server import Server
 RESULTS = paths.RESULTS / "reasoning"
 PACKAGES = ("lm-eval", "math-verify")
 START_SECONDS = 2 * 3600  # the weights may have to be downloaded first
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+WITHOUT_TRUNCATION = {"top_k": -1, "min_p": 0.0}
+"""Said in every request, because a server takes what a request does not say from the model."""
 
 
-def recommended_sampling(model: str) -> dict[str, float]:
-    """What the model's generation_config.json says; temperature 1 where it does not.
+def papers_sampling(model: str) -> dict[str, float]:
+    """As in VaSE's paper: the model's own temperature and top-p, 1 where it has none; no top-k.
 
     Raises:
         ValueError: the model has no such file.
@@ -51,9 +52,8 @@ def recommended_sampling(model: str) -> dict[str, float]:
         config = GenerationConfig.from_pretrained(model)
     except OSError:
         raise ValueError(f"{model} has no generation_config.json: give --sampling") from None
-    values = {key: getattr(config, key, None) for key in SAMPLING_KEYS}
-    # lm-eval would send temperature 0.
-    return {"temperature": 1.0} | {k: v for k, v in values.items() if v is not None}
+    own = {key: getattr(config, key, None) or 1.0 for key in ("temperature", "top_p")}
+    return own | WITHOUT_TRUNCATION
 
 
 @contextmanager
@@ -66,8 +66,8 @@ def serving(policy: Policy, args: argparse.Namespace) -> Iterator[tuple[str, Ser
     if args.base_url:
         yield args.base_url.rstrip("/").removesuffix("/v1"), None
         return
-    arguments = [*policy.serve_arguments(), *shlex.split(args.serve_arguments)]
-    arguments += ["--served-model-name", args.model]
+    arguments = [*policy.serve_arguments(), "--max-model-len", str(args.max_model_len)]
+    arguments += [*shlex.split(args.serve_arguments), "--served-model-name", args.model]
     name = directory_name(policy)
     log = args.output / name / "server.log"
     with ExitStack() as stack:
@@ -191,11 +191,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budgets", nargs="+", type=int, help="default: the one recommended for the task")
     add("--seeds", type=int, default=4, help="samples of each problem (default: 4)")
     add("--limit", type=int, help="the first so many problems of each task only")
-    add("--max-tokens", type=int, default=32768, help="longest answer (default: 32768)")
+    add(
+        "--max-model-len",
+        type=int,
+        default=32768,
+        help="of the server: longest answer with its prompt (default: 32768)",
+    )
     add(
         "--sampling",
         type=json.loads,
-        help="JSON; default: the model's generation_config.json",
+        help="JSON; default: temperature and top-p of the model's generation_config.json, no top-k",
     )
     add("--concurrency", type=int, default=64, help="requests at a time (default: 64)")
     add("--base-url", help="a server that runs already; then --policies is only its label")
@@ -218,8 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--base-url is one server: give one policy and one budget")
         request = Request(
             model=args.model,
-            sampling=args.sampling or recommended_sampling(args.model),
-            max_tokens=args.max_tokens,
+            sampling=args.sampling or papers_sampling(args.model),
+            # The server ends an answer where its prompt leaves no more room.
+            max_tokens=args.max_model_len,
             limit=args.limit,
             concurrency=args.concurrency,
             include_path=args.include_path,

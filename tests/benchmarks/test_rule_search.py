@@ -5,9 +5,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.accuracy.rule_search import ASKED_AT, Passage, compare, measure, page
-from benchmarks.accuracy.rules import POLICIES, RULES
+from benchmarks.accuracy.rules import POLICIES, RULES, policy
+from benchmarks.accuracy.slot_orders import authors, by_position, in_place
 from benchmarks.accuracy.teacher_forcing import Llama, Reader
 from vase_vllm.kernels.parameters import EvictionLimits
+from vase_vllm.policies.candidates import Candidates, DenseTokens
+from vase_vllm.policies.draws import Draws
 
 LIMITS = EvictionLimits(budget=32, window=8, sinks=4)
 TOKENS = torch.randperm(128, generator=torch.Generator().manual_seed(1)).tolist()
@@ -62,6 +65,45 @@ def test_a_reader_evicts_on_schedule_and_streaming_keeps_the_newest(reference, l
     same = (full.values[0][0, 0][:, None] - streaming).abs().amax(dim=-1) < 1e-5
     kept = same.any(dim=1).nonzero().flatten().tolist()
     assert kept == [*range(4), *range(length - held + 4, length)]
+
+
+@pytest.mark.parametrize("order", [in_place, by_position, authors])
+def test_orders_hold_the_same_tokens(reference, order):
+    """Without smoothing nothing depends on the order: the survivors are the same ones."""
+    _, model = reference
+    rule = policy("vase", smoothing=1, sampling="greedy")
+    found = []
+    for chosen in (in_place, order):
+        reader = Reader(model, [rule], LIMITS, orders=[chosen])
+        nll, _ = reader.nll(TOKENS, range(60, 128))
+        held = reader.values[1][0, 0]
+        found.append((nll, held[held[:, 0].argsort()], held))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2]) == (order is in_place)
+
+
+def test_the_authors_order():
+    limits = EvictionLimits(budget=6, window=2, sinks=1)
+    heads = torch.tensor([0])
+    values = torch.tensor([[[0.0, 1.0], [0.0, 5.0], [0.0, 2.0], [0.0, 9.0], [0.0, 3.0], [0.0, 4.0]]])
+    candidates = Candidates(
+        num=6,
+        queries=torch.ones(1, 2, 2),
+        tokens=DenseTokens(values, values),
+        scale=1.0,
+        limits=limits,
+        first=8,
+        eviction_index=0,
+        draws=Draws(limits, 0, 0, 6, [0], heads).of_layers([0]),
+    )
+    inf = torch.inf
+    # The sink and the tokens 1 and 3 are protected, then 4 is drawn.
+    priority = torch.tensor([[inf, inf, -3.0, inf, -1.0, -2.0]])
+    keep = torch.tensor([[True, True, False, True, True, False]])
+    assert authors(candidates, priority, keep).tolist() == [[0, 3, 1, 4, 6, 7]]
+    assert by_position(candidates, priority, keep).tolist() == [[0, 1, 3, 4, 6, 7]]
+    assert in_place(candidates, priority, keep).tolist() == [[0, 1, 6, 3, 4, 7]]
 
 
 def test_a_question_is_forgotten(reference):

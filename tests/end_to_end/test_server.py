@@ -1,7 +1,9 @@
 """The real server over HTTP: streams under eviction, refuses what cannot fit, loses nothing."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -12,6 +14,7 @@ from vase_vllm.tools.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 ARGUMENTS = [
     *["--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--dtype", "float32"],
     *["--kv-eviction", "vase", "--kv-eviction-config.budget", "128"],
@@ -22,9 +25,12 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model = make_tiny_model(tmp_path_factory.mktemp("server") / "model", layers=2, dtype="float32")
-    with Server(model, [*ARGUMENTS, "--served-model-name", "tiny"]) as server:
-        server.wait_until_ready()
-        yield server
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_PLUGINS", "vase,vase-status")
+        server = Server(model, [*ARGUMENTS, "--served-model-name", "tiny"])
+        with server:
+            server.wait_until_ready()
+            yield server
 
 
 def complete(server, prompt, max_tokens=300, **options):
@@ -89,6 +95,26 @@ def test_metrics_count_what_the_workers_evict(server):
     assert (settings["policy"], settings["budget"]) == ("vase", "128")
 
 
+def test_a_long_prompt_gives_blocks_back(server):
+    def released():
+        (sample,) = server.metrics()["vllm:kv_eviction_released_blocks"].samples[:1]
+        return sample.value
+
+    before = released()
+    prompt_tokens = complete(server, "g" * 500, max_tokens=60).json()["usage"]["prompt_tokens"]
+    schedule = EvictionSchedule(128, 16)
+    first = schedule.first_eviction(prompt_tokens)
+    assert released() - before == -(-first // 32) - -(-schedule.bound // 32) > 0
+
+
+def test_grafanas_dashboard_asks_for_metrics_that_there_are(server):
+    dashboard = (ROOT / "docker/grafana/dashboards/kv-eviction.json").read_text()
+    asked = set(re.findall(r"vllm:\w+", dashboard))
+    there = {s.name for family in server.metrics().values() for s in family.samples}
+    assert len(asked) > 10
+    assert asked <= there
+
+
 def test_a_client_that_hangs_up_is_counted_and_frees_its_blocks(server):
     before = evictions(server)
     body = {"model": "tiny", "prompt": "c" * 40, "max_tokens": 3000, "stream": True}
@@ -128,6 +154,35 @@ def test_settings_of_a_request(server, own, schedule):
     assert lengths[1] == 300
     assert evictions(server) - before == (schedule.evictions(*lengths)[0] if schedule else 0)
     assert evictions(server) == server.eviction_stats()["evictions"]
+
+
+@pytest.mark.parametrize("own", [{}, {"kv_eviction_budget": 64}, {"kv_eviction": "none"}])
+def test_a_request_that_asks_is_told_what_it_evicted(server, own):
+    before = evictions(server)
+    response = complete(server, "r" * 90, vllm_xargs=own | {"kv_eviction_report": True}).json()
+    report = response["kv_transfer_params"]["kv_eviction"]
+    assert report["evictions"] == evictions(server) - before
+    assert report["logical_tokens"] == response["usage"]["total_tokens"] - 1
+    budget = own.get("kv_eviction_budget", 128)
+    if own.get("kv_eviction") == "none":
+        assert report["held_tokens"] == report["logical_tokens"]
+    else:
+        assert budget < report["held_tokens"] <= budget + 16
+    assert report["held_tokens"] + report["evicted_tokens"] == report["logical_tokens"]
+
+
+def test_the_status_page_shows_running_requests_and_none_of_their_text(server):
+    body = {"model": "tiny", "prompt": "SECRET " * 30, "max_tokens": 3000, "stream": True}
+    with requests.post(server.url + "/v1/completions", json=body, stream=True, timeout=60) as call:
+        lines, running = call.iter_lines(), []
+        while not (running and running[0]["evictions"] > 1):
+            next(lines)
+            running = requests.get(server.url + "/kv_eviction/requests", timeout=60).json()
+        text = requests.get(server.url + "/kv_eviction/status", timeout=60).text
+    (shown,) = running
+    assert 128 < shown["held_tokens"] <= 144 < shown["logical_tokens"]
+    assert "SECRET" not in text + str(running)
+    assert "KV cache eviction" in requests.get(server.url + "/kv_eviction", timeout=60).text
 
 
 def test_settings_that_a_request_cannot_have_are_http_400(server):

@@ -10,7 +10,7 @@ from vase_vllm.integration.request_check import reason_to_reject
 EVICTION = {"kv_eviction": {"policy": "vase", "budget": 96, "window": 16}}
 
 
-def engine_config(num_blocks, additional_config=EVICTION, **parallel):
+def engine_config(num_blocks, additional_config=EVICTION, sliding_window=None, **parallel):
     one_engine = {
         "data_parallel_size": 1,
         "data_parallel_size_local": 1,
@@ -24,6 +24,7 @@ def engine_config(num_blocks, additional_config=EVICTION, **parallel):
             max_model_len=2048,
             get_num_attention_heads=lambda _: 4,
             get_num_kv_heads=lambda _: 2,
+            get_sliding_window=lambda: sliding_window,
         ),
     )
 
@@ -48,6 +49,19 @@ def test_a_prompt_that_can_never_fit(prompt_len, num_required):
     reason = reason_to_reject(engine_config(num_required), request(prompt_len))
     assert reason.startswith(f"The prompt ({prompt_len} tokens) needs {num_required} KV cache")
     assert "\n" not in reason
+
+
+def test_no_opting_out_where_nobody_knows_whether_it_fits():
+    bounded = {"kv_eviction": {**EVICTION["kv_eviction"], "prefill": "bounded"}}
+    opts_out = request(30, kv_eviction="none")
+    for additional, sliding_window in ((EVICTION, 64), (bounded, None)):
+        config = engine_config(500, additional, sliding_window)
+        assert reason_to_reject(config, opts_out) is None
+    config = engine_config(500, bounded, sliding_window=64)
+    assert reason_to_reject(config, request(30)) is None
+    reason = reason_to_reject(config, opts_out)
+    assert reason.startswith("vllm_xargs.kv_eviction: a request cannot opt out")
+    assert "prefill bounded" in reason
 
 
 @pytest.mark.parametrize(

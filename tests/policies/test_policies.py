@@ -96,7 +96,7 @@ class Recorder:
         self.draws, self.kept_keys, self.masks = {}, {}, {}
 
     def observe(self, candidates, priority, keep) -> None:
-        which = candidates.draws.layer, candidates.eviction_index
+        which = *candidates.draws.layers, candidates.eviction_index
         self.draws[which] = candidates.draws
         # Copies: the eviction moves tokens to other slots.
         self.kept_keys[which] = [
@@ -150,7 +150,7 @@ def test_cur_equals_the_oracle_with_the_same_matrices(models, oracle, gaussian):
 
     def sketch(candidates):
         draws = recorder.draws[candidates.layer, candidates.eviction_index]
-        return draws.gaussian(candidates.keys.shape[-1], 4, gaussian == "redrawn")
+        return draws.gaussian(candidates.keys.shape[-1], 4, gaussian == "redrawn")[0]
 
     policy = policies.cur(sketch)
     with recorded_engine(models, settings) as (llm, recorder):

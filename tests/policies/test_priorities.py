@@ -144,7 +144,8 @@ def test_survivors_are_those_of_the_oracle(own, policy, shape):
 def test_cur_keeps_the_leverage_that_its_matrix_gives(own, shape):
     eviction = shape.eviction(own)
     draws = eviction.candidates().draws
-    sketch = draws.gaussian(shape.head_size, own["columns"], own["gaussian"] == "redrawn")
+    sketch, *others = draws.gaussian(shape.head_size, own["columns"], own["gaussian"] == "redrawn")
+    assert all(torch.equal(sketch, other) for other in others)
     assert_equal_to_oracle(eviction, shape, policies.cur(lambda _: sketch))
 
 
@@ -415,7 +416,10 @@ def test_the_matrices_of_cur_are_gaussian(over):
 def test_the_cells_of_the_matrix_of_cur_are_independent_normal_numbers():
     eviction = DenseEviction.random(SMALL | CUR["cur-fixed"], NUM_CANDIDATES)
     cells = torch.stack(
-        [eviction.candidates(key=key).draws.gaussian(16, 20, False).flatten() for key in range(500)]
+        [
+            eviction.candidates(key=key).draws.gaussian(16, 20, False)[0].flatten()
+            for key in range(500)
+        ]
     )  # [requests, 320]
     cells = cells.double()
     # Kolmogorov-Smirnov: the distance of n numbers is above 1.95 / sqrt(n) once in a thousand.

@@ -94,7 +94,7 @@ class DenseEviction:
             limits=limits,
             first=num_candidates + limits.window,
             eviction_index=eviction_index,
-            draws=draws.of_layer(layer),
+            draws=draws.of_layers([layer]),
         )
 
     def priority(self, **eviction: int) -> torch.Tensor:

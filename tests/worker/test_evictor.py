@@ -23,6 +23,8 @@ from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.policies.draws import Draws
+from vase_vllm.policies.registry import policy_names
+from vase_vllm.worker import evictor
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import cpu_page_layout
 from vase_vllm.worker.query_ring import TorchRingWrite
@@ -192,7 +194,26 @@ def test_layers_that_draw_together_draw_what_each_would_alone(num_candidates):
     draws = Draws(limits, KEY, 4, num_candidates, layers, heads)
     for layer in layers:
         alone = sampling_noise(limits.seed, num_candidates, 4, layer, heads, KEY)
-        assert torch.equal(draws.of_layer(layer).gumbel(), alone)
+        assert torch.equal(draws.of_layers([layer]).gumbel(), alone)
+
+
+@pytest.mark.parametrize("policy", sorted(policy_names()))
+def test_layers_that_are_ranked_together_keep_what_each_would_alone(policy, monkeypatch):
+    """Each policy, with draws of its own for each layer, on three layers in stacks of two."""
+    config = EvictionConfig.parse({"policy": policy, "budget": 96, "window": 16})
+    paged = Paged(config, "vec", torch.float32, 2, 112, 112)
+    others = [torch.randn_like(paged.cache) for _ in range(2)]
+    together, apart = (
+        {layer: cache.clone() for layer, cache in zip((3, 7, 11), [paged.cache, *others])}
+        for _ in range(2)
+    )
+    num_keys = NUM_HEADS * 64 * 96
+    for num_layers, caches in ((2, together), (1, apart)):
+        monkeypatch.setitem(evictor._KEYS_TOGETHER, "cpu", num_layers * num_keys)
+        paged.evictor().evict(caches, paged.row, 112)
+    for layer, cache in together.items():
+        assert torch.equal(cache.nan_to_num(7), apart[layer].nan_to_num(7))
+    assert not torch.equal(together[7], others[0])
 
 
 @pytest.mark.parametrize("num_cached", [112, 230], ids=["steady", "long-prompt"])

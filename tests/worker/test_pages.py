@@ -87,7 +87,7 @@ def test_candidates_stop_before_the_window_whose_values_come_after_them():
     key, value = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, 64)
     cache = torch.cat([by_block(key), by_block(value)], dim=-1)
     blocks, num = torch.tensor([3, 0, 2]), BLOCK_SIZE + 5
-    candidates = CandidatePages(PlainPages(), cache, blocks, num, window=BLOCK_SIZE)
+    candidates = CandidatePages(PlainPages(), [cache], blocks, num, window=BLOCK_SIZE)
     slots = (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()
     window = slots[num : num + BLOCK_SIZE]
     assert torch.equal(candidates.window_values(), value[window].transpose(0, 1))

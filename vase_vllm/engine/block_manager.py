@@ -44,6 +44,7 @@ class EvictionManager(FullAttentionManager):
         # for: it changes only where blocks are allocated or freed.
         self._missing: dict[str, int] = {}
         self._num_missing = 0
+        self._num_released = 0
 
     def bind(self, context: AdmissionContext) -> None:
         """Learn what the scheduler knows; it calls this once, before there is any request."""
@@ -283,6 +284,12 @@ class EvictionManager(FullAttentionManager):
             surplus = row[num_kept:]
             del row[num_kept:]
             self.block_pool.free_blocks(reversed(surplus))
+            self._num_released += len(surplus)
+
+    def take_num_released(self) -> int:
+        """Blocks that sequences have given back at their first eviction since the last call."""
+        num_released, self._num_released = self._num_released, 0
+        return num_released
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The sequence's real blocks; the header is no block and must not reach the pool."""

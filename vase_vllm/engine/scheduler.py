@@ -18,6 +18,7 @@ from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.engine.statistics import EvictionStatistics
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.request_settings import wants_report
 
 logger = init_logger("vllm.vase_vllm")
 
@@ -33,7 +34,7 @@ class _EvictionMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        managers = [
+        self._managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(manager, EvictionManager)
@@ -41,10 +42,10 @@ class _EvictionMixin(Scheduler):
         config = EvictionConfig.from_vllm(self.vllm_config)
         assert config is not None, "this scheduler is chosen only where eviction is on"
         self._admission = AdmissionContext(self.requests, config, self.max_model_len)
-        for manager in managers:
+        for manager in self._managers:
             manager.bind(self._admission)
         # All groups share one schedule: any manager knows when a request evicts.
-        self._manager = managers[0]
+        self._manager = self._managers[0]
         self._eviction_schedule = config.schedule
         self._statistics = EvictionStatistics()
         self._log_capacity()
@@ -150,15 +151,39 @@ class _EvictionMixin(Scheduler):
         counted.held_tokens = int(held.sum())
         counted.logical_tokens = int(positions.sum())
         counted.evicting_requests = int((positions > first).sum())
+        counted.released_blocks = sum(manager.take_num_released() for manager in self._managers)
         counted.put_into(stats)
         return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's hook on the end of a request: its output's length predicts those to come."""
+        """vLLM's hook on the end of a request: its output's length predicts those to come.
+
+        A report that the request has asked for goes where a KV connector's answer would go, which
+        reaches the client in ``kv_transfer_params``.
+        """
         if request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
             cut_off = request.status == RequestStatus.FINISHED_LENGTH_CAPPED
             self._admission.output_lengths.add(request.num_output_tokens, cut_off)
-        return super()._free_request(request, *args, **kwargs)
+        sampling = request.sampling_params
+        if sampling is None or not wants_report(sampling.extra_args):
+            return super()._free_request(request, *args, **kwargs)
+        report = self._report(request)
+        kv_params, *others = super()._free_request(request, *args, **kwargs)
+        return {**(kv_params or {}), "kv_eviction": report}, *others
+
+    def _report(self, request: Request) -> dict[str, int]:
+        """What a request that has ended has evicted, and holds per layer and KV head."""
+        numbers = self._manager.numbers(request.request_id)
+        own = self._eviction_schedule.with_budget(numbers.budget)
+        # The last token of an output is never fed back to the model.
+        last_read = max(request.num_tokens - 2, 0)
+        evictions, evicted_tokens = own.evictions_until(last_read, numbers.first)
+        return {
+            "evictions": evictions,
+            "evicted_tokens": evicted_tokens,
+            "held_tokens": own.slots(last_read, numbers.first) + 1,
+            "logical_tokens": last_read + 1,
+        }
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

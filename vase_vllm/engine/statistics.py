@@ -18,6 +18,7 @@ class EvictionStatistics:
     Attributes:
         evictions: of sequences since the last report, those of a recomputed output included.
         evicted_tokens: by them, per layer and KV head.
+        released_blocks: that prompts longer than the bound gave back at their first eviction.
         held_tokens: in the KV cache of the running requests, per layer and KV head.
         logical_tokens: that the running requests have computed, evicted or not.
         evicting_requests: running requests that have evicted.
@@ -25,6 +26,7 @@ class EvictionStatistics:
 
     evictions: int = 0
     evicted_tokens: int = 0
+    released_blocks: int = 0
     held_tokens: int = 0
     logical_tokens: int = 0
     evicting_requests: int = 0

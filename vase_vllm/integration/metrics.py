@@ -15,6 +15,7 @@ LABELS = ("model_name", "engine")
 COUNTERS = {
     "evictions": "Evictions of sequences from the KV cache.",
     "evicted_tokens": "Tokens evicted, per layer and KV head.",
+    "released_blocks": "Blocks that long prompts gave back at their first eviction.",
 }
 GAUGES = {
     "held_tokens": "Tokens that running requests hold in the KV cache, per layer and KV head.",

@@ -123,13 +123,20 @@ class EvictionSchedule:
             Evictions, and tokens evicted per layer and KV head.
         """
         first = self.first_eviction(num_prompt_tokens)
-        budget = self.for_prompt(num_prompt_tokens).budget
         # The last token of an output is never fed back to the model.
         last_read = num_prompt_tokens + num_output_tokens - 2
-        if last_read < first:
+        return self.for_prompt(num_prompt_tokens).evictions_until(last_read, first)
+
+    def evictions_until(self, position: int, first: int) -> tuple[int, int]:
+        """What a sequence has evicted when the token at ``position`` has been computed.
+
+        Returns:
+            Evictions, and tokens evicted per layer and KV head.
+        """
+        if position < first:
             return 0, 0
-        num_evictions = (last_read - first) // self.window + 1
-        return num_evictions, first - budget + (num_evictions - 1) * self.window
+        num_evictions = (position - first) // self.window + 1
+        return num_evictions, first - self.budget + (num_evictions - 1) * self.window
 
     def tokens_until_eviction(self, position: int, first: int) -> int:
         """How many tokens from ``position`` on one step may compute.

@@ -28,7 +28,7 @@ class Policy(BaseModel, ABC):
 
     @abstractmethod
     def priority(self, candidates: Candidates) -> torch.Tensor:
-        """Rank one layer's candidates.
+        """Rank the candidates, each KV head for itself.
 
         The ``budget - window`` largest of each head survive, ties going to the lower slot. The
         sinks and a prompt that is kept survive whatever is returned for them.

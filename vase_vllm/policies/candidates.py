@@ -1,4 +1,6 @@
-"""The candidates of one eviction of one layer, as a policy sees them.
+"""The candidates of one eviction, as a policy sees them.
+
+A policy ranks KV head by KV head, so that heads of several layers can be ranked at once.
 
 Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head size.
 """
@@ -17,7 +19,7 @@ from vase_vllm.policies.draws import LayerDraws
 
 
 class TokenSource(Protocol):
-    """Reads the candidates of one layer from wherever they lie, in slot order."""
+    """Reads the candidates from wherever they lie, in slot order."""
 
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""
@@ -59,9 +61,9 @@ class DenseTokens:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All tokens of one layer that an eviction may drop: those older than the window.
+    """All tokens that an eviction may drop, in the KV heads of one layer or of several.
 
-    They come in slot order, which is the order of position only until the first eviction; all KV
+    They are those older than the window, and come in slot order, which is the order of position only until the first eviction; all KV
     heads agree on the number of candidates, not on which tokens they are.
 
     One KV head with one query head, window 1 and four candidates of head size 1:
@@ -81,7 +83,7 @@ class Candidates:
     ...     limits=limits,
     ...     first=5,
     ...     eviction_index=0,
-    ...     draws=draws.of_layer(0),
+    ...     draws=draws.of_layers([0]),
     ... )
     >>> candidates.attention()
     tensor([[0.0321, 0.0871, 0.6439, 0.2369]])

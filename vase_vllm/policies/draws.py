@@ -5,6 +5,7 @@ nothing in it depends on the batch, the rank, or the row that the request happen
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,9 +44,9 @@ class Draws:
     device: torch.device | str = "cpu"
     _gumbel: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def of_layer(self, layer: int) -> "LayerDraws":
-        """The draws of one of ``layers``."""
-        return LayerDraws(self, layer)
+    def of_layers(self, layers: Sequence[int]) -> "LayerDraws":
+        """The draws of some of ``layers``, one after the other."""
+        return LayerDraws(self, tuple(layers))
 
     def gumbel(self, layer: int) -> torch.Tensor:
         """Gumbel noise of one layer, [H, n] fp32.
@@ -68,41 +69,41 @@ class Draws:
 
 @dataclass(frozen=True)
 class LayerDraws:
-    """Draws of one layer."""
+    """Draws of layers that are ranked together: H is the number of their KV heads in all."""
 
     eviction: Draws
-    layer: int
+    layers: tuple[int, ...]
 
     def gumbel(self) -> torch.Tensor:
         """Standard Gumbel noise, [H, n] fp32: ``log a + noise`` draws in proportion to ``a``."""
-        return self.eviction.gumbel(self.layer)
+        return torch.cat([self.eviction.gumbel(layer) for layer in self.layers])
 
     def uniform(self) -> torch.Tensor:
         """Uniform numbers, [H, n] fp32 in (0, 1), independent of :meth:`gumbel`."""
         of = self.eviction
-        heads = (self.layer * 65536 + of.kv_heads)[:, None]
+        heads = (torch.tensor(self.layers)[:, None] * 65536 + of.kv_heads).flatten()[:, None]
         slots = torch.arange(of.num_candidates)[None]
         return self._uniform(_RANDOM_PROTECTION, slots, of.eviction_index, heads).to(of.device)
 
     def gaussian(self, rows: int, columns: int, anew: bool) -> torch.Tensor:
-        """A matrix of standard normal numbers, the same for all KV heads of the layer.
+        """Matrices of standard normal numbers, the same for all KV heads of a layer.
 
         Args:
-            rows, columns: of the matrix.
-            anew: draw another matrix at every eviction, instead of one for the whole sequence.
+            rows, columns: of each matrix.
+            anew: draw others at every eviction, instead of the same for the whole sequence.
 
         Returns:
-            [rows, columns] fp32.
+            [H, rows, columns] fp32.
         """
         of = self.eviction
-        cells = torch.arange(2 * rows * columns)
+        cells = torch.arange(2 * rows * columns)[None]
         index = 1 + of.eviction_index if anew else 0
-        radius, angle = self._uniform(
-            _PROJECTION, cells, index, torch.tensor(self.layer * 65536)
-        ).chunk(2)
+        layers = torch.tensor(self.layers)[:, None] * 65536
+        radius, angle = self._uniform(_PROJECTION, cells, index, layers).chunk(2, dim=-1)
         # Box and Muller, "A note on the generation of random normal deviates" (1958).
         normal = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
-        return normal.view(rows, columns).to(of.device)
+        matrices = normal.view(-1, rows, columns).to(of.device)
+        return matrices.repeat_interleave(len(of.kv_heads), dim=0)
 
     def _uniform(self, stream: int, c0: torch.Tensor, index: int, c2: torch.Tensor) -> torch.Tensor:
         of = self.eviction

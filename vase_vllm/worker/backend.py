@@ -80,6 +80,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         by_index = {extract_layer_index(name): layer for name, layer in layers.items()}
         self._path = type(self).path_factory(self.context, kv_cache_spec, by_index)
+        self.context.paths.append(self._path)
         self._capturing = False
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:

@@ -22,12 +22,17 @@ from vase_vllm.worker.nan_warnings import NaNWarnings
 from vase_vllm.worker.pages import CandidatePages, PageLayout
 from vase_vllm.worker.query_ring import load_queries
 
+_KEYS_TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Numbers in the keys of the layers that are ranked at once, by device: 4 and 128 MiB of fp32."""
+
 
 class EvictionObserver(Protocol):
     """Looks at evictions while they happen."""
 
     def observe(self, candidates: Candidates, priority: torch.Tensor, keep: torch.Tensor) -> None:
         """Look at one layer's eviction from one sequence, and change nothing.
+
+        While anybody looks, layers are ranked one by one.
 
         Args:
             priority: [H, n], the policy's, +inf where a candidate is sure to stay.
@@ -100,22 +105,41 @@ class TorchEvictor:
             self.kv_heads,
             row.device,
         )
-        for layer, kv_cache in kv_caches.items():
+        num_together = 1
+        if observer is None:
+            num_together = self._layers_together(num_candidates, row.device.type)
+        indices = list(kv_caches)
+        for start in range(0, len(indices), num_together):
+            layers = indices[start : start + num_together]
+            caches = [kv_caches[layer] for layer in layers]
+            queries = [load_queries(self.ring, cache, state_blocks).float() for cache in caches]
             candidates = Candidates(
                 num=num_candidates,
-                queries=load_queries(self.ring, kv_cache, state_blocks).float(),
+                queries=torch.cat(queries),
                 tokens=CandidatePages(
-                    self.page_layout, kv_cache, blocks, num_candidates, limits.window
+                    self.page_layout, caches, blocks, num_candidates, limits.window
                 ),
                 scale=self.scale,
                 limits=limits,
                 first=header.first,
                 eviction_index=eviction_index,
-                draws=draws.of_layer(layer),
-                dtype=kv_cache.dtype,
+                draws=draws.of_layers(layers),
+                dtype=caches[0].dtype,
             )
-            self._move(kv_cache, blocks, limits, self.survivors(candidates, observer))
+            keep = self.survivors(candidates, observer)
+            for cache, of_layer in zip(caches, keep.chunk(len(caches)), strict=True):
+                self._move(cache, blocks, limits, of_layer)
         return num_cached - limits.budget
+
+    def _layers_together(self, num_candidates: int, device: str) -> int:
+        """How many layers are ranked at once.
+
+        An eviction is some dozens of operations, which for few candidates take longer to start
+        than to run. For many, the keys of one layer fill a processor's cache; a GPU's memory takes
+        more of them.
+        """
+        num_keys = len(self.kv_heads) * self.spec.head_size * num_candidates
+        return max(1, _KEYS_TOGETHER[device] // num_keys)
 
     def survivors(
         self, candidates: Candidates, observer: EvictionObserver | None = None

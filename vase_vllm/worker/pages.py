@@ -7,7 +7,7 @@ the dimension. So one probe through vLLM's own cache write finds any of them, an
 depends on the instruction set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Protocol
@@ -160,44 +160,59 @@ class PackedPages:
 
 @dataclass(frozen=True)
 class CandidatePages:
-    """A sequence's candidates in its pages of one layer: a ``TokenSource`` of the policies.
+    """A sequence's candidates in its pages: a ``TokenSource`` of the policies.
+
+    H is the number of KV heads of all the layers together, layer by layer.
 
     Attributes:
+        kv_caches: of the layers, alike in shape.
         blocks: [blocks] int64, of the sequence's slots.
         num: candidates, the first slots.
         window: newest tokens, the slots after them.
     """
 
     layout: PageLayout
-    kv_cache: torch.Tensor
+    kv_caches: Sequence[torch.Tensor]
     blocks: torch.Tensor
     num: int
     window: int
 
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""
-        _, num_heads, block_size, pair_size = self.kv_cache.shape
-        shape = (num_heads, pair_size // 2, len(self.blocks) * block_size)
-        keys = torch.empty(shape, device=self.kv_cache.device)
-        start = 0
-        for part in self.layout.keys(self.kv_cache, self.blocks.tolist()):
-            keys[:, :, start : start + part.shape[1]] = part.transpose(-1, -2)
-            start += part.shape[1]
-        return keys[:, :, : self.num]
+        _, num_heads, block_size, pair_size = self.kv_caches[0].shape
+        shape = (len(self.kv_caches), num_heads, pair_size // 2, len(self.blocks) * block_size)
+        keys = torch.empty(shape, device=self.kv_caches[0].device)
+        blocks = self.blocks.tolist()
+        for of_layer, kv_cache in zip(keys, self.kv_caches, strict=True):
+            start = 0
+            for part in self.layout.keys(kv_cache, blocks):
+                of_layer[:, :, start : start + part.shape[1]] = part.transpose(-1, -2)
+                start += part.shape[1]
+        return keys.flatten(0, 1)[:, :, : self.num]
 
     def values(self) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part."""
         left = self.num
-        for part in self.layout.values(self.kv_cache, self.blocks.tolist()):
+        for part in self._values(self.blocks):
             if left > 0:
                 yield part[:, :left]
             left -= part.shape[1]
 
     def window_values(self) -> torch.Tensor:
         """[H, W, D] of the cache's dtype."""
-        first_block, start = divmod(self.num, self.kv_cache.shape[2])
-        parts = self.layout.values(self.kv_cache, self.blocks[first_block:].tolist())
+        first_block, start = divmod(self.num, self.kv_caches[0].shape[2])
+        parts = self._values(self.blocks[first_block:])
         return torch.cat(list(parts), dim=1)[:, start : start + self.window]
+
+    def _values(self, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+        """[H, m, D] of the cache's dtype, part by part, over whole blocks."""
+        numbers = blocks.tolist()
+        if len(self.kv_caches) == 1:
+            # Views, where the pages allow it.
+            yield from self.layout.values(self.kv_caches[0], numbers)
+            return
+        layers = (self.layout.values(kv_cache, numbers) for kv_cache in self.kv_caches)
+        yield from map(torch.cat, zip(*layers, strict=True))
 
 
 @cache

@@ -1,17 +1,19 @@
 """What a decode step needs beyond vLLM's own metadata, whatever the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.evictor import EvictionObserver
+from vase_vllm.worker.pages import PageLayout
 from vase_vllm.worker.row_headers import RowHeaders
 
 
@@ -42,7 +44,15 @@ class PreparedStep:
 
 
 class StepPath(Protocol):
-    """How a device evicts and remaps."""
+    """How a device evicts and remaps.
+
+    Attributes:
+        layers: layer index to the layer, of one builder.
+        page_layout: of these layers' KV caches.
+    """
+
+    layers: dict[int, Attention]
+    page_layout: PageLayout
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """Evict from the sequences that are due and rewrite the step's slot mapping in place.
@@ -63,6 +73,7 @@ class StepContext:
     Attributes:
         observer: looks at all evictions while it is set. They then run in plain torch on a GPU too,
             for the fused kernel does not tell what it kept.
+        paths: of the builders, each of which adds its own.
     """
 
     config: EvictionConfig
@@ -71,6 +82,7 @@ class StepContext:
     counters: EvictionCounters
     row_headers: RowHeaders
     observer: EvictionObserver | None = None
+    paths: list[StepPath] = field(default_factory=list)
 
     def kv_heads(self, num_local_heads: int) -> torch.Tensor:
         """Indices in the whole model of this rank's KV heads: [num_local_heads] int64.

@@ -47,11 +47,12 @@ class TritonPath:
         self._layer_indices = torch.tensor(list(layers), dtype=torch.int32, device=device)
         self._token_table: torch.Tensor | None = None
         self._pointers: tuple[int, torch.Tensor] | None = None
+        self.page_layout = PlainPages()
         self._evictor = TorchEvictor(
             context.config,
             spec,
             RingLayout(context.config.window, self.group_size, spec.block_size),
-            PlainPages(),
+            self.page_layout,
             self.softmax_scale,
             context.kv_heads(spec.num_kv_heads),
         )

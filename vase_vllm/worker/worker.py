@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -12,7 +13,9 @@ from vase_vllm.support import check_pool
 from vase_vllm.worker.backend import full_attention_layers, wrap_layers
 from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.evictor import EvictionObserver
+from vase_vllm.worker.request_status import request_status
 from vase_vllm.worker.row_headers import RowHeaders
+from vase_vllm.worker.self_check import check_evictions
 from vase_vllm.worker.step import StepContext
 
 
@@ -20,6 +23,7 @@ class EvictionWorkerMixin(Worker):
     """What eviction adds to a worker of any platform."""
 
     _warming_up = False
+    _latest_step = SchedulerOutput.make_empty()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then wrap the attention backends that it was given."""
@@ -48,6 +52,7 @@ class EvictionWorkerMixin(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache, and note which group's block-table rows have a header."""
         super().initialize_from_config(kv_cache_config)
+        self._kv_cache_config = kv_cache_config
         self._eviction_groups = {
             index: group.kv_cache_spec
             for index, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -55,12 +60,19 @@ class EvictionWorkerMixin(Worker):
         }
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up; vLLM's dummy requests have block-table rows without our header."""
+        """Warm up, then prove that evictions happen.
+
+        vLLM's dummy requests have block-table rows without our header.
+        """
         self._warming_up = True
         try:
-            return super().compile_or_warm_up_model()
+            times = super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
+        if self._eviction.config.self_check:
+            steps = self.execute_model, self.sample_tokens
+            check_evictions(steps, self._eviction, self._kv_cache_config)
+        return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step. The message that starts it says when its new sequences will evict."""
@@ -72,6 +84,8 @@ class EvictionWorkerMixin(Worker):
                 )
         # All groups' rows say the same.
         self._eviction.row_headers.observe(scheduler_output, min(self._eviction_groups))
+        if scheduler_output.total_num_scheduled_tokens:
+            self._latest_step = scheduler_output
         return super().execute_model(scheduler_output)
 
     def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
@@ -92,6 +106,14 @@ class EvictionWorkerMixin(Worker):
     def get_kv_eviction_stats(self) -> dict[str, int]:
         """Evictions so far on this worker, for ``collective_rpc``."""
         return self._eviction.counters.as_dict()
+
+    def get_kv_eviction_requests(self) -> list[dict[str, Any]]:
+        """What the requests of the latest step hold, for ``collective_rpc``."""
+        return request_status(
+            self._latest_step,
+            self._eviction.row_headers.by_request,
+            self._eviction.config.schedule,
+        )
 
 
 class EvictionWorker(EvictionWorkerMixin):

@@ -79,7 +79,7 @@ class KeptPositions:
 
     def observe(self, candidates: Candidates, priority: torch.Tensor, keep: torch.Tensor) -> None:
         """See :class:`vase_vllm.worker.evictor.EvictionObserver`."""
-        index = candidates.draws.layer
+        (index,) = candidates.draws.layers
         if index not in self._watched:
             return
         limits = candidates.limits

@@ -1,0 +1,1 @@
+"""The status page: routes that vLLM's API server has if ``VLLM_PLUGINS`` names ``vase-status``."""
