@@ -49,6 +49,15 @@ def test_evictions_are_counted_as_played(shape, num_output, bounded):
     )
 
 
+@given(shape=shapes, longest=st.integers(1, 300))
+def test_what_never_evicts_is_known(shape, longest):
+    """Over all prompts and outputs that together have at most so many tokens."""
+    budget, window, _ = shape
+    schedule = EvictionSchedule(budget, window)
+    counts = [schedule.evictions(n, longest - n)[0] for n in range(1, longest)]
+    assert (schedule.never_evicts(longest, "--budget") is None) == any(counts)
+
+
 @given(shapes)
 def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
     budget, window, num_prompt = shape

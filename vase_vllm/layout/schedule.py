@@ -66,12 +66,13 @@ class EvictionSchedule:
         Args:
             budget_flag: how the user sets the budget; the remedy names it.
         """
-        if max_model_len > self.bound:
+        # The last token of an output is never fed back to the model.
+        if max_model_len > self.bound + 1:
             return None
         return (
             f"no sequence would ever evict: --max-model-len ({max_model_len}) is not above "
-            f"budget + window ({self.budget} + {self.window}); lower {budget_flag} or raise "
-            "--max-model-len"
+            f"budget + window + 1 ({self.budget} + {self.window} + 1); lower {budget_flag} or "
+            "raise --max-model-len"
         )
 
     def first_eviction(self, num_prompt_tokens: int) -> int:
