@@ -1,7 +1,7 @@
 """Builds the sdist and the wheel, checks them, and serves from the wheel in a fresh environment.
 
-Run by ``make dist``. What it needs beside the project's environment it installs into environments of
-their own, which are removed again.
+Run by ``make dist``. What it needs beside the project's environment it installs into environments
+of their own, which are removed again.
 """
 
 import shutil

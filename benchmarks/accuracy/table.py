@@ -78,9 +78,7 @@ def questions_and_times(questions: dict[tuple[str, float], float], times: dict[s
         cells = [f"`{name}`"]
         for compression in compressions:
             method = ON_THE_TESTBED.get(name, name)
-            pair = [
-                questions.get((of, compression)) for of in (method, f"{method}-prompt-kept")
-            ]
+            pair = [questions.get((of, compression)) for of in (method, f"{method}-prompt-kept")]
             cells.append(" / ".join(NONE if x is None else f"{x:.0f}" for x in pair))
         cells += [str(of_budget.get(name, NONE)) for of_budget in milliseconds.values()]
         rows.append(cells)
@@ -110,19 +108,21 @@ def page() -> str:
 
 ## Likelihood and facts on a small real model
 
-SmolLM2-135M-Instruct; passages of {rules["length"]} tokens, which no choice of a policy or of its settings has seen. The rise
-of the negative log-likelihood over the full cache is in nats per token; in brackets the passages with the smallest and the
-largest rise. Three facts are stated in each passage, and asked for at token 640 and at its end; counted are those that the
-full cache recalls. `{rules["command"]}`, {rules["date"][:10]}.
+SmolLM2-135M-Instruct; passages of {rules["length"]} tokens, which no choice of a policy or of its
+settings has seen. The rise of the negative log-likelihood over the full cache is in nats per token;
+in brackets the passages with the smallest and the largest rise. Three facts are stated in each
+passage, and asked for at token 640 and at its end; counted are those that the full cache recalls.
+`{rules["command"]}`, {rules["date"][:10]}.
 
 {likelihood(rules)}
 
 ## Questions of the testbed, and time
 
-Percent of questions right ([testbed](accuracy.md)); with a kept prompt at equal total memory. Times are those of one layer
-of one sequence with 8 KV heads of size 128 and 4 query heads each, in plain torch on one core of {times["machine"]["processor"]}
-(`{times["command"]}`, {times["date"][:10]}). No policy keeps anything beside the cache, the window's queries and, for
-`triattention`, its file of statistics.
+Percent of questions right ([testbed](accuracy.md)); with a kept prompt at equal total memory. Times
+are those of one layer of one sequence with 8 KV heads of size 128 and 4 query heads each, in plain
+torch on one core of {times["machine"]["processor"]} (`{times["command"]}`, {times["date"][:10]}).
+No policy keeps anything beside the cache, the window's queries and, for `triattention`, its file of
+statistics.
 
 {questions_and_times(testbed(results), times)}
 

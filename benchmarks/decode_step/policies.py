@@ -96,7 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
     shape = {"kv_heads": HEADS, "group": GROUP, "head_size": HEAD_SIZE, "window": WINDOW}
     result = {**provenance(), **shape, "dtype": args.dtype, "milliseconds_per_layer": found}
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    rows = [[name, *(str(found[budget][name]) for budget in args.budgets)] for name in args.policies]
+    rows = [
+        [name, *(str(found[budget][name]) for budget in args.budgets)] for name in args.policies
+    ]
     heads = ["policy", *(f"ms per layer, budget {budget}" for budget in args.budgets)]
     Console(soft_wrap=True).print(table(heads, rows), markup=False)
 

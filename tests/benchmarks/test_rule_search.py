@@ -86,7 +86,9 @@ def test_orders_hold_the_same_tokens(reference, order):
 def test_the_authors_order():
     limits = EvictionLimits(budget=6, window=2, sinks=1)
     heads = torch.tensor([0])
-    values = torch.tensor([[[0.0, 1.0], [0.0, 5.0], [0.0, 2.0], [0.0, 9.0], [0.0, 3.0], [0.0, 4.0]]])
+    values = torch.tensor(
+        [[[0.0, 1.0], [0.0, 5.0], [0.0, 2.0], [0.0, 9.0], [0.0, 3.0], [0.0, 4.0]]]
+    )
     candidates = Candidates(
         num=6,
         queries=torch.ones(1, 2, 2),

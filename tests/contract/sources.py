@@ -68,8 +68,10 @@ class Sources:
                 return module, node
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return self._find_imported(module, node, alias.name)
+                    if (alias.asname or alias.name) in (name, "*"):
+                        wanted = name if alias.name == "*" else alias.name
+                        if found := self._find_imported(module, node, wanted):
+                            return found
             for target, value in _assigned(node):
                 if isinstance(target, ast.Name) and target.id == name:
                     return module, node

@@ -1,6 +1,6 @@
 """Which symbols of vLLM the plugin uses: found in its own sources, and those that no source names.
 
-    python -m tests.contract.uses      # writes the table anew from the installed vLLM
+python -m tests.contract.uses      # writes the table anew from the installed vLLM
 """
 
 import ast

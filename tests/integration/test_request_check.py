@@ -94,7 +94,7 @@ def test_an_unknown_setting_of_a_request(key):
     reason = reason_to_reject(engine_config(100), request(5, **{key: "none"}))
     assert reason == (
         f"vllm_xargs.{key}: unknown key; the keys are kv_eviction, kv_eviction_budget, "
-        "kv_eviction_prompt."
+        "kv_eviction_prompt, kv_eviction_report."
     )
 
 

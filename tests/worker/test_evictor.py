@@ -38,7 +38,7 @@ class Paged:
     def __init__(self, config, isa, dtype, group, num_cached, first, head_size=64):
         torch.manual_seed(0)
         self.config, self.first, self.num_cached = config, first, num_cached
-        self.parameters = parameters = config.fused
+        self.parameters = parameters = config.fused or config.limits
         self.ring = RingLayout(parameters.window, group, BLOCK_SIZE)
         self.spec = EvictionSpec(
             block_size=BLOCK_SIZE,
@@ -204,7 +204,10 @@ def test_layers_that_are_ranked_together_keep_what_each_would_alone(policy, monk
     paged = Paged(config, "vec", torch.float32, 2, 112, 112)
     others = [torch.randn_like(paged.cache) for _ in range(2)]
     together, apart = (
-        {layer: cache.clone() for layer, cache in zip((3, 7, 11), [paged.cache, *others])}
+        {
+            layer: cache.clone()
+            for layer, cache in zip((3, 7, 11), [paged.cache, *others], strict=True)
+        }
         for _ in range(2)
     )
     num_keys = NUM_HEADS * 64 * 96

@@ -28,7 +28,11 @@ def reason_to_reject(vllm_config: VllmConfig, request: EngineCoreRequest) -> str
         own = settings_of_request(config, sampling.extra_args if sampling is not None else None)
     except EvictionError as error:
         return f"{error}."
-    if own is None and config.prefill == "bounded" and vllm_config.model_config.get_sliding_window():
+    if (
+        own is None
+        and config.prefill == "bounded"
+        and vllm_config.model_config.get_sliding_window()
+    ):
         # A pool that bounds every prompt may be smaller than one request without eviction needs
         # in all groups of layers, of which an API server knows only those that evict.
         return (

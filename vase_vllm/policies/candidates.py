@@ -63,8 +63,9 @@ class DenseTokens:
 class Candidates:
     """All tokens that an eviction may drop, in the KV heads of one layer or of several.
 
-    They are those older than the window, and come in slot order, which is the order of position only until the first eviction; all KV
-    heads agree on the number of candidates, not on which tokens they are.
+    They are those older than the window, and come in slot order, which is the order of position
+    only until the first eviction; all KV heads agree on the number of candidates, not on which
+    tokens they are.
 
     One KV head with one query head, window 1 and four candidates of head size 1:
 

@@ -25,9 +25,7 @@ class CPUPath:
         self.ring = RingLayout(
             context.config.window, layer.num_heads // layer.num_kv_heads, spec.block_size
         )
-        self.page_layout = cpu_page_layout(
-            layer.isa, spec.block_size, spec.head_size, spec.dtype
-        )
+        self.page_layout = cpu_page_layout(layer.isa, spec.block_size, spec.head_size, spec.dtype)
         self.evictor = TorchEvictor(
             context.config,
             spec,

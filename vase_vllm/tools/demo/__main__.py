@@ -42,8 +42,8 @@ MOST_THREADS = 4
 NEXT = """
 [bold]Next[/]
   serve a model of yours      vllm serve MODEL --kv-eviction vase
-  what fits into your GPU     vase-vllm plan --model MODEL --gpu-memory 80GiB --budget 2048 4096
-  see what each head keeps    vase-vllm inspect --model build/demo-model --dtype float32 --chat \\
+  what fits into your GPU     vase-vllm plan MODEL --gpu-memory 80GiB --budget 2048 4096
+  see what each head keeps    vase-vllm inspect build/demo-model --dtype float32 --chat \\
                                 --prompt "Why is the sky blue?" --ignore-eos --max-tokens 600 \\
                                 --kv-eviction-config.budget 128
 """
