@@ -15,8 +15,12 @@ def model(tmp_path_factory):
 
 
 def run(llm, poisoned=()):
-    """Token ids of one request; the pages of all blocks but its own are made NaN at some steps."""
-    add_request(llm, "own", random_prompt(150, 1), greedy(200))
+    """Token ids of one request; at some steps all pages but its own are overwritten.
+
+    With large numbers, not with NaN: attention multiplies what it masks by 0, and a block that the
+    request is given later has cells that nothing was written to.
+    """
+    add_request(llm, "own", random_prompt(150, 1, vocab_size=256), greedy(200))
     caches = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     step, tokens = 0, []
     while llm.llm_engine.has_unfinished_requests():
@@ -27,7 +31,7 @@ def run(llm, poisoned=()):
                 # Of the row's header no number is a block; those that look like one are spared.
                 foreign = torch.ones(len(cache), dtype=torch.bool)
                 foreign[[block for block in own if block < len(cache)]] = False
-                cache[foreign] = torch.nan
+                cache[foreign] = 1e4
         for output in llm.llm_engine.step():
             tokens = list(output.outputs[0].token_ids)
         step += 1

@@ -1,7 +1,5 @@
 """The proof at start-up that evictions happen: it passes where they do, and refuses where not."""
 
-import logging
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from tests.support.engines import engine, eviction_stats, generate, greedy, rand
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.tiny_model import make_tiny_model
+from vase_vllm.worker import self_check
 from vase_vllm.worker.cpu_path import CPUPath
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.self_check import wrong_survivors
@@ -73,18 +72,21 @@ def test_a_wrong_eviction_does_not(change, reason):
 
 
 @pytest.mark.slow
-def test_an_engine_checks_itself_and_counts_nothing_of_it(model, caplog):
-    with (
-        caplog.at_level(logging.INFO, "vllm.vase_vllm"),
-        engine(model, EVICTION, max_num_batched_tokens=20, max_num_seqs=4) as llm,
-    ):
-        assert "vase evicted 16 of 48 tokens from 2 layers" in caplog.text
+def test_an_engine_checks_itself_and_counts_nothing_of_it(model, monkeypatch):
+    lines = []
+    monkeypatch.setattr(self_check.logger, "info", lambda line, *values: lines.append(line % values))
+
+    def of_the_check():
+        return [line for line in lines if "self-check" in line]
+
+    with engine(model, EVICTION, max_num_batched_tokens=20, max_num_seqs=4) as llm:
+        (line,) = of_the_check()
+        assert line.endswith("s: vase evicted 16 of 48 tokens from 2 layers.")
         assert set(eviction_stats(llm).values()) == {0}
-        checked = generate(llm, [random_prompt(50, 0)], greedy(120))
-    caplog.clear()
+        checked = generate(llm, [random_prompt(50, 0, vocab_size=256)], greedy(120))
     with engine(model, EVICTION | {"self_check": False}) as llm:
-        assert "self-check" not in caplog.text
-        assert generate(llm, [random_prompt(50, 0)], greedy(120)) == checked
+        assert of_the_check() == [line]
+        assert generate(llm, [random_prompt(50, 0, vocab_size=256)], greedy(120)) == checked
 
 
 @pytest.mark.slow
