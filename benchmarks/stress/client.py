@@ -72,6 +72,9 @@ def send(server: Server, kind: Kind, body: Body) -> tuple[int, Any, int]:
             return 200, found, content["usage"]["completion_tokens"]
         chunks = []
         for chunk in _events(response):
+            if "error" in chunk:
+                # A stream has its status already when its request fails.
+                return chunk["error"]["code"], chunk["error"]["message"], len(chunks)
             chunks.append(chunk["choices"][0]["text"])
             if len(chunks) == kind.leaves_after:
                 break

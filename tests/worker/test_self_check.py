@@ -74,7 +74,9 @@ def test_a_wrong_eviction_does_not(change, reason):
 @pytest.mark.slow
 def test_an_engine_checks_itself_and_counts_nothing_of_it(model, monkeypatch):
     lines = []
-    monkeypatch.setattr(self_check.logger, "info", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(
+        self_check.logger, "info", lambda line, *values: lines.append(line % values)
+    )
 
     def of_the_check():
         return [line for line in lines if "self-check" in line]

@@ -1,9 +1,18 @@
 """vLLM's CPU worker under eviction; apart, because it imports what only a CPU build has."""
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vase_vllm.worker.seeded_requests import prepare_to_rewind
 from vase_vllm.worker.worker import EvictionWorkerMixin
 
 
 class EvictionCPUWorker(EvictionWorkerMixin, CPUWorker):
     """Worker of the CPU platform."""
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's sampling, from generators that it can rewind."""
+        if not self.use_v2_model_runner:
+            prepare_to_rewind(self.model_runner)
+        return super().sample_tokens(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The two places where a worker changes objects that vLLM has made. There is no other.
+"""The places where a worker changes objects that vLLM has made. There is no other.
 
 ================================ ================================ ==================================
 changed                          why                              can go when vLLM has
