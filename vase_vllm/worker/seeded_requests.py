@@ -23,9 +23,9 @@ class RewindableGenerator(torch.Generator):
         """For vLLM to subtract from; a CPU generator does not count."""
         return 0
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         """Go back to where it was before the token was drawn."""
-        self.set_state(self._before)
+        return self.set_state(self._before)
 
 
 def prepare_to_rewind(model_runner: Any) -> None:
