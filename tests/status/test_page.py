@@ -12,17 +12,9 @@ from vase_vllm.status.plugin import PATH, _page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 HEADLESS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--timeout=20000",
-    "--virtual-time-budget=4000",
-    "--dump-dom",
+    *["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"],
+    *["--disable-background-networking", "--disable-component-update", "--disable-sync"],
+    *["--timeout=20000", "--virtual-time-budget=4000", "--dump-dom"],
 ]
 NUMBERS = {
     "policy": "vase",
