@@ -15,6 +15,7 @@ from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.distinct import whitening
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
+from vase_vllm.tools.policy_label import parse_policy_label
 
 Score = Callable[[Candidates], Tensor]
 Vectors = Callable[[Candidates], Tensor]
@@ -236,3 +237,16 @@ OTHERS: dict[str, Rule] = {
     "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
 }
 RULES = POLICIES | OTHERS
+
+
+def find_rules(names: Sequence[str]) -> dict[str, Rule]:
+    """Rules by name; any other name is a policy with its settings, as in rkv:lambda=0.3.
+
+    Raises:
+        ValueError: there is no such policy, or its settings are wrong.
+    """
+    found = {}
+    for name in names:
+        policy_name, settings = parse_policy_label(name)
+        found[name] = RULES.get(name) or policy(policy_name, **settings)
+    return found
