@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.policies.base import AttentionShape
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
@@ -71,6 +72,20 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator
         )
     if reason := config.schedule.never_evicts(model.max_model_len, "--kv-eviction-config.budget"):
         yield reason
+    try:
+        config.policy.check_model(attention_shape(model))
+    except ValueError as error:
+        yield str(error)
+
+
+def attention_shape(model: ModelConfig) -> AttentionShape:
+    """The shape of a model's attention, before it is distributed over devices."""
+    return AttentionShape(
+        num_layers=model.get_total_num_hidden_layers(),
+        num_query_heads=model.model_arch_config.total_num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+    )
 
 
 def check_pool(config: EvictionConfig, num_bytes: int, num_required: int) -> None:

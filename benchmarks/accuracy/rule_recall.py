@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy.rules import RULES, order_of
+from benchmarks.accuracy.rules import RULES, find_rules, order_of
 from benchmarks.accuracy.teacher_forcing import Llama, Reader, Rule
 from benchmarks.common.provenance import provenance
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -70,14 +70,22 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--distance", type=int, default=512)
     parser.add_argument("--instances", type=int, default=16, help="of both halves")
-    parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        default=sorted(RULES),
+        help="of rules.py, or policies with settings, as in rkv:lambda=0.3",
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON; a page lies beside it")
     args = parser.parse_args()
+    try:
+        rules = find_rules(args.rules)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     made = recall_cases(own_texts(), tokenizer, [args.distance], args.instances, fact_at=64)
     cases = [case for case in made if case.kind == "passcode" and case.half == args.half]
-    rules = {name: RULES[name] for name in args.rules}
     results = {
         **provenance(("torch", "vase-vllm")),
         **{name: getattr(args, name) for name in ("half", "budget", "distance")},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.accuracy.rules import RULES, order_of
+from benchmarks.accuracy.rules import RULES, find_rules, order_of
 from benchmarks.accuracy.teacher_forcing import Llama, Reader, Rule
 from benchmarks.common.provenance import provenance
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -183,17 +183,25 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, default="choice")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a passage")
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
-    parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        default=sorted(RULES),
+        help="of rules.py, or policies with settings, as in rkv:lambda=0.3",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file; its page lies beside it"
     )
     args = parser.parse_args()
+    try:
+        rules = find_rules(args.rules)
+    except ValueError as error:
+        parser.error(str(error))
     if max(args.budgets) + WINDOW >= args.length:
         parser.error(f"--budgets must be below --length less {WINDOW}, or nothing is evicted")
     torch.set_num_threads(1)
     model = Llama(args.model)
     found = passages(AutoTokenizer.from_pretrained(args.model), args.half, args.length)
-    rules = {name: RULES[name] for name in args.rules}
     first = min(args.budgets) + WINDOW
     full = [measure(Reader(model, [], None), passage, first) for passage in found]
     rows: list[dict[str, object]] = []

@@ -16,6 +16,7 @@ from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.distinct import whitening
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
+from vase_vllm.tools.policy_label import parse_policy_label
 
 Score = Callable[[Candidates], Tensor]
 Vectors = Callable[[Candidates], Tensor]
@@ -246,3 +247,16 @@ RULES = POLICIES | OTHERS | {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.
 def order_of(name: str) -> SlotOrder:
     """In which order a rule's survivors lie."""
     return IN_ANOTHER_ORDER[name][1] if name in IN_ANOTHER_ORDER else in_place
+
+
+def find_rules(names: Sequence[str]) -> dict[str, Rule]:
+    """Rules by name; any other name is a policy with its settings, as in rkv:lambda=0.3.
+
+    Raises:
+        ValueError: there is no such policy, or its settings are wrong.
+    """
+    found = {}
+    for name in names:
+        policy_name, settings = parse_policy_label(name)
+        found[name] = RULES.get(name) or policy(policy_name, **settings)
+    return found

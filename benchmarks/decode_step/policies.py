@@ -83,7 +83,8 @@ def measure(policies: list[str], budget: int, repeats: int, dtype: torch.dtype) 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = sorted(policy_names())
+    # Without a model there are no statistics of its queries for triattention.
+    names = sorted(set(policy_names()) - {"triattention"})
     parser.add_argument("--policies", nargs="+", choices=names, default=names)
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=15)

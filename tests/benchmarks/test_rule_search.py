@@ -5,9 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.accuracy.rule_search import ASKED_AT, Passage, compare, measure, page
-from benchmarks.accuracy.rules import POLICIES, RULES, policy
+from benchmarks.accuracy.rules import POLICIES, RULES, find_rules, policy
 from benchmarks.accuracy.slot_orders import authors, by_position, in_place
 from benchmarks.accuracy.teacher_forcing import Llama, Reader
+from tests.support.query_statistics import statistics_file
+from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.policies.candidates import Candidates, DenseTokens
 from vase_vllm.policies.draws import Draws
@@ -151,3 +153,33 @@ def test_rules_are_compared_with_the_full_cache_on_what_it_recalls(reference):
         assert row["facts at 640"] == int(full.recalled[:2].sum())
         assert row["rise"] == pytest.approx(row["rise of each passage"][0])
         assert abs(row["rise"]) > 1e-3
+
+
+def test_a_rule_may_be_a_policy_with_settings(reference):
+    _, model = reference
+    rules = find_rules(["distinct", "leverage of both .25, range .25", "rkv:lambda=0.125"])
+    assert rules["distinct"] == RULES["distinct"]
+    own = policy("rkv", weight=0.125)
+    nlls = [
+        Reader(model, [rule], LIMITS).nll(TOKENS, range(60, 128))[0]
+        for rule in (rules["rkv:lambda=0.125"], own, RULES["rkv"])
+    ]
+    assert torch.equal(nlls[0], nlls[1])
+    assert not torch.equal(nlls[0], nlls[2])
+    with pytest.raises(EvictionError, match="unknown policy"):
+        find_rules(["lru"])
+
+
+def test_triattention_ranks_by_the_statistics_of_the_layer_that_is_read(reference):
+    _, model = reference
+    path = statistics_file(3, 8, layers=2, kv_heads=2)
+    (rule,) = find_rules([f"triattention:statistics={path}"]).values()
+    seen = []
+
+    def spy(candidates):
+        seen.append((candidates.layers.tolist(), candidates.kv_heads.tolist(), candidates.position))
+        return rule(candidates)
+
+    nll, _ = Reader(model, [spy], LIMITS).nll(TOKENS[:56], range(41, 56))
+    assert nll.isfinite().all()
+    assert seen == [([layer] * 2, [0, 1], at) for at in (40, 48, 56) for layer in (0, 1)]

@@ -148,6 +148,75 @@ def expected(value_norm: bool = True) -> Ranking:
     return Ranking(view)
 
 
+@dataclass(frozen=True)
+class QueryMeans:
+    """What the queries of one KV head are like before RoPE, which turns half to half.
+
+    Attributes:
+        mean: [G, D / 2], complex: the mean of the pairs of dimensions.
+        mean_length: [G, D / 2], the mean length of the pairs.
+        frequencies: [D / 2], in radians per token.
+    """
+
+    mean: torch.Tensor
+    mean_length: torch.Tensor
+    frequencies: torch.Tensor
+
+
+def triattention(
+    means: Callable[[Candidates], QueryMeans],
+    longest_offset: int = 65536,
+    aggregation: str = "max",
+) -> Ranking:
+    """The largest standardized preference of the mean queries to come.
+
+    Keys are turned back by their positions. Margins are relative, but standardized scores are near
+    0 or below it: moving all of them alike makes them at least 1.
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        scores = triattention_scores(candidates, means(candidates), longest_offset)
+        free = scores[:, candidates.positions >= candidates.sinks]
+        deviation = (
+            (free - free.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True).sqrt()
+        )
+        scores = (scores - free.mean(dim=-1, keepdim=True)) / deviation
+        combined = scores.amax(dim=0) if aggregation == "max" else scores.mean(dim=0)
+        return replace(protect_sinks(candidates), scores=combined - combined.min() + 1)
+
+    return Ranking(view)
+
+
+def triattention_scores(
+    candidates: Candidates, means: QueryMeans, longest_offset: int
+) -> torch.Tensor:
+    """The trigonometric series over distances, and what the spread of the queries adds to it.
+
+    mean over d of sum_f |E q_f| |k_f| cos(w_f (P + d - p) + arg(E q_f) - arg(k_f))
+    + sum_f (E|q_f| - |E q_f|) |k_f|, with d = 1, 2, 4, ..., and k_f before its rotation.
+
+    Returns:
+        [G, n], float64.
+    """
+    half = candidates.keys.shape[-1] // 2
+    first, second = candidates.keys[:, :half].double(), candidates.keys[:, half:].double()
+    lengths = (first.square() + second.square()).sqrt()  # [n, D / 2]
+    angles = torch.atan2(second, first) - candidates.positions[:, None] * means.frequencies
+    offsets = []
+    while 2 ** len(offsets) <= longest_offset:
+        offsets.append(2 ** len(offsets))
+    rows = []
+    for mean, mean_length in zip(means.mean.to(torch.complex128), means.mean_length, strict=True):
+        amplitudes = mean.abs() * lengths
+        row = ((mean_length.double() - mean.abs()) * lengths).sum(dim=-1)
+        for offset in offsets:
+            distances = candidates.step + offset - candidates.positions
+            phases = distances[:, None] * means.frequencies + mean.angle() - angles
+            row = row + (amplitudes * phases.cos()).sum(dim=-1) / len(offsets)
+        rows.append(row)
+    return torch.stack(rows)
+
+
 def distinct(ridge: float) -> Ranking:
     """The P tokens that are the least like the others and the window, then the largest attention.
 

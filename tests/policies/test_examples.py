@@ -7,7 +7,18 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["candidates", "distinct", "expected", "protecting", "rkv", "streaming", "vase"]
+    "name",
+    [
+        "candidates",
+        "distinct",
+        "expected",
+        "protecting",
+        "query_statistics",
+        "rkv",
+        "streaming",
+        "triattention",
+        "vase",
+    ],
 )
 def test_examples_show_what_happens(name):
     result = doctest.testmod(import_module(f"vase_vllm.policies.{name}"))

@@ -14,6 +14,7 @@ from tests.oracle.law import chi_square_of_sets
 from tests.oracle.policies import Ranking
 from tests.oracle.selection import Candidates
 from tests.support.engines import engine, eviction_stats, generate, greedy, random_prompt
+from tests.support.query_statistics import query_means, statistics_file
 
 pytestmark = pytest.mark.slow
 
@@ -124,9 +125,8 @@ def recorded_engine(models, settings, **options):
         yield llm, recorder
 
 
-@pytest.mark.parametrize("name", RANKINGS)
-def test_tokens_equal_those_of_the_oracle(models, oracle, name):
-    settings, policy = RANKINGS[name]
+def assert_tokens_equal(models, oracle, name, settings, policy) -> None:
+    """Those of the engine, and those of the oracle under the same policy."""
     prompts = [
         random_prompt(length, OTHER_SEEDS.get((name, length), SEED) + length)
         for length in PROMPT_LENGTHS
@@ -141,6 +141,29 @@ def test_tokens_equal_those_of_the_oracle(models, oracle, name):
         num_tokens = num_clear_tokens(want, prompt)
         assert tokens[:num_tokens] == want.token_ids[:num_tokens]
     assert evictions == num_evictions
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_tokens_equal_those_of_the_oracle(models, oracle, name):
+    assert_tokens_equal(models, oracle, name, *RANKINGS[name])
+
+
+def test_triattention_equals_the_oracle_with_the_same_statistics(models, oracle):
+    config = oracle.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    shape = {
+        "layers": config.num_hidden_layers,
+        "kv_heads": config.num_key_value_heads,
+        "theta": config.rope_parameters["rope_theta"],
+    }
+
+    def means(candidates):
+        return query_means(candidates.layer, candidates.kv_head, group, config.head_dim, **shape)
+
+    statistics = statistics_file(group, config.head_dim, **shape)
+    settings = {"policy": "triattention", "statistics": statistics}
+    policy = policies.triattention(means)
+    assert_tokens_equal(models, oracle, "triattention", settings, policy)
 
 
 @pytest.mark.parametrize("gaussian", ["fixed", "redrawn"])

@@ -14,13 +14,23 @@ from hypothesis import strategies as st
 from tests.oracle import policies
 from tests.oracle.law import chi_square_of_sets, set_probabilities
 from tests.oracle.policies import Ranking
+from tests.oracle.selection import Candidates as OracleCandidates
 from tests.support.dense_eviction import DenseEviction
+from tests.support.query_statistics import query_means, statistics_file
 from vase_vllm.config import EvictionConfig
 from vase_vllm.kernels.torch_eviction import value_range
 from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.worker.evictor import TorchEvictor
 
+
+def means_of(candidates: OracleCandidates) -> policies.QueryMeans:
+    """The statistics that the policy triattention has in these tests."""
+    group, _, head_size = candidates.queries.shape
+    return query_means(candidates.layer, candidates.kv_head, group, head_size)
+
+
 GREEDY = {"policy": "vase", "sampling": "greedy"}
+TRIATTENTION = {"policy": "triattention", "statistics": statistics_file(2, 16)}
 RANKINGS = {
     "snapkv": ({"policy": "snapkv"}, policies.snapkv()),
     "rkv": ({"policy": "rkv"}, policies.rkv(0.5)),
@@ -31,6 +41,11 @@ RANKINGS = {
     "expected-attention": (
         {"policy": "expected", "value_norm": False},
         policies.expected(value_norm=False),
+    ),
+    "triattention": (TRIATTENTION, policies.triattention(means_of)),
+    "triattention-mean": (
+        {**TRIATTENTION, "longest_offset": 100, "aggregation": "mean"},
+        policies.triattention(means_of, 100, "mean"),
     ),
     "distinct": ({"policy": "distinct"}, policies.distinct(0.1)),
     "distinct-ridge": ({"policy": "distinct", "ridge": 2.0}, policies.distinct(2.0)),
@@ -86,6 +101,8 @@ class Shape(NamedTuple):
             common |= {"smoothing": self.smoothing, "temperature": self.temperature}
         if own["policy"] in HAS_PROTECTION:
             common["protected"] = self.protected
+        if own["policy"] == "triattention":
+            own = own | {"statistics": statistics_file(self.group, self.head_size)}
         return DenseEviction.random(
             common | own,
             self.num_candidates,
@@ -265,18 +282,24 @@ def test_the_order_of_the_slots_does_not_matter(name, shape, data):
 
 
 LARGE = {"budget": 64, "window": 16, "sinks": 4}
+NO_DRAWS = {
+    "streaming": {"eviction_index"},
+    "triattention": {"eviction_index", "layer", "first_head"},
+}
+"""What these policies rank by, without a draw."""
 
 
 @pytest.mark.parametrize("change", ["key", "eviction_index", "layer", "first_head", "seed"])
 @pytest.mark.parametrize("name", ALL)
 def test_draws_belong_to_request_eviction_layer_head_and_seed(name, change):
+    own = ALL[name]
     seed, which = (1, {}) if change == "seed" else (0, {change: 7})
-    before = DenseEviction.random(LARGE | ALL[name], 96).priority()
-    after = DenseEviction.random(LARGE | ALL[name] | {"seed": seed}, 96).priority(**which)
+    before = DenseEviction.random(LARGE | own, 96).priority()
+    after = DenseEviction.random(LARGE | own | {"seed": seed}, 96).priority(**which)
     if name in CUR:  # one matrix for all heads of a layer
         draws_anew = change != "first_head" and (name, change) != ("cur-fixed", "eviction_index")
-    elif name == "streaming" and change == "eviction_index":
-        return  # which slots are the newest is no draw
+    elif change in NO_DRAWS.get(own["policy"], ()):
+        return
     else:
         draws_anew = name in DRAWN
     assert torch.equal(before, after) != draws_anew

@@ -9,6 +9,7 @@ from vllm import _custom_ops as ops
 
 from tests.oracle.law import chi_square_of_sets, set_probabilities
 from tests.support.instruction_sets import require_instruction_set
+from tests.support.query_statistics import statistics_file
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -200,7 +201,10 @@ def test_layers_that_draw_together_draw_what_each_would_alone(num_candidates):
 @pytest.mark.parametrize("policy", sorted(policy_names()))
 def test_layers_that_are_ranked_together_keep_what_each_would_alone(policy, monkeypatch):
     """Each policy, with draws of its own for each layer, on three layers in stacks of two."""
-    config = EvictionConfig.parse({"policy": policy, "budget": 96, "window": 16})
+    settings = {"policy": policy, "budget": 96, "window": 16}
+    if policy == "triattention":
+        settings["statistics"] = statistics_file(2, 64, layers=12)
+    config = EvictionConfig.parse(settings)
     paged = Paged(config, "vec", torch.float32, 2, 112, 112)
     others = [torch.randn_like(paged.cache) for _ in range(2)]
     together, apart = (

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.policies.candidates import Candidates
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The shape of a whole model's attention, however it is distributed over devices."""
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_layers} layers of {self.num_query_heads} query heads and "
+            f"{self.num_kv_heads} KV heads of size {self.head_size}"
+        )
 
 
 class Policy(BaseModel, ABC):
@@ -43,6 +60,13 @@ class Policy(BaseModel, ABC):
 
         Raises:
             ValueError: one line that names the key and the remedy.
+        """
+
+    def check_model(self, shape: AttentionShape) -> None:
+        """Check that the policy can rank the tokens of a model; called before it is loaded.
+
+        Raises:
+            ValueError: one line that names what does not fit, and the remedy.
         """
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters | None:

@@ -120,6 +120,21 @@ class Candidates:
     draws: LayerDraws
     dtype: torch.dtype = torch.float32
 
+    @property
+    def kv_heads(self) -> torch.Tensor:
+        """[H] int64, on the host: the KV head of each row, by its index in the whole model."""
+        return self.draws.eviction.kv_heads.repeat(len(self.draws.layers))
+
+    @property
+    def layers(self) -> torch.Tensor:
+        """[H] int64, on the host: the layer of each row, by its index in the whole model."""
+        return torch.tensor(self.draws.layers).repeat_interleave(len(self.draws.eviction.kv_heads))
+
+    @property
+    def position(self) -> int:
+        """Position of the query that comes next, which is the first to miss what is evicted."""
+        return self.first + self.eviction_index * self.limits.window
+
     @cached_property
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""

@@ -16,6 +16,7 @@ OURS = {
     "rkv": "vase_vllm.policies.rkv:RKVPolicy",
     "snapkv": "vase_vllm.policies.snapkv:SnapKVPolicy",
     "streaming": "vase_vllm.policies.streaming:StreamingPolicy",
+    "triattention": "vase_vllm.policies.triattention:TriAttentionPolicy",
     "vase": "vase_vllm.policies.vase:VasePolicy",
 }
 """Name to class; the class is imported when it is first used."""

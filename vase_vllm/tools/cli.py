@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vase_vllm import __version__
 from vase_vllm.tools import demo_model, tiny_model
 from vase_vllm.tools.arguments import FlexibleParser
+from vase_vllm.tools.calibration import command as calibrate_command
 from vase_vllm.tools.evaluation import command as evaluate_command
 from vase_vllm.tools.inspection import command as inspect_command
 from vase_vllm.tools.plan import command as plan_command
@@ -154,6 +155,14 @@ COMMANDS = (
         "measure what eviction costs a model, by the probabilities that it gives to texts",
         evaluate_command.add_evaluate_arguments,
         evaluate_command.run_evaluate,
+        takes_model=True,
+        takes_engine_arguments=True,
+    ),
+    Command(
+        "calibrate",
+        "measure what a model's queries are like before RoPE, for the policy triattention",
+        calibrate_command.add_calibrate_arguments,
+        calibrate_command.run_calibrate,
         takes_model=True,
         takes_engine_arguments=True,
     ),

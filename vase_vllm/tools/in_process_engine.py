@@ -1,8 +1,10 @@
 """vLLM's engine in the process of a command, from the arguments of ``vllm serve``."""
 
 import argparse
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vase_vllm.errors import EvictionError
@@ -62,3 +64,28 @@ def start_engine(engine_args: "EngineArgs", label: str = "") -> "LLM":
         # The message of pydantic itself has many lines.
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise EvictionError(f"{label}{reason}") from None
+
+
+@contextmanager
+def running_engine(engine_args: "EngineArgs", label: str = "") -> Iterator["LLM"]:
+    """Start the engine, and end it.
+
+    Args:
+        label: how a message begins.
+
+    Raises:
+        EvictionError: vLLM rejects its arguments; one line.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        llm = start_engine(engine_args, label)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+    finally:
+        # An engine that refuses to start leaves its process groups behind as well.
+        gc.collect()
+        cleanup_dist_env_and_memory()

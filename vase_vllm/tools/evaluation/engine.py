@@ -1,6 +1,5 @@
 """Scores sequences with the real engine, in this process."""
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
 from vase_vllm.tools.evaluation.methods import Method
 from vase_vllm.tools.evaluation.scores import Scores
-from vase_vllm.tools.in_process_engine import parse_vllm_arguments, start_engine
+from vase_vllm.tools.in_process_engine import parse_vllm_arguments, running_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -127,8 +126,6 @@ def scoring_engine(
     Raises:
         EvictionError: the engine rejects its arguments.
     """
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     additional = dict(engine_args.additional_config or {})
     if method.eviction is not None:
         additional[ADDITIONAL_CONFIG_KEY] = method.eviction
@@ -138,15 +135,5 @@ def scoring_engine(
         max_model_len=max_model_len,
         max_logprobs=top_logprobs,
     )
-    try:
-        llm = start_engine(own_args, f"{method.name}: ")
-        engine = ScoringEngine(llm, method)
-        try:
-            yield engine
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm, engine
-    finally:
-        # An engine that refuses to start leaves its process groups behind as well.
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    with running_engine(own_args, f"{method.name}: ") as llm:
+        yield ScoringEngine(llm, method)

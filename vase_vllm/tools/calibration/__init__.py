@@ -1,0 +1,1 @@
+"""The `calibrate` subcommand: what a model's queries are like before RoPE."""
