@@ -60,6 +60,9 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
 
     context: StepContext
     path_factory: PathFactory
+    supports_update_block_table = False
+    """Else vLLM builds once for several KV cache groups, and gives the others their own block
+    tables past :meth:`build`: with our columns in front, and nothing evicted or remapped."""
 
     def __init__(
         self,
