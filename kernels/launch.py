@@ -51,8 +51,7 @@ class ScoringTile:
         queries: query rows of a program; they stay in shared memory.
         keys: candidates per step.
         num_warps: warps of a program.
-        num_stages: of the software pipeline; with 3 two K tiles are in flight, for one stage loads
-            the block numbers.
+        num_stages: of the software pipeline; with 3 two K tiles are loaded while one is multiplied.
         programs_per_sm: programs that share an SM.
         max_registers: bound on a thread's registers; None leaves them to the compiler.
     """
@@ -135,12 +134,17 @@ def scoring_tile(
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
         return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1)
+    # A product that runs on its own keeps its K tile until it is done, beside the two in flight.
+    num_tiles = 3 if limits.capability in (9, 10) else 2
+    vector = triton.next_power_of_2(head_size) * element_size
     while True:
-        needed = (queries + 2 * KEY_TILE) * triton.next_power_of_2(head_size) * element_size + 1024
+        needed = (queries + num_tiles * KEY_TILE) * vector + 1024
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
-            max_registers = 255 if num_warps == 4 else 128 if paired else None
+            # Blackwell's products keep their sums out of the registers: ptxas chooses well there.
+            alone = None if limits.capability == 10 and num_warps == 8 else 255
+            max_registers = 128 if paired and num_warps == 8 else alone
             return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
 
