@@ -433,3 +433,21 @@ def test_every_group_of_a_hybrid_evicts(make_worker, target, runner):
             else:
                 lengths = [length for _, length in sequences(calls[name])]
                 assert lengths == [row.before + row.count for row in rows]
+
+
+def test_evictions_work_in_memory_that_was_taken_with_the_layers(make_worker, monkeypatch):
+    """Before vLLM measures what is left for the KV cache, so that it is not taken from that."""
+    from vase_vllm.worker import triton_path
+
+    worker = make_worker("triton", "v2")
+    scratch, evictions, original = worker.context.scratch, [], triton_path.PagedEviction
+
+    def recorded(*arguments, **options):
+        evictions.append(original(*arguments, **options))
+        return evictions[-1]
+
+    monkeypatch.setattr(triton_path, "PagedEviction", recorded)
+    worker.step(DECODES[0])
+    assert scratch.dtype == torch.uint8
+    assert len(evictions) == 2, "the first step compiles, and one row is due"
+    assert all(eviction.scratch is scratch for eviction in evictions)

@@ -63,6 +63,8 @@ class StepContext:
     Attributes:
         observer: looks at all evictions while it is set. They then run in plain torch on a GPU too,
             for the fused kernel does not tell what it kept.
+        scratch: [bytes] uint8, what the fused kernel works in; None where it does not run. The
+            evictions of all builders share it, for they run one after the other.
     """
 
     config: EvictionConfig
@@ -71,6 +73,7 @@ class StepContext:
     counters: EvictionCounters
     row_headers: RowHeaders
     observer: EvictionObserver | None = None
+    scratch: torch.Tensor | None = None
 
     def kv_heads(self, num_local_heads: int) -> torch.Tensor:
         """Indices in the whole model of this rank's KV heads: [num_local_heads] int64.
