@@ -5,9 +5,8 @@ is read twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 25
 268 MFLOP and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16
 exp2 per cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and
 0.55 us of exponentials. They are balanced, so they have to overlap: two programs of 8 warps share
-an SM, each with at most 128 registers per thread and 113 KiB of shared memory, which holds the 256
-query rows, the K tile that is multiplied and two in flight. For these to be in flight, a tile's
-blocks are read from the block table one round before its keys are asked for.
+an SM, each with at most 128 registers per thread and 113 KiB of shared memory: 256 query rows, the
+K tile that is multiplied and two in flight, whose blocks are read a round before their keys.
 
 What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
 them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
