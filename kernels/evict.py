@@ -41,13 +41,13 @@ from vase_vllm.kernels.checks import (
     check_tensor,
 )
 from vase_vllm.kernels.launch import (
+    SCRATCH_BYTES,
     DeviceLimits,
     Launch,
     LaunchPlan,
     ScoringTile,
     device_limits,
     plan_launch,
-    plan_splits,
     run_launches,
     scoring_tile,
 )
@@ -56,9 +56,6 @@ from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statisti
 from vase_vllm.kernels.selection import select_and_move
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
-
-SCRATCH_BYTES = 64 * 2**20
-"""Default bound on the scratch memory of a launch."""
 
 TRITON_TYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -119,10 +116,11 @@ class PagedEviction:
         max_num_cached: at least the cached length of every due sequence; a sequence that is
             longer is left alone, because it would overrun the scratch memory.
         first_kv_head: index in the whole model of this rank's first KV head.
-        scratch: [bytes] uint8 to work in; None allocates up to ``SCRATCH_BYTES``. If more heads are
-            due than fit, they are launched one part after the other.
+        scratch: [bytes] uint8 to work in (:func:`scratch_size`); None allocates up to
+            ``SCRATCH_BYTES``. If more heads are due than fit, they are launched one part after the
+            other.
         num_splits: programs that share a head's candidates in the scoring of attention; None is
-            the best by :func:`choose_splits`.
+            the best by :func:`plan_launch`.
         slot_priority: [due, n] int32, for scoring by age: the number that ranks each slot, such as
             the position of its token, one row for each of ``rows``; all layers and heads share it.
             n is at least ``max_num_cached - window``.
@@ -201,12 +199,12 @@ class PagedEviction:
 
         Scratch memory is allocated here, unless it was given.
         """
-        plan = self._plan()
-        scores, ordered, maxima, sums = self._scratch_rows(plan)
         tile = scoring_tile(
             self._num_query_rows, self._head_size, self.kv_cache.element_size(), limits
         )
-        num_splits = self.num_splits or plan_splits(plan, tile, limits)
+        plan = self._plan(tile, limits)
+        num_splits = plan.num_splits
+        scores, ordered, maxima, sums = self._scratch_rows(plan)
         common = self._common_arguments(plan)
         results = dict(scores=scores.view(torch.float32), ordered=ordered)
         statistics = dict(maxima=maxima.view(torch.float32), sums=sums.view(torch.float32))
@@ -245,10 +243,15 @@ class PagedEviction:
     def _max_candidates(self) -> int:
         return self.max_num_cached - self.parameters.window
 
-    def _plan(self) -> LaunchPlan:
-        scratch_bytes = SCRATCH_BYTES if self.scratch is None else len(self.scratch)
+    def _plan(self, tile: ScoringTile, limits: DeviceLimits) -> LaunchPlan:
         return plan_launch(
-            self._num_tasks, self._max_candidates, self._num_query_rows, scratch_bytes
+            self._num_tasks,
+            self._max_candidates,
+            self._num_query_rows,
+            SCRATCH_BYTES if self.scratch is None else len(self.scratch),
+            tile,
+            limits,
+            self.num_splits,
         )
 
     def _scratch_rows(self, plan: LaunchPlan) -> tuple[torch.Tensor, ...]:
@@ -259,7 +262,7 @@ class PagedEviction:
                 plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device
             )
         per_candidate = plan.tasks_per_launch * plan.capacity
-        per_split = plan.tasks_per_launch * MAX_SPLITS * self._num_query_rows
+        per_split = plan.tasks_per_launch * plan.num_splits * self._num_query_rows
         words = scratch[: plan.scratch_bytes].view(torch.int32)
         return words.split([per_candidate, per_candidate, per_split, per_split])
 

@@ -2,7 +2,7 @@
 
 Why candidates are split: one due sequence of Qwen3-8B is 36 * 8 = 288 heads, for which an H200 has
 264 program slots (2 per SM): two waves, of which the second is 9 % full. Counted in K tiles and
-waves (:func:`choose_splits`), one program per head takes 132 tile times at budget 4096, 4 splits
+waves (:func:`plan_launch`), one program per head takes 132 tile times at budget 4096, 4 splits
 take 90, and 70 would be perfect. At 64 due sequences one program per head is within 4 % of perfect,
 and is what is chosen.
 """
@@ -21,6 +21,8 @@ from vase_vllm.layout.arithmetic import cdiv
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
 KEY_TILE = 64
+SCRATCH_BYTES = 64 * 2**20
+"""The most scratch memory of a launch that is worth having."""
 SPLIT_OVERHEAD = 2
 """Cost of starting a program and loading its queries, in K tiles of work: an estimate."""
 
@@ -51,8 +53,7 @@ class ScoringTile:
         queries: query rows of a program; they stay in shared memory.
         keys: candidates per step.
         num_warps: warps of a program.
-        num_stages: of the software pipeline; with 3 two K tiles are in flight, for one stage loads
-            the block numbers.
+        num_stages: of the software pipeline; with 3 two K tiles are loaded while one is multiplied.
         programs_per_sm: programs that share an SM.
         max_registers: bound on a thread's registers; None leaves them to the compiler.
     """
@@ -67,15 +68,17 @@ class ScoringTile:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How tasks (due sequence, layer, KV head) are divided into launches.
+    """How tasks (due sequence, layer, KV head) are divided into launches and programs.
 
     Attributes:
         tasks_per_launch: most tasks of one launch.
+        num_splits: programs that share a task's candidates.
         capacity: candidates that a task's row of scratch memory holds.
         scratch_bytes: scratch memory of one launch.
     """
 
     tasks_per_launch: int
+    num_splits: int
     capacity: int
     scratch_bytes: int
 
@@ -135,78 +138,103 @@ def scoring_tile(
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
         return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1)
+    # A product that runs on its own keeps its K tile until it is done, beside the two in flight.
+    num_tiles = 3 if limits.capability in (9, 10) else 2
+    vector = triton.next_power_of_2(head_size) * element_size
     while True:
-        needed = (queries + 2 * KEY_TILE) * triton.next_power_of_2(head_size) * element_size + 1024
+        needed = (queries + num_tiles * KEY_TILE) * vector + 1024
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
-            max_registers = 255 if num_warps == 4 else 128 if paired else None
+            # Blackwell's products keep their sums out of the registers: ptxas chooses well there.
+            alone = None if limits.capability == 10 and num_warps == 8 else 255
+            max_registers = 128 if paired and num_warps == 8 else alone
             return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
 
 
-def choose_splits(num_tasks: int, num_tiles: int, num_slots: int) -> int:
-    """The number of splits of the candidates that takes the least time.
+def scratch_per_task(capacity: int, num_rows: int, num_splits: int) -> int:
+    """Bytes of scratch memory of a task: 8 per candidate, and 8 per query row and split."""
+    return 8 * (capacity + num_splits * num_rows)
 
-    A program takes as long as its K tiles and its start, and ``num_slots`` programs run at once:
 
-    s splits take ``ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``. The fewest win a tie.
+def padded_capacity(max_candidates: int) -> int:
+    """Candidates of a task's row: so many that every part of the scratch memory is aligned."""
+    return cdiv(max_candidates, 16) * 16
 
-    One due sequence of Qwen3-8B at budget 4096 on an H200, and 64 of them:
 
-    >>> choose_splits(num_tasks=36 * 8, num_tiles=64, num_slots=2 * 132)
-    4
-    >>> choose_splits(num_tasks=64 * 36 * 8, num_tiles=64, num_slots=2 * 132)
-    1
+def scratch_size(num_tasks: int, max_candidates: int, num_rows: int) -> int:
+    """Bytes of scratch memory that are worth having for evictions of up to this size.
+
+    What all tasks need at once with every split that there may be, but no more than
+    ``SCRATCH_BYTES``, unless a single task needs more.
 
     Args:
-        num_tasks: heads of a launch.
-        num_tiles: K tiles of the head that has most.
-        num_slots: programs that run at once.
+        num_tasks: due sequences * layers * KV heads, at most.
+        max_candidates: candidates of a head, at most.
+        num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
     """
-
-    def cost(splits: int) -> int:
-        waves = cdiv(num_tasks * splits, num_slots)
-        return waves * (cdiv(num_tiles, splits) + SPLIT_OVERHEAD)
-
-    return min(range(1, min(MAX_SPLITS, num_tiles) + 1), key=cost)
+    capacity = padded_capacity(max_candidates)
+    all_tasks = num_tasks * scratch_per_task(capacity, num_rows, MAX_SPLITS)
+    return max(min(all_tasks, SCRATCH_BYTES), scratch_per_task(capacity, num_rows, 1))
 
 
 def plan_launch(
-    num_tasks: int, max_candidates: int, num_rows: int, scratch_bytes: int
+    num_tasks: int,
+    max_candidates: int,
+    num_rows: int,
+    scratch_bytes: int,
+    tile: ScoringTile,
+    limits: DeviceLimits,
+    num_splits: int | None = None,
 ) -> LaunchPlan:
-    """Divide an eviction into launches whose scratch memory fits.
+    """The division of an eviction into launches and splits that takes the least time.
 
-    The scratch memory of a head is 8 bytes per candidate, and 8 per query row and split. 64 MiB are
-    room for 1024 heads of 4096 candidates and 256 query rows:
+    A program takes as long as its K tiles and its start, and ``slots`` programs run at once, so s
+    splits take ``launches * ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``. The scratch
+    memory of a head grows with the splits, so more splits may mean more launches. The fewest splits
+    win a tie.
 
-    >>> plan_launch(64 * 36 * 8, 4096, 256, scratch_bytes=64 * 2**20)
-    LaunchPlan(tasks_per_launch=1024, capacity=4096, scratch_bytes=67108864)
+    One due sequence of Qwen3-8B at budget 4096 on an H200, four, and 64 of them:
+
+    >>> h200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
+    >>> tile = scoring_tile(num_rows=256, head_size=128, element_size=2, limits=h200)
+    >>> for num_due in (1, 4, 64):
+    ...     plan = plan_launch(num_due * 36 * 8, 4096, 256, SCRATCH_BYTES, tile, h200)
+    ...     print(plan.tasks_per_launch, plan.num_splits)
+    288 4
+    1152 2
+    1844 1
 
     Args:
         num_tasks: due sequences * layers * KV heads.
         max_candidates: candidates of the head that has most.
         num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
         scratch_bytes: bound on the scratch memory.
+        tile: of the scoring launches.
+        limits: of the device.
+        num_splits: programs that share a head; None chooses.
 
     Raises:
         ValueError: if the scratch of a single head does not fit.
     """
-    # A multiple of 16, so that every part of the scratch memory is aligned to 16 bytes.
-    capacity = cdiv(max_candidates, 16) * 16
-    per_task = 8 * (capacity + MAX_SPLITS * num_rows)
-    tasks_per_launch = min(num_tasks, scratch_bytes // per_task)
-    if tasks_per_launch == 0:
+    capacity = padded_capacity(max_candidates)
+    num_tiles, num_slots = cdiv(capacity, tile.keys), limits.num_sms * tile.programs_per_sm
+    choices = range(1, min(MAX_SPLITS, num_tiles) + 1) if num_rows else (1,)
+    best: tuple[int, LaunchPlan] | None = None
+    for splits in choices if num_splits is None else (num_splits,):
+        per_task = scratch_per_task(capacity, num_rows, splits)
+        if per_task > scratch_bytes:
+            break
+        num_launches = cdiv(num_tasks, min(num_tasks, scratch_bytes // per_task))
+        tasks = cdiv(num_tasks, num_launches)
+        waves = num_launches * cdiv(tasks * splits, num_slots)
+        cost = waves * (cdiv(num_tiles, splits) + SPLIT_OVERHEAD)
+        if best is None or cost < best[0]:
+            best = cost, LaunchPlan(tasks, splits, capacity, tasks * per_task)
+    if best is None:
         raise ValueError(
             f"scratch of {scratch_bytes} bytes is too small for {max_candidates} candidates: "
-            f"{per_task} are needed"
+            f"{scratch_per_task(capacity, num_rows, num_splits or 1)} are needed"
         )
-    num_launches = cdiv(num_tasks, tasks_per_launch)
-    tasks_per_launch = cdiv(num_tasks, num_launches)
-    return LaunchPlan(tasks_per_launch, capacity, tasks_per_launch * per_task)
-
-
-def plan_splits(plan: LaunchPlan, tile: ScoringTile, limits: DeviceLimits) -> int:
-    """The best number of programs per task of a plan, by :func:`choose_splits`."""
-    num_slots = limits.num_sms * tile.programs_per_sm
-    return choose_splits(plan.tasks_per_launch, cdiv(plan.capacity, tile.keys), num_slots)
+    return best[1]

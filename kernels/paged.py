@@ -121,12 +121,24 @@ def task_pages(
 
 
 @triton.jit
+def slot_blocks(pages, slots, live, TOKEN_COLUMN: tl.constexpr):
+    """Blocks that slots lie in: int32; 0 where not live."""
+    columns = TOKEN_COLUMN + slots // pages.BLOCK_SIZE
+    return tl.load(pages.table_row + columns, mask=live, other=0)
+
+
+@triton.jit
+def cell_pointers(pages, blocks, slots):
+    """Addresses of the cells of slots that lie in ``blocks``."""
+    offsets = slots % pages.BLOCK_SIZE * pages.slot_stride
+    cells = pages.base + blocks.to(tl.int64) * pages.block_stride + offsets
+    return tl.multiple_of(cells, 16)
+
+
+@triton.jit
 def slot_pointers(pages, slots, live, TOKEN_COLUMN: tl.constexpr):
     """Addresses of the cells of slots; of block 0 where not live."""
-    columns = TOKEN_COLUMN + slots // pages.BLOCK_SIZE
-    blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
-    offsets = slots % pages.BLOCK_SIZE * pages.slot_stride
-    return tl.multiple_of(pages.base + blocks * pages.block_stride + offsets, 16)
+    return cell_pointers(pages, slot_blocks(pages, slots, live, TOKEN_COLUMN), slots)
 
 
 @triton.jit

@@ -5,8 +5,8 @@ is read twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 25
 268 MFLOP and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16
 exp2 per cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and
 0.55 us of exponentials. They are balanced, so they have to overlap: two programs of 8 warps share
-an SM, each with at most 128 registers per thread and 97 KiB of shared memory, which holds the 256
-query rows and two K tiles in flight.
+an SM, each with at most 128 registers per thread and 113 KiB of shared memory: 256 query rows, the
+K tile that is multiplied and two in flight, whose blocks are read a round before their keys.
 
 What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
 them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
@@ -19,9 +19,11 @@ import triton.language as tl
 
 from vase_vllm.kernels.paged import (
     Batch,
+    cell_pointers,
     load_task,
     load_vectors,
     ring_pointers,
+    slot_blocks,
     slot_pointers,
     task_pages,
 )
@@ -59,16 +61,13 @@ def multiply(a, b, EXACT: tl.constexpr):
 @triton.jit
 def tile_logits(
     queries,
-    pages,
-    slots,
+    cells,
     live,
     scale,
-    TOKEN_COLUMN: tl.constexpr,
     EXACT: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
-    """Logits [queries, slots] of one K tile; 0 where not live."""
-    cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+    """Logits [queries, slots] of the K tile at ``cells``; 0 where not live."""
     keys = load_vectors(cells, live, 0, HEAD_SIZE)
     return multiply(queries, tl.trans(keys), EXACT) * scale
 
@@ -126,10 +125,16 @@ def row_statistics(
         maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end, TOKEN_COLUMN)
         for start in range(begin, end, KEY_TILE):
-            slots = start + tl.arange(0, KEY_TILE)
+            slots = start + lanes
             live = slots < end
-            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that its keys can be asked for while this tile is multiplied.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end, TOKEN_COLUMN)
+            logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
             logits = tl.where(live[None, :], logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
             # A row may have seen only -inf so far: do not subtract infinities.
@@ -197,6 +202,7 @@ def candidate_scores(
 ):
     """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split."""
     ROWS: tl.constexpr = GROUP * WINDOW
+    NUM_CHUNKS: tl.constexpr = (ROWS + QUERY_TILE - 1) // QUERY_TILE
     program = tl.program_id(0)
     split = program % num_splits
     local_task = program // num_splits
@@ -224,10 +230,17 @@ def candidate_scores(
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
         summed_end = tl.where(chunk > 0, end, 0)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end, TOKEN_COLUMN)
         for start in range(begin, end, KEY_TILE):
-            slots = start + tl.arange(0, KEY_TILE)
+            slots = start + lanes
             live = slots < end
-            logits = tile_logits(queries, pages, slots, live, scale, TOKEN_COLUMN, EXACT, HEAD_SIZE)
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that its keys can be asked for while this tile is multiplied.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end, TOKEN_COLUMN)
+            logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
-            score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
+            if NUM_CHUNKS > 1:
+                score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + out + slots, score, mask=live)

@@ -1,246 +1,241 @@
-"""Compile the shipped kernel configurations for several GPUs, without one.
+"""Compile the shipped kernel configurations for several GPUs, without one, and look at the code.
 
-    python benchmarks/kernels/compile_check.py          all configurations and architectures
-    python benchmarks/kernels/compile_check.py --quick  the Qwen3-8B shape for sm_90, all scorings
+    python benchmarks/kernels/compile_check.py           all configurations and architectures
+    python benchmarks/kernels/compile_check.py --quick   the Qwen3-8B shape for sm_90, all scorings
+    python benchmarks/kernels/compile_check.py --record  all, and write what came out as the budget
 
-Prints registers, shared memory and local memory of every kernel. Fails if a kernel spills registers
-to local memory or needs more shared memory than its architecture has. The launches are those of the
-launchers themselves, on tensors without storage.
+The launches are those of the launchers themselves, on tensors without storage. A line per kernel
+says what it takes of an SM, and of the loop over K tiles what a warp issues for one tile. Fails if
+
+- a kernel spills registers or needs more shared memory than there is;
+- fewer programs share an SM than the launcher counts on;
+- a loop over K tiles does not use the tensor cores of its architecture, or loads keys in anything
+  but asynchronous copies of 128 bits, or waits for a copy that it has just started;
+- such a loop has more instructions than were recorded in benchmarks/results/kernels/.
+
+A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``).
 """
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
-from vase_vllm.kernels.evict import PagedEviction
-from vase_vllm.kernels.launch import DeviceLimits, Launch
-from vase_vllm.kernels.parameters import EvictionParameters, Sampling, Scoring
-from vase_vllm.kernels.remap import BatchRemap
-from vase_vllm.kernels.ring import TritonRingWrite
-from vase_vllm.layout.block_table_row import BlockTableRow
-from vase_vllm.layout.query_ring import RingLayout
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
-ARCHITECTURES = {
-    80: DeviceLimits(108, 163 * 1024, 8),
-    90: DeviceLimits(132, 227 * 1024, 9),
-    100: DeviceLimits(148, 227 * 1024, 10),
-    120: DeviceLimits(170, 99 * 1024, 12),
-}
-HEADINGS = ("kernel", "configuration", "arch", "warps", "registers", "shared", "spilled", "")
-ROW = "{:17} {:33} {:7} {:>5} {:>9} {:>7} {:>7} {}"
-TYPE_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A model's attention and its cache."""
-
-    head_size: int
-    group_size: int
-    dtype: torch.dtype = torch.bfloat16
-    block_size: int = 16
-    sampling: Sampling = "gumbel"
-    scoring: Scoring = "attention"
-
-    def __str__(self) -> str:
-        kind = self.sampling if self.scoring == "attention" else self.scoring
-        return (
-            f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
-            f"block={self.block_size} {kind}"
-        )
-
-
-QUICK = (
-    Configuration(128, 4),
-    Configuration(128, 4, scoring="uniform"),
-    Configuration(128, 4, sampling="greedy", scoring="age"),
+from benchmarks.kernels.machine_code import (  # noqa: E402
+    FUSED_MULTIPLY_ADD,
+    TENSOR_CORE,
+    VALUE_EXTREME,
+    WIDE_ASYNC_LOAD,
+    Loop,
+    MachineCode,
+    disassemble,
 )
-CONFIGURATIONS = (
-    *QUICK,
-    Configuration(128, 4, block_size=128, sampling="greedy"),
-    Configuration(128, 4, torch.float16, block_size=32),
-    Configuration(128, 4, torch.float32, block_size=64),
-    Configuration(128, 1),
-    Configuration(128, 5),
-    Configuration(128, 8),
-    Configuration(128, 16),
-    Configuration(64, 8),
-    Configuration(96, 1),
-    Configuration(192, 2),
-    Configuration(256, 4),
-    Configuration(256, 2, torch.float32),
-    Configuration(256, 2, torch.float32, scoring="uniform"),
-    Configuration(256, 2, torch.float32, sampling="greedy", scoring="age"),
+from benchmarks.kernels.machine_code_report import (  # noqa: E402
+    HEADINGS,
+    TABLE,
+    Prediction,
+    Row,
+    over_budget,
+    prediction_lines,
+    record,
+    recorded_lengths,
 )
+from benchmarks.kernels.prediction import GPUS, LoopCost, programs_per_sm  # noqa: E402
+from benchmarks.kernels.shipped import (  # noqa: E402
+    ARCHITECTURES,
+    BUDGET,
+    CONFIGURATIONS,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    QUICK,
+    QWEN3_8B,
+    Configuration,
+    shipped_launches,
+    source_of,
+)
+from vase_vllm.kernels.launch import DeviceLimits, Launch  # noqa: E402
+from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
+from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: E402
+from vase_vllm.kernels.selection import select_and_move  # noqa: E402
+from vase_vllm.layout.arithmetic import cdiv  # noqa: E402
+
+SCORING = (row_statistics, candidate_scores)
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+"""The tensor-core instruction of each architecture."""
 
 
-def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iterator[Launch]:
-    """The launches of one step of a model with 8 KV heads and 36 layers, budget 4096."""
-    head_size, group_size = configuration.head_size, configuration.group_size
-    block_size, num_kv_heads, num_layers, window = configuration.block_size, 8, 36, 64
-    attention, sinks = configuration.scoring == "attention", 4
-    parameters = EvictionParameters(
-        4096,
-        window,
-        1024 if attention else sinks,
-        sinks,
-        sampling=configuration.sampling,
-        scoring=configuration.scoring,
-    )
-    num_state_blocks = RingLayout(window, group_size, block_size).num_blocks
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    columns = BlockTableRow.NUM_HEADER + num_state_blocks + 40960 // block_size
-    kv_cache = empty(1000, num_kv_heads, block_size, 2 * head_size, dtype=configuration.dtype)
-    block_table = empty(128, columns)
-    yield from PagedEviction(
-        empty(num_layers, dtype=torch.int64),
-        kv_cache,
-        empty(num_layers),
-        block_table,
-        empty(1),
-        empty(128),
-        parameters,
-        group_size=group_size,
-        softmax_scale=head_size**-0.5,
-        num_state_blocks=num_state_blocks,
-        max_num_cached=parameters.budget + window,
-        slot_priority=empty(1, parameters.budget) if configuration.scoring == "age" else None,
-        nan_keys=empty(1),
-    ).launches(limits)
-    if not attention:
-        # No queries are stored, and the remapping is the same.
-        return
-    query = empty(128, num_kv_heads * group_size, head_size, dtype=configuration.dtype)
-    yield TritonRingWrite(
-        empty(128, dtype=torch.int64),
-        empty(129),
-        empty(128),
-        block_table,
-        window=window,
-        num_state_blocks=num_state_blocks,
-    ).launch(kv_cache, query)
-    yield BatchRemap(
-        empty(129),
-        empty(128),
-        block_table,
-        empty(128, dtype=torch.int64),
-        empty(128),
-        empty(128),
-        empty(128, 40960 // block_size),
-        window=window,
-        block_size=kv_cache.shape[2],
-        num_state_blocks=num_state_blocks,
-    ).launch()
+def compile_launch(launch: Launch, architecture: int) -> tuple[MachineCode, int, int]:
+    """The machine code of a launch's kernel, its bytes of shared memory, and its warps."""
+    source, options = source_of(launch)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    metadata = compiled.metadata
+    code = disassemble(compiled.asm["cubin"], whole=launch.kernel in SCORING)
+    return code, metadata.shared, metadata.num_warps
 
 
-def source_of(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton's launcher would compile for these arguments, and its options."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes = {}
-    arguments = dict(launch.arguments)
-    for parameter in launch.kernel.params:
-        name, value = parameter.name, arguments.pop(parameter.name)
-        specialised = not parameter.do_not_specialize
-        is_one = specialised and isinstance(value, int) and value == 1
-        if parameter.is_constexpr or value is None or is_one:
-            signature[name], constants[name] = "constexpr", value
+def key_loop(launch: Launch, code: MachineCode) -> Loop | None:
+    """The loop over K tiles of a kernel that scores."""
+    if launch.kernel not in SCORING:
+        return None
+    return code.loop_of(FUSED_MULTIPLY_ADD if launch.arguments["EXACT"] else TENSOR_CORE)
+
+
+def look_at(
+    configuration: Configuration, architecture: int
+) -> tuple[list[Row], list[str], list[Prediction]]:
+    """Compile a configuration for an architecture.
+
+    Returns:
+        A row for each kernel, what is wrong with any of them, and predictions if the configuration
+        is that of Qwen3-8B.
+    """
+    limits, gpu = ARCHITECTURES[architecture], GPUS[architecture]
+    launches = list(shipped_launches(configuration, limits))
+    rows, wrong, predictions = [], [], []
+    # Launches that differ in numbers alone are one kernel.
+    for launch in {launch.kernel: launch for launch in launches}.values():
+        if launch.kernel in (select_and_move, remap_sequences) and configuration.repeats():
             continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPE_NAMES[value.dtype]
-            divisible = True
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = specialised and value % 16 == 0
-        if divisible:
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes), arguments
+        code, shared, num_warps = compile_launch(launch, architecture)
+        loop = key_loop(launch, code)
+        row = Row(
+            launch.kernel.__name__,
+            str(configuration),
+            f"sm_{architecture}",
+            num_warps,
+            code.registers,
+            shared,
+            code.spilled,
+            programs_per_sm(code.registers, shared, num_warps, gpu),
+            **({} if loop is None else of_loop(loop)),
+        )
+        rows.append(row)
+        reasons = [*resource_reasons(row, code, limits)]
+        if launch.kernel in SCORING:
+            tile = configuration.tile(limits)
+            reasons += loop_reasons(row, launch, architecture, tile.programs_per_sm)
+        wrong += [f"{' '.join(row.key)}: {reason}" for reason in reasons]
+        if configuration == QWEN3_8B and loop is not None:
+            predictions += predict(launch, launches, code, loop, row, architecture)
+    return rows, wrong, predictions
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory, as ``cuobjdump`` reports them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "kernel.cubin"
-        path.write_bytes(cubin)
-        output = subprocess.run(
-            [str(tool), "--dump-resource-usage", str(path)],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
+def of_loop(loop: Loop) -> dict[str, Any]:
+    """The columns of a loop over K tiles."""
+    return dict(
+        tensor=" ".join(sorted(loop.tensor_cores)),
+        loads=loop.count(WIDE_ASYNC_LOAD),
+        ahead=loop.tiles_in_flight,
+        issued=len(loop.instructions),
+    )
+
+
+def resource_reasons(row: Row, code: MachineCode, limits: DeviceLimits) -> Iterator[str]:
+    """What of an SM a kernel takes that it must not."""
+    if row.spilled or code.local_accesses:
+        yield f"{row.spilled} bytes and {code.local_accesses} instructions of local memory"
+    if row.shared > limits.shared_memory:
+        yield f"{row.shared} bytes of shared memory, and there are {limits.shared_memory}"
+
+
+def loop_reasons(
+    row: Row, launch: Launch, architecture: int, expected_programs: int
+) -> Iterator[str]:
+    """What is wrong with the loop over K tiles of a kernel that scores."""
+    if row.issued is None:
+        yield "no loop over K tiles was found"
+        return
+    if row.programs < expected_programs:
+        yield f"{row.programs} programs on an SM, and the launcher counts on more"
+    if launch.arguments["EXACT"]:
+        # Products in fp32 have no tensor cores, and their tiles are small.
+        return
+    if row.tensor != TENSOR_CORES[architecture]:
+        yield f"{row.tensor or 'no'} tensor cores instead of {TENSOR_CORES[architecture]}"
+    if not row.loads:
+        yield "no asynchronous load of 128 bits"
+    if not row.ahead:
+        yield "waits for the keys that it has just asked for"
+
+
+def predict(
+    launch: Launch,
+    launches: list[Launch],
+    code: MachineCode,
+    loop: Loop,
+    row: Row,
+    architecture: int,
+) -> Iterator[Prediction]:
+    """What the launches of a scoring kernel take, in all."""
+    gpu, arguments = GPUS[architecture], launch.arguments
+    same = [other for other in launches if other.kernel is launch.kernel]
+    num_tiles = cdiv(cdiv(BUDGET, arguments["KEY_TILE"]), arguments["num_splits"])
+    of_keys = LoopCost(
+        num_programs=sum(other.num_programs for other in same),
+        rounds=num_tiles,
+        operations=2 * arguments["QUERY_TILE"] * arguments["KEY_TILE"] * arguments["HEAD_SIZE"],
+        num_bytes=NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2,
+        num_warps=row.warps,
+        programs_per_sm=row.programs,
+    )
+    name = f"sm_{architecture}", gpu.name
+    yield Prediction(*name, f"{row.kernel}: keys", of_keys.microseconds(loop, gpu))
+    of_values = code.loop_of(VALUE_EXTREME) if launch.kernel is candidate_scores else None
+    if of_values is not None:
+        cost = replace(of_keys, num_programs=same[0].num_programs, operations=0)
+        yield Prediction(*name, f"{row.kernel}: values", cost.microseconds(of_values, gpu))
 
 
 def main() -> int:
-    """Print the table; 1 if a kernel does not fit."""
+    """Print the tables; 1 if a kernel is not as it should be."""
     parser = argparse.ArgumentParser(
         description="Compile the shipped kernels for several GPUs, without one."
     )
     parser.add_argument("--quick", action="store_true", help="Qwen3-8B's shape on sm_90 only")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--record", action="store_true", help="write what comes out as the budget")
     options = parser.parse_args()
     configurations = QUICK if options.quick else CONFIGURATIONS
     architectures = options.arch or ([90] if options.quick else list(ARCHITECTURES))
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if options.record and (options.quick or options.arch):
+        parser.error("--record is for all configurations and architectures")
 
-    print(f"Triton {triton.__version__}, torch {torch.__version__}")
-    print(ROW.format(*HEADINGS))
-    num_failed = 0
-    started = time.monotonic()
-    for configuration in configurations:
-        for architecture in architectures:
-            limits = ARCHITECTURES[architecture]
-            # Launches that differ in numbers alone are one kernel.
-            launches = {launch.kernel: launch for launch in shipped_launches(configuration, limits)}
-            for launch in launches.values():
-                source, compile_options = source_of(launch)
-                compiled = triton.compile(
-                    source, target=GPUTarget("cuda", architecture, 32), options=compile_options
-                )
-                usage = resource_usage(compiled.asm["cubin"])
-                shared, spilled = compiled.metadata.shared, usage["STACK"] + usage["LOCAL"]
-                failed = spilled > 0 or shared > limits.shared_memory
-                num_failed += failed
-                cells = (
-                    launch.kernel.__name__,
-                    str(configuration),
-                    f"sm_{architecture}",
-                    compiled.metadata.num_warps,
-                    usage["REG"],
-                    shared,
-                    spilled,
-                    "FAILED" if failed else "",
-                )
-                print(ROW.format(*cells).rstrip(), flush=True)
-    print(f"{time.monotonic() - started:.0f} s, {num_failed} failed")
-    return int(num_failed > 0)
+    heading = f"Triton {triton.__version__}, torch {torch.__version__}"
+    print(heading)
+    print(TABLE.format(*HEADINGS).rstrip())
+    started, rows, wrong, predictions = time.monotonic(), [], [], []
+    work = [(c, architecture) for c in configurations for architecture in architectures]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for of_rows, reasons, of_launches in pool.map(look_at, *zip(*work, strict=True)):
+            rows += of_rows
+            wrong += reasons
+            predictions += of_launches
+            for row in of_rows:
+                print(row.line(), flush=True)
+    if options.record:
+        record(heading, rows, predictions)
+    wrong += over_budget(rows, recorded_lengths())
+    print("\nscoring one sequence of Qwen3-8B at budget 4096, predicted:")
+    print(*prediction_lines(predictions), sep="\n")
+    print(*(f"FAILED {reason}" for reason in wrong), sep="\n")
+    print(f"{time.monotonic() - started:.0f} s, {len(wrong)} failed")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,12 @@ import triton  # noqa: E402
 from benchmarks.kernels import baselines  # noqa: E402
 from benchmarks.kernels.eviction_report import markdown, number  # noqa: E402
 from benchmarks.kernels.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
-from vase_vllm.kernels.evict import SCRATCH_BYTES  # noqa: E402
-from vase_vllm.kernels.launch import device_limits, plan_launch, plan_splits, scoring_tile  # noqa: E402
+from vase_vllm.kernels.launch import (  # noqa: E402
+    SCRATCH_BYTES,
+    device_limits,
+    plan_launch,
+    scoring_tile,
+)
 from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
 from vase_vllm.kernels.ring import TritonRingWrite  # noqa: E402
 
@@ -298,8 +302,8 @@ def main() -> int:
         for num_due in options.due:
             row = time_shape(replace(sized, num_due=num_due), device, rates)
             num_tasks = row["due"] * shape.num_layers * shape.num_kv_heads
-            plan = plan_launch(num_tasks, budget, num_query_rows, SCRATCH_BYTES)
-            row["counted"] = plan_splits(plan, tile, limits)
+            plan = plan_launch(num_tasks, budget, num_query_rows, SCRATCH_BYTES, tile, limits)
+            row["counted"] = plan.num_splits
             print(f"  budget {budget}, {num_due} due: fused {number(row['fused'])} ms", flush=True)
             rows.append(row)
         evictions += rows

@@ -171,8 +171,9 @@ def test_only_the_rows_that_are_passed():
 
 def test_more_heads_than_the_scratch_memory_holds():
     sequences = (due(SMALL, 1), due(SMALL, 2), due(SMALL, 3))
-    # 12 heads of 8 * (48 candidates + 16 splits of 16 query rows) bytes in room for 5: three parts.
-    check(Case(SMALL, sequences, layers=(1, 2), scratch_bytes=5 * 2432 + 16))
+    # 12 heads of 8 * (48 candidates + 1 split of 16 query rows) bytes in room for 5: three parts.
+    changes = dict(scratch_bytes=5 * 512 + 16, num_splits=1)
+    check(Case(SMALL, sequences, layers=(1, 2), **changes))
 
 
 def test_more_state_blocks_than_the_layer_needs():

@@ -10,15 +10,16 @@ from vase_vllm.kernels import checks
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
+    SCRATCH_BYTES,
     DeviceLimits,
-    choose_splits,
     device_limits,
     plan_launch,
-    plan_splits,
     scoring_tile,
+    scratch_size,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 
@@ -32,7 +33,8 @@ RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
 def test_tile_fits(head_size, group_size, limits):
     tile = scoring_tile(64 * group_size, head_size, 2, limits)
     padded = 1 << (head_size - 1).bit_length()
-    needed = (tile.queries + 2 * tile.keys) * padded * 2
+    num_tiles = 3 if limits is H200 else 2
+    needed = (tile.queries + num_tiles * tile.keys) * padded * 2
     assert needed * tile.programs_per_sm <= limits.shared_memory
     assert tile.queries >= min(64, 64 * group_size)
 
@@ -71,12 +73,46 @@ def test_two_programs_of_the_qwen3_8b_shape_share_an_sm():
     assert (tile.queries, tile.programs_per_sm) == (256, 2)
 
 
+def plan(num_tasks, max_candidates=4096, scratch_bytes=SCRATCH_BYTES, **splits):
+    """Of Qwen3-8B on an H200."""
+    tile = scoring_tile(256, 128, 2, H200)
+    return plan_launch(num_tasks, max_candidates, 256, scratch_bytes, tile, H200, **splits)
+
+
 def test_few_heads_are_split_and_many_are_not():
-    assert choose_splits(num_tasks=288, num_tiles=64, num_slots=264) == 4
-    assert choose_splits(num_tasks=64 * 288, num_tiles=64, num_slots=264) == 1
-    assert choose_splits(num_tasks=1, num_tiles=3, num_slots=264) == 3
-    plan = plan_launch(288, 4096, 256, 2**26)
-    assert plan_splits(plan, scoring_tile(256, 128, 2, H200), H200) == 4
+    assert plan(288).num_splits == 4
+    assert plan(64 * 288).num_splits == 1
+    # No more than there are K tiles.
+    assert plan(1, max_candidates=3 * 64).num_splits == 3
+    assert plan(288, num_splits=7).num_splits == 7
+
+
+def test_what_scores_no_attention_is_not_split():
+    tile = scoring_tile(0, 128, 2, H200)
+    assert plan_launch(288, 4096, 0, SCRATCH_BYTES, tile, H200).num_splits == 1
+
+
+def test_four_due_sequences_are_one_launch():
+    """The scratch memory holds the splits that are used, not as many as there may be."""
+    four = plan(4 * 288)
+    assert four.tasks_per_launch == 4 * 288
+    assert four.scratch_bytes == 4 * 288 * 8 * (4096 + four.num_splits * 256) <= SCRATCH_BYTES
+    # With all splits they would not fit.
+    assert plan(4 * 288, num_splits=16).tasks_per_launch < 4 * 288
+
+
+def test_the_choice_is_the_fastest_of_all():
+    """By the stated cost, over launches and splits together."""
+    for num_tasks in (1, 36, 288, 1152, 4000, 18432):
+        for scratch_bytes in (2**20, 2**23, SCRATCH_BYTES):
+            costs = {}
+            for splits in range(1, 17):
+                fit = scratch_bytes // (8 * (4096 + 256 * splits))
+                launches = cdiv(num_tasks, min(num_tasks, fit))
+                waves = launches * cdiv(cdiv(num_tasks, launches) * splits, 264)
+                costs[splits] = waves * (cdiv(64, splits) + 2)
+            chosen = plan(num_tasks, scratch_bytes=scratch_bytes).num_splits
+            assert costs[chosen] == min(costs.values())
 
 
 def test_limits_of_a_gpu(monkeypatch):
@@ -90,16 +126,26 @@ def test_limits_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize("num_candidates", [4096, 131072], ids="n={}".format)
 @pytest.mark.parametrize("num_due", [1, 64], ids="due={}".format)
 def test_scratch_is_bounded_and_linear(num_due, num_candidates):
-    bound = 64 * 2**20
-    plan = plan_launch(num_due * 288, num_candidates, 256, bound)
-    assert plan.scratch_bytes <= bound
-    assert plan.capacity >= num_candidates
-    assert plan.scratch_bytes // plan.tasks_per_launch == 8 * (plan.capacity + 16 * 256)
+    planned = plan(num_due * 288, num_candidates)
+    assert planned.scratch_bytes <= SCRATCH_BYTES
+    assert planned.capacity >= num_candidates
+    of_task = 8 * (planned.capacity + planned.num_splits * 256)
+    assert planned.scratch_bytes == planned.tasks_per_launch * of_task
+
+
+def test_the_size_of_the_scratch_memory():
+    # Of a small model all that it can ever need, of a large one no more than is worth having.
+    assert scratch_size(4 * 2, 24, 0) == 4 * 2 * 8 * 32
+    assert scratch_size(4 * 2, 24, 16) == 4 * 2 * 8 * (32 + 16 * 16)
+    assert scratch_size(256 * 288, 40896, 256) == SCRATCH_BYTES
+    # Never too little for one head.
+    assert scratch_size(1, 2**24, 256) > SCRATCH_BYTES
+    assert plan(288, 2**24, scratch_size(288, 2**24, 256)).tasks_per_launch == 1
 
 
 def test_scratch_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="scratch of 1000 bytes is too small for 4096"):
-        plan_launch(1, 4096, 256, 1000)
+        plan(1, scratch_bytes=1000)
 
 
 PARAMETERS = EvictionParameters(40, 8, 10)

@@ -60,6 +60,9 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
 
     context: StepContext
     path_factory: PathFactory
+    supports_update_block_table = False
+    """Else vLLM builds once for several KV cache groups, and gives the others their own block
+    tables past :meth:`build`: with our columns in front, and nothing evicted or remapped."""
 
     def __init__(
         self,
@@ -160,7 +163,8 @@ def full_attention_layers(vllm_config: Any) -> dict[str, Attention]:
 def wrap_layers(context: StepContext) -> None:
     """Put eviction around the attention backend of every full-attention layer.
 
-    Called between loading the model and asking it for its KV cache specs.
+    Called between loading the model and asking it for its KV cache specs. It takes the memory that
+    evictions work in, before vLLM measures what is left for the KV cache.
 
     Raises:
         EvictionError: a layer does something that eviction would break.
@@ -169,6 +173,10 @@ def wrap_layers(context: StepContext) -> None:
     layers = full_attention_layers(vllm_config)
     check_layers(layers, vllm_config.cache_config.block_size, context.config, tuple(PATHS))
     check_kernels(layers, vllm_config.cache_config.block_size, context.config)
+    if on_gpu := _on_gpu(layers):
+        from vase_vllm.worker.triton_path import scratch_memory
+
+        context.scratch = scratch_memory(context, on_gpu.values())
     largest_group = max(layer.num_heads // layer.num_kv_heads for layer in layers.values())
     wrapped: dict[type[AttentionBackend], type[AttentionBackend]] = {}
     for layer in layers.values():
@@ -179,13 +187,18 @@ def wrap_layers(context: StepContext) -> None:
         mix_into(layer.impl, EvictionImplMixin)
 
 
+def _on_gpu(layers: dict[str, Attention]) -> dict[str, Attention]:
+    """The layers whose evictions run in Triton."""
+    return {n: x for n, x in layers.items() if PATHS[x.attn_backend.get_name()] is _triton_path}
+
+
 def check_kernels(layers: dict[str, Attention], block_size: int, config: EvictionConfig) -> None:
     """Refuse what the kernels cannot take, where it is they that evict and store queries.
 
     Raises:
         EvictionError: names the layer or the setting, and what to change.
     """
-    on_gpu = {n: x for n, x in layers.items() if PATHS[x.attn_backend.get_name()] is _triton_path}
+    on_gpu = _on_gpu(layers)
     if not on_gpu:
         return
     from vase_vllm.kernels.checks import BLOCK_SIZES, misfit

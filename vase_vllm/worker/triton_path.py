@@ -6,6 +6,8 @@ this against the block table. All tensors that a CUDA graph may refer to are per
 buffers of the path, and vLLM's.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -13,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.kernels.evict import PagedEviction
+from vase_vllm.kernels.launch import scratch_size
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
@@ -203,6 +206,7 @@ class TritonPath:
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
             counts=self._to_device(self._counts(limits)),
+            scratch=self.context.scratch,
             slot_priority=None if slot_priority is None else self._to_device(slot_priority),
             nan_keys=nan_keys,
         ).run()
@@ -231,3 +235,27 @@ class TritonPath:
                 torch.tensor(pointers, dtype=torch.int64, device=kv_caches[0].device),
             )
         return self._pointers[1]
+
+
+def scratch_memory(context: StepContext, layers: Collection[Attention]) -> torch.Tensor | None:
+    """Memory for the largest eviction of a step to work in, or None if plain torch evicts.
+
+    It is bounded: an eviction that would need more is launched in several parts.
+
+    Args:
+        layers: those of this worker that evict in Triton.
+
+    Returns:
+        [bytes] uint8.
+    """
+    parameters = context.config.fused
+    if parameters is None:
+        return None
+    group_size = max(layer.num_heads // layer.num_kv_heads for layer in layers)
+    num_bytes = scratch_size(
+        context.vllm_config.scheduler_config.max_num_seqs
+        * sum(layer.num_kv_heads for layer in layers),
+        context.vllm_config.model_config.max_model_len - parameters.window,
+        group_size * parameters.window if parameters.scoring == "attention" else 0,
+    )
+    return torch.empty(num_bytes, dtype=torch.uint8, device=context.device)

@@ -1,0 +1,121 @@
+"""The tables of ``compile_check.py``, and what of them is recorded."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+
+import triton
+
+RECORD = Path(__file__).parents[1] / "results" / "kernels" / "machine_code"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one kernel.
+
+    Attributes:
+        kernel, configuration, arch: which.
+        warps: of a program.
+        registers: of a thread.
+        shared: bytes of a program.
+        spilled: bytes of a thread.
+        programs: that an SM holds at once.
+        tensor: kind of tensor-core instructions of the loop over K tiles.
+        loads: asynchronous loads of 128 bits in it.
+        ahead: K tiles that it leaves in flight where it waits.
+        issued: instructions of one round of it.
+    """
+
+    kernel: str
+    configuration: str
+    arch: str
+    warps: int
+    registers: int
+    shared: int
+    spilled: int
+    programs: int
+    tensor: str = ""
+    loads: int | None = None
+    ahead: int | None = None
+    issued: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.kernel, self.configuration, self.arch
+
+    def line(self) -> str:
+        """The row of the table."""
+        cells = ["" if cell is None else str(cell) for cell in astuple(self)]
+        return TABLE.format(*cells).rstrip()
+
+
+TABLE = "{:17} {:33} {:7} {:>5} {:>9} {:>7} {:>7} {:>8} {:>7} {:>5} {:>5} {:>6}"
+HEADINGS = [field.name for field in fields(Row)]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds of the loops of one launch, and of which architecture."""
+
+    arch: str
+    gpu: str
+    launch: str
+    microseconds: float
+
+
+def over_budget(rows: list[Row], recorded: dict[tuple[str, ...], int]) -> Iterator[str]:
+    """The loops that have become longer than they were recorded."""
+    for row in rows:
+        if row.issued is None:
+            continue
+        budget = recorded.get(row.key)
+        if budget is None:
+            yield f"{' '.join(row.key)}: no length is recorded; run with --record"
+        elif row.issued > budget:
+            yield f"{' '.join(row.key)}: {row.issued} instructions per K tile, {budget} recorded"
+
+
+def prediction_lines(predictions: list[Prediction]) -> Iterator[str]:
+    """The table of predictions, with the sum of each architecture."""
+    for arch in dict.fromkeys(prediction.arch for prediction in predictions):
+        of_arch = [prediction for prediction in predictions if prediction.arch == arch]
+        parts = ", ".join(f"{part.launch} {part.microseconds:.0f}" for part in of_arch)
+        total = sum(part.microseconds for part in of_arch)
+        yield f"{arch:7} {of_arch[0].gpu:10} {total:5.0f} us: {parts}"
+
+
+def recorded_lengths() -> dict[tuple[str, ...], int]:
+    """Instructions per K tile of every loop, as they were recorded."""
+    path = RECORD.with_suffix(".json")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row["kernel"], row["configuration"], row["arch"]): row["issued"] for row in rows}
+
+
+def record(heading: str, rows: list[Row], predictions: list[Prediction]) -> None:
+    """Write what came out, as data and as text."""
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "triton": triton.__version__,
+        "command": shlex.join(["python", *sys.argv]),
+        "rows": [asdict(row) for row in rows],
+        "predictions": [asdict(prediction) for prediction in predictions],
+    }
+    RECORD.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    text = [
+        "# The kernels' machine code",
+        "",
+        f"{heading}; `{report['command']}`. What the columns and the prediction are:",
+        "[compile_check.py](../../kernels/compile_check.py),",
+        "[prediction.py](../../kernels/prediction.py). No GPU has run any of it.",
+        "",
+        "```",
+        *prediction_lines(predictions),
+        "",
+        TABLE.format(*HEADINGS).rstrip(),
+        *(row.line() for row in rows),
+        "```",
+    ]
+    RECORD.with_suffix(".md").write_text("\n".join(text) + "\n")
