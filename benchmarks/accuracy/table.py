@@ -30,7 +30,7 @@ def likelihood(rules: dict[str, Any]) -> str:
     """The rise of the NLL and the facts that are recalled, at each budget."""
     found = {(row["rule"], row["budget"]): row for row in rules["results"]}
     budgets = sorted({budget for _, budget in found})
-    names = [name for name in dict.fromkeys(rule for rule, _ in found) if name in _shown()]
+    names = [name for name in dict.fromkeys(rule for rule, _ in found) if _label(name)]
     heads = ["policy"]
     for budget in budgets:
         times = f"{rules['length'] // budget}x"
@@ -38,7 +38,7 @@ def likelihood(rules: dict[str, Any]) -> str:
     last = rules["length"]
     rows = []
     for name in sorted(names, key=lambda name: found[name, budgets[0]]["rise"]):
-        cells = [_shown()[name]]
+        cells = [_label(name)]
         for budget in budgets:
             row = found[name, budget]
             each = row["rise of each passage"]
@@ -52,8 +52,12 @@ def likelihood(rules: dict[str, Any]) -> str:
     return "\n".join(table(heads, rows))
 
 
-def _shown() -> dict[str, str]:
-    return {name: f"`{name}`" for name in policy_names()} | VARIANTS
+def _label(rule: str) -> str:
+    """How a rule is shown: policies, and what is said of theirs; nothing for other rules."""
+    policy, _, settings = rule.partition(":")
+    if settings and not settings.startswith("statistics="):
+        return VARIANTS.get(rule, "")
+    return f"`{policy}`" if policy in policy_names() else ""
 
 
 def testbed(results: dict[str, Any]) -> dict[tuple[str, float], float]:
