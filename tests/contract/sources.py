@@ -25,7 +25,7 @@ class Sources:
             symbol: ``module:name`` or ``module:Class.member``.
 
         Returns:
-            The parameters of a function, the fields of a class that declares fields, else its kind.
+            The parameters of a function, or its kind.
         """
         module, _, path = symbol.partition(":")
         name, _, member = path.partition(".")
@@ -147,12 +147,7 @@ def _described(node: ast.AST) -> str:
     if isinstance(node, Function):
         return f"({_parameters(node.args)})"
     if isinstance(node, ast.ClassDef):
-        fields = [
-            child.target.id
-            for child in node.body
-            if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name)
-        ]
-        return f"class with {', '.join(fields)}" if fields else "class"
+        return "class"
     return "module" if isinstance(node, ast.Module) else "value"
 
 

@@ -41,6 +41,12 @@ REACHED = {
     "get_num_blocks_to_allocate single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool coordinator "
     "create_kv_cache_blocks empty_kv_cache_blocks watermark_blocks",
+    "vllm.v1.core.sched.output:CachedRequestData": "make_empty new_block_ids new_token_ids "
+    "num_computed_tokens num_output_tokens req_ids",
+    "vllm.v1.core.sched.output:NewRequestData": "block_ids from_request num_computed_tokens "
+    "prompt_token_ids req_id",
+    "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids make_empty num_scheduled_tokens "
+    "scheduled_cached_reqs scheduled_new_reqs total_num_scheduled_tokens",
     "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_config kv_cache_manager log_stats "
     "max_model_len requests running",
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": "_null_block "
@@ -56,7 +62,9 @@ REACHED = {
     "num_prompt_tokens num_tokens prompt_token_ids request_id sampling_params status",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "req_states",
     "vllm.v1.worker.gpu.states:RequestState": "req_id_to_index",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "generator",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_ids",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch requests",
     "vllm.v1.worker.gpu_worker:Worker": "device model_runner sample_tokens vllm_config",
 }
 """Members that the plugin reads, calls or patches on objects that vLLM hands it, by class."""

@@ -1,6 +1,7 @@
 INTERPRETED = (
     *("test_conformance.py", "test_evict.py", "test_evict_edges.py", "test_evict_scoring.py"),
-    *("test_examples.py", "test_metadata_builders.py", "test_remap.py", "test_ring.py"),
-    *("test_selection.py", "test_traps.py"),
+    *("test_examples.py", "test_remap.py", "test_ring.py", "test_selection.py", "test_traps.py"),
 )
 """The files of this directory that run kernels, which on a CPU takes Triton's interpreter."""
+INTERPRETED_VLLM = ("test_metadata_builders.py",)
+"""Likewise, with vLLM's own modules imported under the interpreter: in a process of their own."""

@@ -23,13 +23,13 @@ if "triton" not in sys.modules and VARIABLE not in os.environ:
     finally:
         del os.environ[VARIABLE]
 
-from tests.kernels import INTERPRETED  # noqa: E402
+from tests.kernels import INTERPRETED, INTERPRETED_VLLM  # noqa: E402
 from vase_vllm.kernels.checks import interpreted  # noqa: E402
 
 if interpreted():
     collect_ignore = ["test_fresh_process.py"]
 else:
-    collect_ignore = list(INTERPRETED)
+    collect_ignore = [*INTERPRETED, *INTERPRETED_VLLM]
 
 
 def pytest_itemcollected(item):

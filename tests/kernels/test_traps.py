@@ -60,6 +60,7 @@ class Worker:
             row_headers=row_headers,
             kv_heads=torch.arange,
             observer=None,
+            scratch=None,
         )
         spec = EvictionSpec(
             block_size=case.block_size,
