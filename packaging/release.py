@@ -43,7 +43,7 @@ def environment(directory: Path) -> Path:
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
     """Run a command; stop with its exit code if it fails."""
-    print("+", *command, flush=True)
+    print("+", *(str(part).strip().splitlines()[0] for part in command), flush=True)
     if code := subprocess.run([str(part) for part in command], cwd=cwd, check=False).returncode:
         sys.exit(code)
 
