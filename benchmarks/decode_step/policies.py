@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         [name, *(str(found[budget][name]) for budget in args.budgets)] for name in args.policies
     ]
     heads = ["policy", *(f"ms per layer, budget {budget}" for budget in args.budgets)]
-    Console(soft_wrap=True).print(table(heads, rows), markup=False)
+    Console(soft_wrap=True).print("\n".join(table(heads, rows)), markup=False)
 
 
 if __name__ == "__main__":
