@@ -118,8 +118,9 @@ def page() -> str:
 
 SmolLM2-135M-Instruct; passages of {rules["length"]} tokens, which no choice of a policy or of its
 settings has seen; `triattention` was calibrated on other texts. The rise of the negative
-log-likelihood over the full cache is in nats per token; in brackets the passages with the smallest and the largest rise. Three facts are stated in each
-passage, and asked for at token 640 and at its end; counted are those that the full cache recalls.
+log-likelihood over the full cache is in nats per token; in brackets the passages with the smallest
+and the largest rise. Three facts are stated in each passage, and asked for at token 640 and at its
+end; counted are those that the full cache recalls.
 `{rules["command"]}`, {rules["date"][:10]}.
 
 {likelihood(rules)}
