@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.environment import ONE_THREAD
+from benchmarks.common.environment import KEEP_ALIVE, ONE_THREAD
 from benchmarks.common.paths import MODELS
 from benchmarks.common.policy import Policy
 from benchmarks.common.workload import Workload
@@ -225,7 +225,7 @@ SUITES = {
         ),
         workloads=CPU_WORKLOADS,
         block_size=32,
-        environment=ONE_THREAD,
+        environment=ONE_THREAD | KEEP_ALIVE,
     ),
     # KV memory on a GPU of 80 GB: 48 GB (147,456 bytes a token) beside the 16 GB of Qwen3-8B's
     # weights, 38 GB (163,840 bytes a token) beside the 30 GB of Qwen3-14B's.
