@@ -87,6 +87,15 @@ class EvictionConfig(BaseModel):
         self.policy.check(self.limits)
         return self
 
+    def changed(self, **settings: Any) -> "EvictionConfig":
+        """These settings with some of their own, checked together.
+
+        Raises:
+            pydantic.ValidationError: they do not go together.
+        """
+        own = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate(own | settings)
+
     @cached_property
     def limits(self) -> EvictionLimits:
         """What an eviction of any policy is told, but for a prompt that is kept."""

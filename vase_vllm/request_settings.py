@@ -69,9 +69,8 @@ def wants_report(extra_args: Mapping[str, Any] | None) -> bool:
 @lru_cache(maxsize=1024)
 def _merged(config: EvictionConfig, budget: int, prompt: Prompt) -> EvictionConfig:
     """The server's settings with a request's, checked together."""
-    settings = {name: getattr(config, name) for name in EvictionConfig.model_fields}
     try:
-        return EvictionConfig.model_validate(settings | {"budget": budget, "prompt": prompt})
+        return config.changed(budget=budget, prompt=prompt)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise EvictionError(f"vllm_xargs.kv_eviction_*: {message}") from None

@@ -115,10 +115,8 @@ def _run(steps: Steps, output: SchedulerOutput) -> None:
 
 def _smallest_budget(config: EvictionConfig) -> int:
     """Of the check's sequence: what a request may set, so that it takes no time."""
-    smallest = min(config.budget, 2 * config.window)
-    settings = {name: getattr(config, name) for name in EvictionConfig.model_fields}
     try:
-        return EvictionConfig.model_validate(settings | {"budget": smallest}).budget
+        return config.changed(budget=min(config.budget, 2 * config.window)).budget
     except ValueError:
         return config.budget
 
