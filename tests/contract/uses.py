@@ -63,8 +63,8 @@ REACHED = {
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "req_states",
     "vllm.v1.worker.gpu.states:RequestState": "req_id_to_index",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "generator",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_ids",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch requests",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators num_reqs req_ids",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "discard_request_mask input_batch requests",
     "vllm.v1.worker.gpu_worker:Worker": "device model_runner sample_tokens vllm_config",
 }
 """Members that the plugin reads, calls or patches on objects that vLLM hands it, by class."""

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vllm import SamplingParams
@@ -31,7 +32,8 @@ def test_requests_keep_their_place_in_the_sequence():
     draw(plain)
     state = plain.get_state()
     runner = SimpleNamespace(
-        input_batch=SimpleNamespace(generators={1: plain}, req_ids=["a", "b"]),
+        input_batch=SimpleNamespace(generators={1: plain}, req_ids=["a", "b"], num_reqs=2),
+        discard_request_mask=SimpleNamespace(np=np.array([True, True, False])),
         requests={"a": SimpleNamespace(generator=None), "b": SimpleNamespace(generator=plain)},
     )
     for _ in range(2):

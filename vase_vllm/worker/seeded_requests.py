@@ -9,6 +9,7 @@ steps, so this would happen to every seeded request that is preempted.
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -29,13 +30,17 @@ class RewindableGenerator(torch.Generator):
 
 
 def prepare_to_rewind(model_runner: Any) -> None:
-    """Before a step's tokens are sampled: let every generator of the batch go back to here.
+    """Before a step's tokens are sampled: let the generators of dropped tokens go back to here.
 
     Args:
         model_runner: vLLM's V1, on a CPU.
     """
     batch = model_runner.input_batch
-    for index, generator in batch.generators.items():
+    dropped = np.flatnonzero(model_runner.discard_request_mask.np[: batch.num_reqs])
+    for index in dropped.tolist():
+        generator = batch.generators.get(index)
+        if generator is None:
+            continue
         if not isinstance(generator, RewindableGenerator):
             own = RewindableGenerator()
             own.set_state(generator.get_state())
