@@ -4,7 +4,6 @@ import torch
 
 from vase_vllm.kernels.launch import HEAD_SIZES
 from vase_vllm.kernels.parameters import Scoring
-from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,20 +83,12 @@ def check_block_table(block_table: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"block_table must be on {device} like kv_cache, got {block_table.device}")
 
 
-def check_ring(
-    window: int, group_size: int, block_size: int, num_columns: int, num_state_blocks: int
-) -> None:
-    """Raise ValueError unless the state blocks of a row hold a ring of this window and group."""
+def check_ring(window: int, group_size: int, block_size: int) -> None:
+    """Raise ValueError unless blocks of this size hold a ring of this window and group."""
     if not 1 <= group_size <= MAX_GROUP_SIZE:
         raise ValueError(f"group_size must be in [1, {MAX_GROUP_SIZE}], got {group_size}")
-    needed = RingLayout(window, group_size, block_size).num_blocks
-    if num_state_blocks < needed:
-        raise ValueError(
-            f"num_state_blocks must be at least {needed} for window {window}, group size "
-            f"{group_size} and block size {block_size}, got {num_state_blocks}"
-        )
-    if num_columns < BlockTableRow.NUM_HEADER + num_state_blocks:
-        raise ValueError(f"block_table has {num_columns} columns, too few for its state blocks")
+    if reason := RingLayout(window, group_size, block_size).misfit():
+        raise ValueError(reason)
 
 
 def check_slot_priority(

@@ -92,7 +92,6 @@ class PagedEviction:
     ...     ),
     ...     group_size=1,
     ...     softmax_scale=64**-0.5,
-    ...     num_state_blocks=0,
     ...     max_num_cached=8,
     ...     slot_priority=torch.arange(6, dtype=torch.int32)[None],
     ... ).run()
@@ -104,7 +103,7 @@ class PagedEviction:
         kv_cache: [num_blocks, H, block_size, 2 * D], any one of them: all layers share its
             shape, strides and dtype. Keys are ``[..., :D]``; the last dimension is contiguous.
         layer_indices: [layers] int32, indices in the whole model; they key the draws.
-        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
+        block_table: [R, columns] int32, rows of a header, token blocks and state blocks.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
         parameters: what to keep and how to rank.
@@ -112,7 +111,6 @@ class PagedEviction:
             those of ``parameters`` for all.
         group_size: query heads per KV head (G).
         softmax_scale: of the model's attention; the temperature is divided out here.
-        num_state_blocks: state blocks in each row; may be 0 unless attention is scored.
         max_num_cached: at least the cached length of every due sequence; a sequence that is
             longer is left alone, because it would overrun the scratch memory.
         first_kv_head: index in the whole model of this rank's first KV head.
@@ -138,7 +136,6 @@ class PagedEviction:
     _: KW_ONLY
     group_size: int
     softmax_scale: float
-    num_state_blocks: int
     max_num_cached: int
     first_kv_head: int = 0
     counts: torch.Tensor | None = None
@@ -176,14 +173,14 @@ class PagedEviction:
         check_tensor("positions", self.positions, (num_rows,), integers, device)
         window, block_size = self.parameters.window, self.kv_cache.shape[2]
         if self._scores_attention:
-            check_ring(window, self.group_size, block_size, num_columns, self.num_state_blocks)
+            check_ring(window, self.group_size, block_size)
         scoring = self.parameters.scoring
         check_slot_priority(self.slot_priority, scoring, num_due, self._max_candidates, device)
         if self.counts is not None:
             check_tensor("counts", self.counts, (num_due, 3), (torch.int32,), device)
         if self.nan_keys is not None:
             check_tensor("nan_keys", self.nan_keys, (num_due,), (torch.int32,), device)
-        num_token_blocks = num_columns - BlockTableRow.NUM_HEADER - self.num_state_blocks
+        num_token_blocks = num_columns - BlockTableRow.NUM_HEADER
         if self.max_num_cached > num_token_blocks * block_size:
             raise ValueError(
                 f"max_num_cached ({self.max_num_cached}) is more than a row of block_table can "
@@ -285,7 +282,6 @@ class PagedEviction:
             block_stride=self.kv_cache.stride(0),
             head_stride=self.kv_cache.stride(1),
             slot_stride=self.kv_cache.stride(2),
-            TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
             KV_TYPE=TRITON_TYPES[self.kv_cache.dtype],
             WINDOW=self.parameters.window,
             GROUP=self.group_size,

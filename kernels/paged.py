@@ -1,7 +1,8 @@
 """Device functions that read a block-table row and address the paged cache.
 
-A row is ``[first, key, budget, kept, state blocks, token blocks]``. Slot s of a sequence lies in
-token block ``s // block_size`` at offset ``s % block_size``. The query of ring entry w and query
+A row is ``[first, key, budget, kept, token blocks, state blocks]``. Slot s of a sequence lies in
+token block ``s // block_size`` at offset ``s % block_size``. The state blocks stand behind the
+``ceil(first / block_size)`` token blocks of the first eviction. The query of ring entry w and query
 head g of a KV head is vector ``(w % entries) * G + g`` of state block ``w // entries``, where a
 block holds ``entries = 2 * block_size // G`` ring entries and a cell of 2 * D elements holds two
 vectors.
@@ -17,8 +18,8 @@ import triton.language as tl
 
 from vase_vllm.layout.block_table_row import BlockTableRow
 
-STATE_COLUMN = tl.constexpr(BlockTableRow.NUM_HEADER)
-"""Column of a row's first state block."""
+TOKEN_COLUMN = tl.constexpr(BlockTableRow.NUM_HEADER)
+"""Column of a row's first token block."""
 
 
 class Batch(NamedTuple):
@@ -121,7 +122,7 @@ def task_pages(
 
 
 @triton.jit
-def slot_blocks(pages, slots, live, TOKEN_COLUMN: tl.constexpr):
+def slot_blocks(pages, slots, live):
     """Blocks that slots lie in: int32; 0 where not live."""
     columns = TOKEN_COLUMN + slots // pages.BLOCK_SIZE
     return tl.load(pages.table_row + columns, mask=live, other=0)
@@ -136,9 +137,9 @@ def cell_pointers(pages, blocks, slots):
 
 
 @triton.jit
-def slot_pointers(pages, slots, live, TOKEN_COLUMN: tl.constexpr):
+def slot_pointers(pages, slots, live):
     """Addresses of the cells of slots; of block 0 where not live."""
-    return cell_pointers(pages, slot_blocks(pages, slots, live, TOKEN_COLUMN), slots)
+    return cell_pointers(pages, slot_blocks(pages, slots, live), slots)
 
 
 @triton.jit
@@ -152,7 +153,8 @@ def ring_pointers(
 ):
     """Addresses of query vectors in the ring; of block 0 where not live."""
     ENTRIES: tl.constexpr = 2 * pages.BLOCK_SIZE // GROUP
-    columns = STATE_COLUMN + entries // ENTRIES
+    num_token_blocks = tl.cdiv(tl.load(pages.table_row), pages.BLOCK_SIZE)
+    columns = TOKEN_COLUMN + num_token_blocks + entries // ENTRIES
     blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
     vectors = entries % ENTRIES * GROUP + heads
     cells = pages.base + blocks * pages.block_stride + vectors // 2 * pages.slot_stride

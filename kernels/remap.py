@@ -4,7 +4,7 @@ A position lies in the slot of its own number until the sequence's first evictio
 ``T + (p - first) mod W``. One small launch, one program per sequence, rewrites the batch's buffers:
 it reads nothing but those persistent buffers and needs no number from the host.
 
-Attention gets a block table of its own, without the columns in front of the token blocks: some of
+Attention gets a block table of its own, without the header in front of the token blocks: some of
 FlashInfer's kernels (XQA, trtllm-gen) take the pitch of the rows from the table's last dimension,
 so a view of vLLM's table would not do.
 """
@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vase_vllm.kernels.checks import check_block_table, check_tensor
 from vase_vllm.kernels.launch import Launch, run_launches
+from vase_vllm.kernels.paged import TOKEN_COLUMN
 from vase_vllm.layout.block_table_row import BlockTableRow
 
 TOKEN_TILE = 128
@@ -35,7 +36,6 @@ def remap_sequences(
     table_stride,
     token_table_stride,
     BUDGET_COLUMN: tl.constexpr,
-    TOKEN_COLUMN: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -82,12 +82,12 @@ class BatchRemap:
     A sequence that first evicted at position 12 computes position 13. With budget 8 and window 4
     that token goes to slot ``8 + (13 - 12) % 4 = 9``, here of block 3:
 
-    >>> first, key, budget, kept, state_block, token_block = 12, 0, 8, 0, 7, 3
-    >>> row = [first, key, budget, kept, state_block, token_block]
+    >>> first, key, budget, kept, token_block, state_block = 12, 0, 8, 0, 3, 7
+    >>> row = [first, key, budget, kept, token_block, state_block]
     >>> block_table = torch.tensor([row], dtype=torch.int32)
     >>> slot_mapping = torch.tensor([3 * 16 + 13])  # as vLLM computed it
     >>> starts, num_cached = torch.zeros(2, 1, dtype=torch.int32)
-    >>> token_table = torch.zeros(1, 1, dtype=torch.int32)
+    >>> token_table = torch.zeros(1, 2, dtype=torch.int32)
     >>> BatchRemap(
     ...     query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
     ...     seq_lens=torch.tensor([14], dtype=torch.int32),
@@ -98,17 +98,16 @@ class BatchRemap:
     ...     token_table=token_table,
     ...     window=4,
     ...     block_size=16,
-    ...     num_state_blocks=1,
     ... ).run()
     >>> divmod(slot_mapping.item(), 16)
     (3, 9)
-    >>> starts.item(), num_cached.item(), token_table.item()
-    (13, 10, 3)
+    >>> starts.item(), num_cached.item(), token_table.tolist()
+    (13, 10, [[3, 0]])
 
     Attributes:
         query_start_loc: [R + 1] int32, first token of each sequence.
         seq_lens: [R] int32, tokens of each sequence after the step; 0 in padding rows.
-        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
+        block_table: [R, columns] int32, rows of a header, token blocks and state blocks.
         slot_mapping: [tokens] int64; entries of padding tokens and of rows with ``first`` of 0 stay
             as they are.
         starts: [R] int32, receives the position that each sequence's step starts at.
@@ -117,7 +116,6 @@ class BatchRemap:
             row as far as tokens are cached; the rest stays as it is.
         window: tokens between evictions.
         block_size: token slots of a block.
-        num_state_blocks: state blocks in each row.
     """
 
     query_start_loc: torch.Tensor
@@ -130,7 +128,6 @@ class BatchRemap:
     _: KW_ONLY
     window: int
     block_size: int
-    num_state_blocks: int
 
     def run(self) -> None:
         """Launch the remapping, without waiting for it.
@@ -166,7 +163,7 @@ class BatchRemap:
 
     @property
     def _num_token_columns(self) -> int:
-        return self.block_table.shape[1] - BlockTableRow.NUM_HEADER - self.num_state_blocks
+        return self.block_table.shape[1] - BlockTableRow.NUM_HEADER
 
     def launch(self) -> Launch:
         """The launch: one program per sequence."""
@@ -182,7 +179,6 @@ class BatchRemap:
             table_stride=self.block_table.stride(0),
             token_table_stride=self.token_table.stride(0),
             BUDGET_COLUMN=BlockTableRow.BUDGET,
-            TOKEN_COLUMN=BlockTableRow.NUM_HEADER + self.num_state_blocks,
             WINDOW=self.window,
             BLOCK_SIZE=self.block_size,
             TILE=TOKEN_TILE,

@@ -81,15 +81,14 @@ class TritonRingWrite:
     The queries of positions 6 and 7, with window 2: they are entries 0 and 1 of the ring, and share
     the first cell of state block 2:
 
-    >>> first, key, budget, kept, state_block, token_block = 8, 0, 6, 0, 2, 1
-    >>> row = [first, key, budget, kept, state_block, token_block]
+    >>> first, key, budget, kept, token_block, state_block = 8, 0, 6, 0, 1, 2
+    >>> row = [first, key, budget, kept, token_block, state_block]
     >>> write = TritonRingWrite(
     ...     positions=torch.tensor([6, 7]),
     ...     query_start_loc=torch.tensor([0, 2], dtype=torch.int32),
     ...     seq_lens=torch.tensor([8], dtype=torch.int32),
     ...     block_table=torch.tensor([row], dtype=torch.int32),
     ...     window=2,
-    ...     num_state_blocks=1,
     ... )
     >>> cache = torch.zeros(3, 1, 16, 128)  # 3 blocks, 1 KV head, 16 cells of 2 * 64 elements
     >>> query = torch.stack([torch.full((1, 64), 6.0), torch.full((1, 64), 7.0)])
@@ -101,9 +100,8 @@ class TritonRingWrite:
         positions: [tokens] int32 or int64, true positions.
         query_start_loc: [R + 1] int32, first token of each sequence, non-decreasing.
         seq_lens: [R] int32, tokens of each sequence after this step: true lengths, not cached ones.
-        block_table: [R, columns] int32, rows of a header, state blocks and token blocks.
+        block_table: [R, columns] int32, rows of a header, token blocks and state blocks.
         window: entries of the ring.
-        num_state_blocks: state blocks in each row.
     """
 
     positions: torch.Tensor
@@ -112,7 +110,6 @@ class TritonRingWrite:
     block_table: torch.Tensor
     _: KW_ONLY
     window: int
-    num_state_blocks: int
 
     def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
         """Write one layer's queries: one launch, safe inside a CUDA graph.
@@ -139,7 +136,7 @@ class TritonRingWrite:
         check_cache(kv_cache)
         check_block_table(self.block_table, kv_cache.device)
         _, num_kv_heads, block_size, pair_size = kv_cache.shape
-        (num_rows, num_columns), device = self.block_table.shape, kv_cache.device
+        num_rows, device = len(self.block_table), kv_cache.device
         if query.dim() != 3 or query.shape[2] != pair_size // 2 or query.shape[1] % num_kv_heads:
             raise ValueError(
                 f"query must be [tokens, multiple of {num_kv_heads} heads, {pair_size // 2}], "
@@ -151,7 +148,7 @@ class TritonRingWrite:
                 f"got {query.dtype} on {query.device}"
             )
         group_size = query.shape[1] // num_kv_heads
-        check_ring(self.window, group_size, block_size, num_columns, self.num_state_blocks)
+        check_ring(self.window, group_size, block_size)
         integers = (torch.int32, torch.int64)
         check_tensor("positions", self.positions, (len(query),), integers, device)
         starts = self.query_start_loc

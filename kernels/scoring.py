@@ -98,7 +98,6 @@ def row_statistics(
     block_stride,
     head_stride,
     slot_stride,
-    TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -126,14 +125,14 @@ def row_statistics(
         total = tl.zeros([QUERY_TILE], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         lanes = tl.arange(0, KEY_TILE)
-        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end, TOKEN_COLUMN)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in range(begin, end, KEY_TILE):
             slots = start + lanes
             live = slots < end
             cells = cell_pointers(pages, blocks, slots)
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
-            blocks = slot_blocks(pages, ahead, ahead < end, TOKEN_COLUMN)
+            blocks = slot_blocks(pages, ahead, ahead < end)
             logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
             logits = tl.where(live[None, :], logits, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
@@ -190,7 +189,6 @@ def candidate_scores(
     block_stride,
     head_stride,
     slot_stride,
-    TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -219,7 +217,7 @@ def candidate_scores(
             for start in tl.range(begin, end, KEY_TILE, num_stages=3):
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
-                cells = slot_pointers(pages, slots, live, TOKEN_COLUMN)
+                cells = slot_pointers(pages, slots, live)
                 values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
                 bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
                 bits = tl.where(slots < task.sinks, HIGHEST, bits)
@@ -231,14 +229,14 @@ def candidate_scores(
         # The first chunk has nothing to add to.
         summed_end = tl.where(chunk > 0, end, 0)
         lanes = tl.arange(0, KEY_TILE)
-        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end, TOKEN_COLUMN)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in range(begin, end, KEY_TILE):
             slots = start + lanes
             live = slots < end
             cells = cell_pointers(pages, blocks, slots)
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
-            blocks = slot_blocks(pages, ahead, ahead < end, TOKEN_COLUMN)
+            blocks = slot_blocks(pages, ahead, ahead < end)
             logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
             if NUM_CHUNKS > 1:

@@ -140,7 +140,6 @@ def select_and_move(
     head_stride,
     slot_stride,
     num_priorities,
-    TOKEN_COLUMN: tl.constexpr,
     KV_TYPE: tl.constexpr,
     SCORING: tl.constexpr,
     GUMBEL: tl.constexpr,
@@ -235,8 +234,8 @@ def select_and_move(
             rank = num_moved + tl.cumsum(count, axis=0) - count
             num_moved += tl.sum(count, axis=0)
             target_slots = tl.load(freed + rank, mask=kept, other=0)
-            source = slot_pointers(pages, slots, kept, TOKEN_COLUMN)
-            target = slot_pointers(pages, target_slots, kept, TOKEN_COLUMN)
+            source = slot_pointers(pages, slots, kept)
+            target = slot_pointers(pages, target_slots, kept)
             mask = kept[:, None] & (dims < 2 * HEAD_SIZE)[None, :]
             cells = tl.load(source[:, None] + dims[None, :], mask=mask)
             tl.store(target[:, None] + dims[None, :], cells, mask=mask)

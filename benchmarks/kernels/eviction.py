@@ -234,7 +234,6 @@ def time_ring(shape: Shape, batch: int, device: torch.device) -> float:
                 workload.positions,
                 workload.block_table,
                 window=shape.parameters.window,
-                num_state_blocks=shape.num_state_blocks,
             ).store(workload.caches[0], query)
 
     all_layers()

@@ -121,7 +121,6 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         parameters,
         group_size=group_size,
         softmax_scale=head_size**-0.5,
-        num_state_blocks=num_state_blocks,
         max_num_cached=BUDGET + WINDOW,
         slot_priority=empty(1, BUDGET) if configuration.scoring == "age" else None,
         nan_keys=empty(1),
@@ -136,7 +135,6 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         empty(128),
         block_table,
         window=WINDOW,
-        num_state_blocks=num_state_blocks,
     ).launch(kv_cache, query)
     yield BatchRemap(
         empty(129),
@@ -148,7 +146,6 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         empty(128, 40960 // block_size),
         window=WINDOW,
         block_size=kv_cache.shape[2],
-        num_state_blocks=num_state_blocks,
     ).launch()
 
 

@@ -133,7 +133,6 @@ class Workload:
             parameters,
             group_size=self.shape.group_size,
             softmax_scale=self.shape.softmax_scale,
-            num_state_blocks=self.shape.num_state_blocks,
             max_num_cached=self.shape.num_cached,
             counts=self._counts[parameters],
             num_splits=num_splits,
@@ -142,15 +141,15 @@ class Workload:
 
     def cells(self, layer: int, row: int) -> torch.Tensor:
         """The cells of a row's slots, dense: [H, n, 2 * D]."""
-        front = BlockTableRow.NUM_HEADER + self.shape.num_state_blocks
-        blocks = self.block_table[row, front:].long()
+        stop = BlockTableRow.state_column(self.shape.num_cached, self.shape.block_size)
+        blocks = self.block_table[row, BlockTableRow.NUM_HEADER : stop].long()
         return self.caches[layer][blocks].transpose(0, 1).flatten(1, 2)[:, : self.shape.num_cached]
 
     def queries(self, layer: int, row: int) -> torch.Tensor:
         """The ring: [H, W * G, D]."""
         shape = self.shape
-        header = BlockTableRow.NUM_HEADER
-        blocks = self.block_table[row, header : header + shape.num_state_blocks].long()
+        start = BlockTableRow.state_column(shape.num_cached, shape.block_size)
+        blocks = self.block_table[row, start:].long()
         vectors = self.caches[layer][blocks].transpose(0, 1).flatten(2)
         vectors = vectors[..., : shape.ring.entries_per_block * shape.group_size * shape.head_size]
         vectors = vectors.reshape(shape.num_kv_heads, -1, shape.head_size)
@@ -220,7 +219,6 @@ def ring_is_right(shape: Shape, device: torch.device) -> bool:
         torch.full((num_rows,), length, dtype=torch.int32, device=device),
         workload.block_table,
         window=window,
-        num_state_blocks=shape.num_state_blocks,
     ).store(workload.caches[0], query)
     last = query.view(num_rows, length, shape.num_kv_heads, shape.group_size, -1)[:, -window:]
     # The query of position p lies at entry p % window.

@@ -48,7 +48,9 @@ def used_per_step(llm, prompt, num_tokens):
 
 def test_a_short_prompt_grows_to_the_bound_and_no_further(llm):
     used = used_per_step(llm, random_prompt(10, 0), 300)
-    assert used[0] == (10, NUM_STATE_BLOCKS + 1)
+    # The query ring comes with the query of position 96, and with it the last block of 112 tokens.
+    expected = [-(-tokens // BLOCK_SIZE) if tokens <= 96 else BOUND for tokens, _ in used]
+    assert [blocks for _, blocks in used] == expected
     assert max(blocks for _, blocks in used) == BOUND
     assert {blocks for tokens, blocks in used if tokens > 112} == {BOUND}
     assert num_used_blocks(llm) == 0
@@ -109,12 +111,13 @@ def test_a_pool_for_two_sequences_serves_many_and_never_hangs(models, admission)
             assert [results[str(index)]] == generate(llm, [prompts[index]], greedy(150))
 
 
-@pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(86, 0), (87, 1)])
+@pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(87, 0), (88, 1)])
 def test_only_a_sequence_whose_queries_are_kept_has_a_ring(llm, num_tokens, num_state_blocks):
-    """The first eviction, at 112, asks for the queries from 96 on."""
+    """The first eviction, at 112, asks for the queries from 96 on; the last token has none."""
     used = used_per_step(llm, random_prompt(10, 0), num_tokens)
-    assert used[0] == (10, num_state_blocks + 1)
-    assert max(blocks for _, blocks in used) == num_state_blocks + 3
+    assert used[0] == (10, 1)
+    # 96 tokens and fewer are in 3 blocks, those of the first eviction in 4.
+    assert max(blocks for _, blocks in used) == 3 + num_state_blocks * (1 + NUM_STATE_BLOCKS)
 
 
 def test_reservation_knows_how_long_a_request_can_become(models):

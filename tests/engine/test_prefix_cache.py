@@ -11,6 +11,7 @@ from tests.support.engines import (
     random_prompt,
 )
 from tests.support.simulated_worker import Simulation, make_scheduler
+from vase_vllm.layout.block_table_row import BlockTableRow
 
 BUDGET, WINDOW = 24, 8
 
@@ -102,11 +103,11 @@ def test_kept_prompts_share_their_blocks(simulation):
     for name in ("second", "third"):
         simulation.add(name, prompt(20, [60, 61]), 60, own=keep)
     finish_until(simulation, num_evictions=9)
-    rows = [row[simulation.spec.num_front :] for row in simulation.manager.req_to_blocks.values()]
-    # At their bounds: 22 + 24 + 8 tokens each, in 14 blocks.
-    assert [len(row) for row in rows] == [14, 14, 14]
+    rows = [row[BlockTableRow.NUM_HEADER :] for row in simulation.manager.req_to_blocks.values()]
+    # At their bounds: 22 + 24 + 8 tokens each, in 14 blocks, and a block for the query ring.
+    assert [len(row) for row in rows] == [15, 15, 15]
     assert rows[0][:5] == rows[1][:5] == rows[2][:5]
-    assert len({block.block_id for row in rows for block in row}) == 3 * 14 - 2 * 5
+    assert len({block.block_id for row in rows for block in row}) == 3 * 15 - 2 * 5
     # A request that may evict from the same prompt gets copies of these blocks.
     simulation.add("evicting", prompt(20, [70]), 60)
     finish(simulation)

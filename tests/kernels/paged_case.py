@@ -54,7 +54,6 @@ class Case:
     first_kv_head: int = 0
     num_splits: int | None = None
     scratch_bytes: int | None = None
-    spare_state_blocks: int = 0
     seed: int = 0
     fill: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
     separated: bool = field(default=True)
@@ -65,7 +64,7 @@ class Case:
 
     @property
     def num_state_blocks(self) -> int:
-        return self.ring.num_blocks * self.has_queries + self.spare_state_blocks
+        return self.ring.num_blocks * self.has_queries
 
     @property
     def has_queries(self) -> bool:
@@ -100,7 +99,9 @@ class Pool:
         self.case = case
         generator = torch.Generator().manual_seed(case.seed)
         heads, block_size, head_size = case.num_kv_heads, case.block_size, case.head_size
-        num_token_blocks = [-(-case.num_cached(s) // block_size) for s in case.sequences]
+        # After a first eviction rows still name the blocks that it has emptied.
+        longest = [max(case.num_cached(s), s.first) for s in case.sequences]
+        num_token_blocks = [-(-length // block_size) for length in longest]
         columns = BlockTableRow.NUM_HEADER + case.num_state_blocks + max(num_token_blocks)
         num_blocks = 3 + len(case.sequences) * columns
         free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
@@ -153,8 +154,7 @@ class Pool:
 
     def blocks(self, row: int, slots: torch.Tensor) -> torch.Tensor:
         """Blocks of a row's slots: int64."""
-        front = BlockTableRow.NUM_HEADER + self.case.num_state_blocks
-        columns = front + slots // self.case.block_size
+        columns = BlockTableRow.NUM_HEADER + slots // self.case.block_size
         return self.block_table[row, columns].long()
 
     def ring_vector(
@@ -163,7 +163,8 @@ class Pool:
         """The [D] view of one query in the ring, from the words of the contract."""
         case = self.case
         column, entry_of_block = divmod(entry, case.ring.entries_per_block)
-        block = self.block_table[row, BlockTableRow.NUM_HEADER + column]
+        front = BlockTableRow.NUM_HEADER - (-case.sequences[row].first // case.block_size)
+        block = self.block_table[row, front + column]
         vector = entry_of_block * case.group_size + query_head
         start = vector % 2 * case.head_size
         return cache[block, head, vector // 2, start : start + case.head_size]
@@ -194,7 +195,6 @@ class Pool:
             case.parameters,
             group_size=case.group_size,
             softmax_scale=case.softmax_scale,
-            num_state_blocks=case.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=case.first_kv_head,
             counts=torch.tensor(of_rows, dtype=torch.int32) if has_own else None,

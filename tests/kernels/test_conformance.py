@@ -24,6 +24,7 @@ from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.plan.cost import num_blocks_held
 
 NUM_PERIODS = 3
 
@@ -99,7 +100,6 @@ def test_the_remapping_kernel(sequence):
         token_table=token_table,
         window=schedule.window,
         block_size=sequence.block_size,
-        num_state_blocks=0,
     ).run()
     assert (slot_mapping - sequence.block_size).tolist() == sequence.slots
     assert starts.tolist() == sequence.positions
@@ -137,7 +137,7 @@ def test_the_eviction_kernels(sequence):
 @settings(max_examples=50, deadline=None)
 @given(sequences)
 def test_the_block_manager(sequence):
-    schedule, block_size = sequence.schedule, sequence.block_size
+    schedule, block_size, first = sequence.schedule, sequence.block_size, sequence.first
     ring = RingLayout(schedule.window, group_size=1, block_size=block_size)
     spec = EvictionSpec(
         block_size=block_size,
@@ -147,8 +147,7 @@ def test_the_block_manager(sequence):
         schedule=schedule,
         num_state_blocks=ring.num_blocks,
     )
-    num_slots = max(sequence.first, schedule.bound)
-    pool = BlockPool(1 + ring.num_blocks + cdiv(num_slots, block_size), True, block_size)
+    pool = BlockPool(1 + ring.num_blocks + cdiv(first, block_size), True, block_size)
     manager = EvictionManager(spec, pool, True, 0, scheduler_block_size=block_size)
     request = SimpleNamespace(
         request_id="request",
@@ -164,15 +163,21 @@ def test_the_block_manager(sequence):
     manager.bind(AdmissionContext({"request": request}, config, max_model_len=2000))
     manager.allocate_new_blocks("request", sequence.num_prompt, sequence.num_prompt)
     row = manager.req_to_blocks["request"]
-    assert row[BlockTableRow.FIRST].block_id == sequence.first
+    assert row[BlockTableRow.FIRST].block_id == first
     for position, slot in zip(sequence.positions, sequence.slots, strict=True):
         request.num_computed_tokens = position
         # Before a step vLLM takes back what the steps before it no longer need.
         manager.remove_skipped_blocks("request", position, sequence.num_prompt)
         manager.allocate_new_blocks("request", position + 1, position + 1)
-        num_token_blocks = len(row) - spec.num_front
-        assert slot < num_token_blocks * block_size
-        if position > sequence.first:
-            assert num_token_blocks == cdiv(schedule.bound, block_size)
-    held = manager.pop_blocks_for_free("request")
+        assert not row[BlockTableRow.NUM_HEADER + slot // block_size].is_null
+        num_held = sum(not block.is_null for block in row[BlockTableRow.NUM_HEADER :])
+        # What the first eviction empties is given back in front of the next step.
+        num_tokens = position + (position != first)
+        assert num_held == num_blocks_held(num_tokens, block_size, schedule, ring.num_blocks, first)
+        if position >= schedule.first_query(first):
+            state_column = BlockTableRow.state_column(first, block_size)
+            state_blocks = row[state_column : state_column + ring.num_blocks]
+            assert len(row) == state_column + len(state_blocks)
+            assert not any(block.is_null for block in state_blocks)
+    held = [block for block in manager.pop_blocks_for_free("request") if not block.is_null]
     assert len({block.block_id for block in held}) == len(held)

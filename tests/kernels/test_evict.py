@@ -176,10 +176,6 @@ def test_more_heads_than_the_scratch_memory_holds():
     check(Case(SMALL, sequences, layers=(1, 2), **changes))
 
 
-def test_more_state_blocks_than_the_layer_needs():
-    check(case(SMALL, spare_state_blocks=3))
-
-
 def test_draws_do_not_depend_on_the_batch():
     """The same request alone, and between others, in another row and at other blocks."""
 

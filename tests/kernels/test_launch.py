@@ -20,8 +20,6 @@ from vase_vllm.kernels.launch import (
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.selection import select_and_move
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
-from vase_vllm.layout.query_ring import RingLayout
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
 RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
@@ -46,19 +44,16 @@ def test_a_layer_fits_if_the_kernels_take_it(monkeypatch):
     for head_size in range(32, 257, 8):
         cache = torch.empty(3, 1, 32, 2 * head_size)
         for group_size in range(1, 65):
-            num_state_blocks = max(RingLayout(8, group_size, 32).num_blocks, 1)
-            columns = BlockTableRow.NUM_HEADER + num_state_blocks + 2
             eviction = PagedEviction(
                 torch.tensor([cache.data_ptr()]),
                 cache,
                 torch.zeros(1, dtype=torch.int32),
-                torch.zeros(1, columns, dtype=torch.int32),
+                torch.zeros(1, 20, dtype=torch.int32),
                 torch.zeros(1, dtype=torch.int32),
                 torch.zeros(1, dtype=torch.int32),
                 parameters,
                 group_size=group_size,
                 softmax_scale=1.0,
-                num_state_blocks=num_state_blocks,
                 max_num_cached=48,
             )
             takes = nullcontext()
@@ -168,7 +163,6 @@ def arguments():
         parameters=PARAMETERS,
         group_size=2,
         softmax_scale=0.125,
-        num_state_blocks=1,
         max_num_cached=48,
     )
 
@@ -188,7 +182,7 @@ def arguments():
         (dict(rows=torch.zeros(1)), "rows must be torch.int32"),
         (dict(rows=torch.zeros(1).int().to("meta")), "rows must be on cpu"),
         (dict(positions=torch.zeros(2).int()), "positions must have shape"),
-        (dict(num_state_blocks=0), "num_state_blocks must be at least 1"),
+        (dict(group_size=0), "group_size must be in"),
         (dict(group_size=17), "group_size must be in"),
         (dict(max_num_cached=100), "max_num_cached .100. is more than a row"),
         (dict(num_splits=17), "num_splits must be in"),
@@ -218,7 +212,7 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     ("changes", "num_scoring"),
     [
         ({}, 2),
-        (dict(parameters=UNIFORM, num_state_blocks=0), 0),
+        (dict(parameters=UNIFORM), 0),
         (AGED | priorities(1, 40), 0),
     ],
     ids=["attention", "uniform", "age"],

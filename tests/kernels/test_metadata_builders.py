@@ -16,7 +16,7 @@ import torch
 import triton.backends
 
 from tests.kernels.gpu_stand_ins import TARGETS, Kernels, Pages, Tables, use
-from vase_vllm.layout.block_table_row import RowHeader
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 
 BLOCK_SIZE, BUDGET, WINDOW, MAX_MODEL_LEN, MAX_NUM_SEQS = 16, 24, 8, 128, 4
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 64
@@ -236,7 +236,7 @@ class Worker:
 
     def expected(self, rows: tuple[Row, ...], group: int, num_rows: int) -> list[Any]:
         """Blocks and length of each row of a KV cache group that evicts."""
-        front = self.kv_cache_config.kv_cache_groups[group].kv_cache_spec.num_front
+        front = BlockTableRow.NUM_HEADER
         padding = [([], 0)] * (num_rows - len(rows))
         return [
             (

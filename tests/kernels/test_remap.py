@@ -23,15 +23,13 @@ class Batch:
         budget=40,
         window=8,
         block_size=16,
-        num_state_blocks=2,
         num_padding=0,
         largest_block=1000,
         spare_columns=0,
         own_budgets=False,
     ):
         self.schedule = EvictionSchedule(budget, window)
-        self.block_size, self.num_state_blocks = block_size, num_state_blocks
-        self.front = BlockTableRow.NUM_HEADER + num_state_blocks
+        self.block_size, self.front = block_size, BlockTableRow.NUM_HEADER
         self.first = torch.tensor([first for first, _, _ in sequences])
         before = torch.tensor([before for _, before, _ in sequences])
         self.counts = torch.tensor([count for _, _, count in sequences])
@@ -68,7 +66,6 @@ class Batch:
             self.token_table,
             window=self.schedule.window,
             block_size=self.block_size,
-            num_state_blocks=self.num_state_blocks,
         ).run()
 
     def expected(self):
@@ -148,7 +145,7 @@ def test_odd_counts_of_slots_and_blocks(budget, window, block_size):
     bound = budget + window
     sequences = [(bound, bound + step, 1) for step in range(window + 1)]
     sequences += [(bound + 3 * window, 0, bound), (bound, bound + window, window)]
-    check(Batch(sequences, budget, window, block_size, num_state_blocks=3))
+    check(Batch(sequences, budget, window, block_size))
 
 
 def test_a_block_table_that_is_part_of_a_wider_one():
@@ -187,8 +184,8 @@ def test_int32_overflow_of_a_slot_in_a_large_pool():
 def test_no_rows():
     empty = torch.zeros(0, dtype=torch.int32)
     table, mapping = torch.zeros(0, 7, dtype=torch.int32), torch.full((3,), PAD_SLOT)
-    sizes = dict(window=8, block_size=16, num_state_blocks=1)
-    blocks = torch.zeros(0, 2, dtype=torch.int32)
+    sizes = dict(window=8, block_size=16)
+    blocks = torch.zeros(0, 3, dtype=torch.int32)
     BatchRemap(torch.zeros(1).int(), empty, table, mapping, empty, empty, blocks, **sizes).run()
     assert mapping.tolist() == [PAD_SLOT] * 3
 

@@ -30,12 +30,16 @@ class Batch:
         ring = RingLayout(window, group_size, block_size)
         self.entries, self.num_state_blocks = ring.entries_per_block, ring.num_blocks
         num_rows = len(sequences)
-        num_columns = BlockTableRow.NUM_HEADER + self.num_state_blocks + 1
+        # Behind the token blocks of the first eviction.
+        self.front = [
+            BlockTableRow.NUM_HEADER - (-first // block_size) for first, _, _ in sequences
+        ]
+        num_columns = max(self.front) + self.num_state_blocks
         self.block_table = torch.zeros(num_rows, num_columns).int()
         num_blocks = 1 + num_rows * self.num_state_blocks
-        self.block_table[:, BlockTableRow.NUM_HEADER : -1] = (
-            torch.randperm(num_blocks - 1, generator=generator).view(num_rows, -1) + 1
-        )
+        state_blocks = torch.randperm(num_blocks - 1, generator=generator).view(num_rows, -1) + 1
+        for row, front in enumerate(self.front):
+            self.block_table[row, front : front + self.num_state_blocks] = state_blocks[row]
         self.block_table[:, 0] = torch.tensor([first for first, _, _ in sequences])
         shape = (num_blocks, num_kv_heads, block_size, 2 * head_size)
         self.cache = torch.full(shape, torch.nan, dtype=dtype)
@@ -62,7 +66,6 @@ class Batch:
             self.seq_lens,
             self.block_table,
             window=self.window,
-            num_state_blocks=self.num_state_blocks,
         ).store(self.cache, self.query)
 
     def expected(self):
@@ -71,7 +74,7 @@ class Batch:
             earliest = max(before + count, first) - self.window
             for i in range(max(0, earliest - before) if first else count, count):
                 token, entry = self.query_start_loc[row] + i, (before + i) % self.window
-                block = self.block_table[row, BlockTableRow.NUM_HEADER + entry // self.entries]
+                block = self.block_table[row, self.front[row] + entry // self.entries]
                 for head in range(self.query.shape[1]):
                     kv_head, query_head = divmod(head, self.group_size)
                     vector = entry % self.entries * self.group_size + query_head
@@ -103,7 +106,8 @@ def test_queries_that_no_eviction_asks_for_are_not_stored():
     batch = Batch(sequences)
     check(batch)
     stored = (~batch.cache.isnan()).flatten(1).any(1)
-    first_state_blocks = batch.block_table[:, BlockTableRow.NUM_HEADER].long()
+    rows = torch.arange(len(sequences))
+    first_state_blocks = batch.block_table[rows, torch.tensor(batch.front)].long()
     assert stored[first_state_blocks].tolist() == [
         False,
         False,
@@ -163,7 +167,7 @@ def test_ring_slot_offset_beyond_int32_in_a_large_pool():
     assert large.numel() > 2**31
     large[offset:] = batch.cache
     batch.cache, small = large, batch.cache
-    batch.block_table[:, BlockTableRow.NUM_HEADER :] += offset
+    batch.block_table[:, batch.front[0] :] += offset
     batch.store()
     torch.testing.assert_close(large[offset:], expected, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(large[offset:].nan_to_num(), small.nan_to_num())
@@ -180,7 +184,6 @@ def test_ring_slot_offset_beyond_int32_in_a_large_pool():
         ("query_start_loc", torch.zeros(1, dtype=torch.int32), "query_start_loc must have"),
         ("seq_lens", torch.zeros(1, dtype=torch.int64), "seq_lens must be torch.int32"),
         ("block_table", torch.zeros(1, 4), "block_table must be"),
-        ("num_state_blocks", 0, "num_state_blocks must be at least 1"),
         ("cache", torch.zeros(3, 2, 24, 128), "block size must be one of"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",

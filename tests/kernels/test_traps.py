@@ -80,8 +80,8 @@ class Worker:
             for index, cache in zip(case.layers, self.pool.caches, strict=True)
         }
         self.path = TritonPath(context, spec, layers)
-        self.front = BlockTableRow.NUM_HEADER + case.num_state_blocks
-        num_columns = self.front + MAX_MODEL_LEN // case.block_size
+        self.front = BlockTableRow.NUM_HEADER
+        num_columns = self.front + MAX_MODEL_LEN // case.block_size + case.num_state_blocks
         self.block_table = torch.zeros(max_rows, num_columns, dtype=torch.int32)
         self.query_start_loc = torch.zeros(max_rows + 1, dtype=torch.int32)
         self.seq_lens = torch.zeros(max_rows, dtype=torch.int32)

@@ -68,8 +68,7 @@ def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
     positions = torch.arange(first, first + 5 * window)
     slots = schedule.slots(positions, torch.tensor(first))
     assert int(slots.max()) == schedule.bound - 1
-    for num_tokens in range(first + 5 * window):
-        assert schedule.num_slots(num_tokens, first) <= max(first, schedule.bound)
+    assert schedule.num_row_blocks(first + 5 * window, first, 1, 3) == first + 3
 
 
 @given(shapes, st.integers(1, 400))
@@ -78,7 +77,8 @@ def test_a_bounded_prefill_never_holds_more_than_the_bound(shape, num_tokens):
     schedule = EvictionSchedule(budget, window, bounded_prefill=True)
     first = schedule.first_eviction(num_prompt)
     assert first == schedule.bound
-    assert schedule.num_slots(num_tokens, first) == min(num_tokens, schedule.bound)
+    expected = num_tokens if num_tokens <= budget else budget + window + 3
+    assert schedule.num_row_blocks(num_tokens, first, 1, 3) == expected
 
 
 @both

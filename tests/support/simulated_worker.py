@@ -25,6 +25,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.row_header import content_key
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import NEVER, BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.query_ring import TorchRingWrite
@@ -172,7 +173,7 @@ class Simulation:
         header = RowHeader(*row[: BlockTableRow.NUM_HEADER])
         assert header == self._expected_header(request)
         first, kept = header.first, header.kept
-        token_blocks = row[self.spec.num_front :]
+        token_blocks = row[BlockTableRow.NUM_HEADER :][: cdiv(first, self.spec.block_size)]
         schedule = self.spec.schedule.with_budget(header.budget)
         assert stop - start <= schedule.tokens_until_eviction(start, first)
         if schedule.due(start, first):
@@ -219,9 +220,10 @@ class Simulation:
     def _check_ring(self, request: Request, row: list[int], start: int) -> None:
         """An eviction reads the queries of the window in front of it."""
         tokens, window = request.all_token_ids, self.ring.window
+        front = BlockTableRow.NUM_HEADER + cdiv(row[BlockTableRow.FIRST], self.spec.block_size)
         for position in range(start - window, start):
             column, entry = divmod(position % window, self.ring.entries_per_block)
-            found = self.rings[row[BlockTableRow.NUM_HEADER + column]][entry]
+            found = self.rings[row[front + column]][entry]
             assert found == tuple(tokens[: position + 1]), (request.request_id, position)
 
     def _cell(self, token_blocks: list[int], slot: int, name: Any) -> None:
@@ -237,14 +239,13 @@ class Simulation:
             if not row:
                 continue
             num_lasting = row[BlockTableRow.KEPT].block_id // self.spec.block_size
-            lasting |= {block.block_id for block in row[self.spec.num_front :][:num_lasting]}
-            # A short sequence has no ring, and null blocks in its place.
-            ring = row[BlockTableRow.NUM_HEADER : self.spec.num_front]
-            own += [block for block in ring if not block.is_null]
-            own += row[self.spec.num_front + num_lasting :]
-        requests, manager = self.scheduler.requests, self.manager
+            blocks = row[BlockTableRow.NUM_HEADER :]
+            lasting |= {block.block_id for block in blocks[:num_lasting]}
+            # Null blocks stand for what has been given back.
+            own += [block for block in blocks[num_lasting:] if not block.is_null]
+        manager = self.manager
         missing = sum(
-            manager._num_missing_blocks(request_id, manager._most_slots(requests[request_id]))
+            manager._num_missing_at_most(request_id)
             for request_id, row in manager.req_to_blocks.items()
             if row
         )

@@ -14,7 +14,7 @@ from tests.oracle.selection import select_greedy
 from tests.support.engines import release
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.layout.block_table_row import RowHeader
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools import cli, requirements
@@ -55,7 +55,7 @@ def test_what_is_kept_is_what_lies_in_the_pages(policy, prompt_len):
     cache = torch.randn(num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
     header = RowHeader(first, 99, config.budget, kept=0)
     row = torch.tensor([*header, *torch.randperm(num_blocks).tolist()], dtype=torch.int32)
-    blocks = row[spec.num_front :].long()
+    blocks = row[BlockTableRow.NUM_HEADER :].long()
     evictor = TorchEvictor(config, spec, ring, PlainPages(), 0.5, torch.arange(NUM_HEADS))
     sizes = 1000 + torch.rand(NUM_HEADS, num_tokens)
     kept = KeptPositions([LAYER])

@@ -124,7 +124,8 @@ def test_closed_forms_equal_counting(prompt: int, output: int):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "blocks"), [(1, 9), (16, 9), (17, 10), (576, 44), (577, 44), (40960, 44)]
+    ("num_tokens", "blocks"),
+    [(1, 1), (16, 1), (17, 2), (512, 32), (513, 44), (577, 44), (40960, 44)],
 )
 def test_blocks_of_a_sequence_are_bounded(num_tokens: int, blocks: int):
     assert num_blocks_held(num_tokens, 16, EvictionSchedule(512, 64), 8) == blocks

@@ -50,7 +50,8 @@ class Paged:
             num_state_blocks=self.ring.num_blocks,
         )
         self.layout = cpu_page_layout(isa, BLOCK_SIZE, head_size, dtype)
-        num_token_blocks = -(-num_cached // BLOCK_SIZE)
+        # Rows still name the blocks that the first eviction has emptied.
+        num_token_blocks = -(-max(num_cached, first) // BLOCK_SIZE)
         num_blocks = 3 + self.ring.num_blocks + num_token_blocks
         self.cache = torch.full(
             (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * head_size), torch.nan, dtype=dtype
@@ -58,7 +59,7 @@ class Paged:
         ids = (torch.randperm(num_blocks - 1) + 1)[: self.ring.num_blocks + num_token_blocks]
         header = RowHeader(first, KEY, parameters.budget, kept=0)
         self.row = torch.tensor([*header, *ids.tolist(), 0, 0], dtype=torch.int32)
-        self.blocks = ids[self.ring.num_blocks :]
+        self.blocks = ids[:num_token_blocks]
 
         self.key, self.value = torch.randn(2, num_cached, NUM_HEADS, head_size).to(dtype)
         key_cache, value_cache = self.cache.view(num_blocks, NUM_HEADS, 2 * BLOCK_SIZE, -1).chunk(

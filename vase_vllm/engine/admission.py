@@ -106,28 +106,33 @@ class AdmissionContext:
 
 def expected_peak(
     output_lengths: OutputLengths,
+    *,
     num_prompt: np.ndarray,
     so_far: np.ndarray,
-    most_slots: np.ndarray,
-    num_state_blocks: np.ndarray,
+    longest: np.ndarray,
+    first_query: np.ndarray,
+    num_complete: np.ndarray,
     block_size: int,
 ) -> int:
     """Most blocks that sequences which decode side by side will hold at any moment from now on.
 
-    A sequence that still runs ``t`` tokens from now holds the blocks of ``min(length + t, most)``
-    slots and its state blocks; one that has finished holds none. The result is the largest, over
-    ``t``, of the sum's mean and margin.
+    A sequence that still runs ``t`` tokens from now holds the blocks of ``length + t`` tokens, or
+    all that it ever will if a query of it is kept by then; one that has finished holds none. The
+    result is the largest, over ``t``, of the sum's mean and margin.
 
     Args:
         num_prompt, so_far: [R] int64, tokens of each prompt and of its output.
-        most_slots: [R] int64, slots that each can come to need.
-        num_state_blocks: [R] int64.
+        longest: [R] int64, tokens after which each holds no more blocks.
+        first_query: [R] int64, the earliest position of each whose query is kept.
+        num_complete: [R] int64, blocks of each from then on.
     """
     length = num_prompt + so_far
-    horizon = max(int((most_slots - length).max()), 0)
+    horizon = max(int((longest - length).max()), 0)
     ahead = np.linspace(0, horizon, NUM_MOMENTS).astype(np.int64)
-    slots = np.minimum(length[:, None] + ahead, most_slots[:, None])
-    blocks = num_state_blocks[:, None] - (-slots // block_size)
+    tokens = np.minimum(length[:, None] + ahead, longest[:, None])
+    blocks = np.where(
+        tokens > first_query[:, None], num_complete[:, None], -(-tokens // block_size)
+    )
     runs = output_lengths.survival(so_far, ahead)
     mean = (runs * blocks).sum(axis=0)
     variance = (runs * (1 - runs) * blocks**2).sum(axis=0)

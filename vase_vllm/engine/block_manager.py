@@ -2,14 +2,16 @@
 
 A row of the block table holds, in this order::
 
-    first | key | budget | kept | state blocks ... | blocks of the tokens' slots ...
+    first | key | budget | kept | blocks of the tokens' slots ... | state blocks ...
 
 The first four are not blocks but numbers that travel to the workers where block ids do (see
 :class:`RowHeader`). That way they live exactly as long as the request's blocks, under both model
 runners, through preemption and reordering, and nobody has to keep them in step.
 The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
-the same layers: allocated, accounted and freed with the rest. A sequence that can never become long
-enough for a query to be kept has null blocks in their place.
+the same layers: allocated, accounted and freed with the rest. They come with the first query that
+is kept, a window before the first eviction, behind the token blocks of that eviction, so that a
+row only ever grows at its end. What a long prompt held above the bound is given back after its
+first eviction, and null blocks take its place.
 The blocks that a kept prompt fills are never written again once they are computed: sequences whose
 prompts begin alike share them through vLLM's prefix cache.
 """
@@ -28,7 +30,6 @@ from vase_vllm.engine.row_header import SequenceNumbers, content_key, sequence_n
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
-from vase_vllm.layout.schedule import EvictionSchedule
 
 
 class EvictionManager(FullAttentionManager):
@@ -38,7 +39,6 @@ class EvictionManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._num_front = self.kv_cache_spec.num_front
         self._prefix_cache = PrefixCache(self.block_pool, self.kv_cache_group_id, self.block_size)
         # What each running sequence can still come to need, and the sum, which every admission asks
         # for: it changes only where blocks are allocated or freed.
@@ -63,16 +63,17 @@ class EvictionManager(FullAttentionManager):
             return row[BlockTableRow.FIRST].block_id
         return self.numbers(request_id).first
 
-    def _schedule(self, request_id: str) -> EvictionSchedule:
-        """The schedule of a sequence, with its own budget."""
-        return self.kv_cache_spec.schedule.with_budget(self.numbers(request_id).budget)
+    def _bound(self, request_id: str) -> int:
+        """Most tokens that a sequence holds once it has evicted."""
+        return self.numbers(request_id).budget + self.kv_cache_spec.schedule.window
 
-    def _num_missing_blocks(self, request_id: str, num_slots: int) -> int:
-        num_required = cdiv(num_slots, self.block_size)
+    def _num_missing_blocks(self, request_id: str, num_tokens: int) -> int:
+        """Blocks that a sequence still needs to reach ``num_tokens`` tokens."""
+        first = self.first_eviction(request_id)
+        num_required = self.kv_cache_spec.num_row_blocks(num_tokens, first)
         if row := self.req_to_blocks.get(request_id):
-            return max(num_required - (len(row) - self._num_front), 0)
-        num_shared = self._num_shared(request_id, self._prefix_cache.held(request_id))
-        return num_required - num_shared + self._num_state_blocks(request_id)
+            return max(num_required - (len(row) - BlockTableRow.NUM_HEADER), 0)
+        return num_required - self._num_shared(request_id, self._prefix_cache.held(request_id))
 
     def _num_shared(self, request_id: str, cached_blocks: Sequence[KVCacheBlock]) -> int:
         """How many of the cached blocks that a prompt begins with a sequence takes as its own.
@@ -80,13 +81,6 @@ class EvictionManager(FullAttentionManager):
         Those that its kept prompt fills; the others, into which it may write, it gets copies of.
         """
         return min(len(cached_blocks), self.numbers(request_id).kept // self.block_size)
-
-    def _num_state_blocks(self, request_id: str) -> int:
-        """Blocks for the query ring; a sequence that ends before any query is kept has none."""
-        spec = self.kv_cache_spec
-        first_query = spec.schedule.first_query(self.first_eviction(request_id))
-        is_short = self._context.longest(self._context.requests[request_id]) <= first_query
-        return 0 if is_short else spec.num_state_blocks
 
     def get_num_blocks_to_allocate(
         self,
@@ -115,22 +109,11 @@ class EvictionManager(FullAttentionManager):
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
             num_held -= self._num_shared(request_id, new_computed_blocks)
         if not apply_admission_cap:
-            return num_held + self._num_blocks_of_step(request_id, num_tokens)
-        num_slots = min(num_tokens, self.first_eviction(request_id))
-        num_own = self._num_missing_blocks(request_id, num_slots)
+            return num_held + self._num_missing_blocks(request_id, num_tokens)
+        num_own = self._num_missing_blocks(request_id, num_tokens)
         if self._context.config.admission != "optimistic":
             num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
         return num_held + num_own
-
-    def _num_blocks_of_step(self, request_id: str, num_tokens: int) -> int:
-        """Blocks that a sequence needs for a step that ends at ``num_tokens`` tokens."""
-        row = self.req_to_blocks.get(request_id)
-        if row and (len(row) - self._num_front) * self.block_size >= num_tokens:
-            # The usual case, twice for every sequence and step, settled without the schedule.
-            return 0
-        first = self.first_eviction(request_id)
-        num_slots = self._schedule(request_id).num_slots(num_tokens, first)
-        return self._num_missing_blocks(request_id, num_slots)
 
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
         """Blocks that the running sequences, and one more, can or probably will come to need."""
@@ -143,15 +126,8 @@ class EvictionManager(FullAttentionManager):
 
     def _num_missing_at_most(self, request_id: str) -> int:
         """Blocks that a sequence can still come to need beside those that it holds."""
-        most_slots = self._most_slots(self._context.requests[request_id])
-        return self._num_missing_blocks(request_id, most_slots)
-
-    def _most_slots(self, request: Request) -> int:
-        """Slots that a sequence can still come to need."""
-        first = self.first_eviction(request.request_id)
-        if request.num_computed_tokens >= first:
-            return self._schedule(request.request_id).bound
-        return min(self._context.longest(request), first)
+        longest = self._context.longest(self._context.requests[request_id])
+        return self._num_missing_blocks(request_id, longest)
 
     def _num_blocks_expected(self, and_to: str | None) -> int:
         """Blocks beyond those they hold that the running sequences, and one more, probably need."""
@@ -161,21 +137,35 @@ class EvictionManager(FullAttentionManager):
             requests.append(self._context.requests[and_to])
         if not requests:
             return 0
-        num_state_blocks = [self._num_state_blocks(request.request_id) for request in requests]
+        first = np.array([self.first_eviction(request.request_id) for request in requests])
         peak = expected_peak(
             self._context.output_lengths,
-            np.array([request.num_prompt_tokens for request in requests]),
-            np.array([request.num_output_tokens for request in requests]),
-            np.array([self._most_slots(request) for request in requests]),
-            np.array(num_state_blocks),
-            self.block_size,
+            num_prompt=np.array([request.num_prompt_tokens for request in requests]),
+            so_far=np.array([request.num_output_tokens for request in requests]),
+            longest=np.minimum([self._context.longest(request) for request in requests], first),
+            first_query=self.kv_cache_spec.schedule.first_query(first),
+            num_complete=np.array([self._num_complete_blocks(request) for request in requests]),
+            block_size=self.block_size,
         )
-        rows = (self.req_to_blocks.get(request.request_id) for request in requests)
-        num_held = [
-            len(row) - self._num_front + num_state if row else 0
-            for row, num_state in zip(rows, num_state_blocks, strict=True)
-        ]
-        return max(peak - sum(num_held), 0)
+        return max(peak - sum(self._num_held_blocks(request) for request in requests), 0)
+
+    def _num_complete_blocks(self, request: Request) -> int:
+        """Blocks that a sequence holds, or would hold, once a query of it is kept."""
+        first = self.first_eviction(request.request_id)
+        has_evicted = request.num_computed_tokens >= first
+        num_slots = self._bound(request.request_id) if has_evicted else first
+        return self.kv_cache_spec.num_blocks(num_slots)
+
+    def _num_held_blocks(self, request: Request) -> int:
+        """Blocks that a sequence holds now."""
+        row = self.req_to_blocks.get(request.request_id)
+        if not row:
+            return 0
+        num_blocks = len(row) - BlockTableRow.NUM_HEADER
+        surplus = self._surplus(request.request_id)
+        if request.num_computed_tokens > self.first_eviction(request.request_id):
+            num_blocks -= surplus.stop - surplus.start - self._num_held_surplus(row, surplus)
+        return num_blocks
 
     def add_local_computed_blocks(
         self,
@@ -192,7 +182,7 @@ class EvictionManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Append blocks to the sequence's row; a new row starts with its header."""
-        num_missing = self._num_blocks_of_step(request_id, num_tokens)
+        num_missing = self._num_missing_blocks(request_id, num_tokens)
         if num_missing == 0:
             return []
         row = self.req_to_blocks[request_id]
@@ -203,23 +193,13 @@ class EvictionManager(FullAttentionManager):
             row.extend(blocks)
             self._set_missing(request_id, self._num_missing_at_most(request_id))
             return blocks
-        num_state_blocks = self._num_state_blocks(request_id)
-        num_absent = self.kv_cache_spec.num_state_blocks - num_state_blocks
         held = self._prefix_cache.held(request_id)
         shared = held[: self._num_shared(request_id, held)]
         first, budget, kept = self.numbers(request_id)
         key = content_key(self._context.requests[request_id])
         header = RowHeader(first, key, budget, kept)
-        row.extend(
-            [
-                *(KVCacheBlock(block_id=number) for number in header),
-                *[self._null_block] * num_absent,
-                *blocks[:num_state_blocks],
-                *shared,
-                *blocks[num_state_blocks:],
-            ]
-        )
-        self._prefix_cache.restore(request_id, row[self._num_front :], len(shared))
+        row.extend([*(KVCacheBlock(block_id=number) for number in header), *shared, *blocks])
+        self._prefix_cache.restore(request_id, row[BlockTableRow.NUM_HEADER :], len(shared))
         self._set_missing(request_id, self._num_missing_at_most(request_id))
         return list(row)
 
@@ -255,7 +235,7 @@ class EvictionManager(FullAttentionManager):
             return
         # Where there is no room now there is no second try: it would be asked for in every step.
         self.num_cached_block[request.request_id] = stop
-        own = self.req_to_blocks[request.request_id][self._num_front :]
+        own = self.req_to_blocks[request.request_id][BlockTableRow.NUM_HEADER :]
         if self.numbers(request.request_id).kept:
             self.block_pool.cache_full_blocks(
                 request, own, start, stop, self.block_size, self.kv_cache_group_id
@@ -278,13 +258,23 @@ class EvictionManager(FullAttentionManager):
         row = self.req_to_blocks.get(request_id)
         if not row or processed_computed_tokens <= row[BlockTableRow.FIRST].block_id:
             return
-        bound = self._schedule(request_id).bound
-        num_kept = BlockTableRow.NUM_HEADER + self.kv_cache_spec.num_blocks(bound)
-        if len(row) > num_kept:
-            surplus = row[num_kept:]
-            del row[num_kept:]
-            self.block_pool.free_blocks(reversed(surplus))
-            self._num_released += len(surplus)
+        surplus = self._surplus(request_id)
+        if num_surplus := self._num_held_surplus(row, surplus):
+            blocks = row[surplus]
+            row[surplus] = [self._null_block] * num_surplus
+            self.block_pool.free_blocks(reversed(blocks))
+            self._num_released += num_surplus
+
+    def _surplus(self, request_id: str) -> slice:
+        """Columns of what the first eviction drops whole: the token blocks above the bound."""
+        ends = self._bound(request_id), self.first_eviction(request_id)
+        return slice(*(BlockTableRow.NUM_HEADER + cdiv(end, self.block_size) for end in ends))
+
+    def _num_held_surplus(self, row: Sequence[KVCacheBlock], surplus: slice) -> int:
+        """How many of the blocks above the bound a row that has evicted still holds."""
+        if surplus.start == surplus.stop or row[surplus.start].is_null:
+            return 0
+        return surplus.stop - surplus.start
 
     def take_num_released(self) -> int:
         """Blocks that sequences have given back at their first eviction since the last call."""

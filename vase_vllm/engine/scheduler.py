@@ -75,14 +75,12 @@ class _EvictionMixin(Scheduler):
         The API server refuses prompts that can never fit, but it does not know how many blocks
         the other groups of a hybrid model take beside ours.
         """
-        num_slots = min(
-            self._eviction_schedule.first_eviction(self.max_model_len), self.max_model_len
-        )
+        first = self._eviction_schedule.first_eviction(self.max_model_len)
         num_required = 0
         for group in self.kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
             if isinstance(spec, EvictionSpec):
-                num_required += spec.num_blocks(num_slots)
+                num_required += spec.num_row_blocks(self.max_model_len, first)
             else:
                 num_bytes = spec.max_memory_usage_bytes(self.vllm_config)
                 num_required += cdiv(num_bytes, spec.page_size_bytes)

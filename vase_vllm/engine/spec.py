@@ -22,14 +22,15 @@ class EvictionSpec(FullAttentionSpec):
     schedule: EvictionSchedule
     num_state_blocks: int
 
-    @property
-    def num_front(self) -> int:
-        """Entries of a row in front of the token blocks."""
-        return BlockTableRow.NUM_HEADER + self.num_state_blocks
-
     def num_blocks(self, num_slots: int) -> int:
         """Blocks of a sequence with this many token slots, its query ring included."""
         return self.num_state_blocks + cdiv(num_slots, self.block_size)
+
+    def num_row_blocks(self, num_tokens: int, first: int) -> int:
+        """Entries of a sequence's row behind the header, when it has ``num_tokens`` tokens."""
+        return self.schedule.num_row_blocks(
+            num_tokens, first, self.block_size, self.num_state_blocks
+        )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one sequence: vLLM's start-up check and "Maximum concurrency" count this."""
@@ -38,8 +39,10 @@ class EvictionSpec(FullAttentionSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Width of a block-table row; the worker indexes it by position before we remap."""
-        num_token_blocks = super().max_num_blocks_per_req(vllm_config, max_len)
-        return self.num_front + num_token_blocks
+        # A sequence that keeps a query evicts at most a window later.
+        longest = max_len + self.schedule.window
+        num_token_blocks = super().max_num_blocks_per_req(vllm_config, longest)
+        return BlockTableRow.NUM_HEADER + num_token_blocks + self.num_state_blocks
 
     @classmethod
     def merge(cls, specs: list["EvictionSpec"]) -> "EvictionSpec":

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from vase_vllm.layout.arithmetic import cdiv
+
 NEVER = 2**30
 """``first`` of a sequence that never evicts: a position that no sequence reaches."""
 
@@ -24,10 +26,19 @@ class RowHeader(NamedTuple):
 
 
 class BlockTableRow:
-    """Columns of a block-table row."""
+    """Columns of a block-table row: the header, then the token blocks, then the state blocks."""
 
     FIRST = RowHeader._fields.index("first")
     KEY = RowHeader._fields.index("key")
     BUDGET = RowHeader._fields.index("budget")
     KEPT = RowHeader._fields.index("kept")
     NUM_HEADER = len(RowHeader._fields)
+
+    @classmethod
+    def state_column(cls, first: int, block_size: int) -> int:
+        """Column of the first state block, behind the token blocks of the first eviction.
+
+        Args:
+            first: position of that eviction; an array of them gives an array.
+        """
+        return cls.NUM_HEADER + cdiv(first, block_size)

@@ -113,9 +113,17 @@ class EvictionSchedule:
         """Tokens in the cache just before an eviction at ``position``."""
         return first if position == first else self.bound
 
-    def num_slots(self, num_tokens: int, first: int) -> int:
-        """Slots that a sequence needs for its next step to end at ``num_tokens`` tokens."""
-        return num_tokens if num_tokens <= first else self.bound
+    def num_row_blocks(
+        self, num_tokens: int, first: int, block_size: int, num_state_blocks: int
+    ) -> int:
+        """Blocks that a sequence has been given by the time it has ``num_tokens`` tokens.
+
+        They are those of its tokens until the first query is kept, and all that it ever gets from
+        then on: the blocks of ``first`` tokens, and those of the query ring.
+        """
+        if num_tokens <= self.first_query(first):
+            return cdiv(num_tokens, block_size)
+        return cdiv(first, block_size) + num_state_blocks
 
     def evictions(self, num_prompt_tokens: int, num_output_tokens: int) -> tuple[int, int]:
         """What a finished sequence has evicted, if it was never preempted.

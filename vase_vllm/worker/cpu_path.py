@@ -70,7 +70,7 @@ class CPUPath:
             seq_lens=lengths,
             seq_lens_cpu=lengths,
             max_seq_len=int(num_cached.max()),
-            block_table=block_table[:, self.spec.num_front :],
+            block_table=block_table[:, BlockTableRow.NUM_HEADER :],
             ring_write=ring_write,
         )
 
@@ -102,5 +102,5 @@ class CPUPath:
         """Say where in the cache the step's tokens go; padding tokens, not ``real``, go nowhere."""
         block_size = self.spec.block_size
         block, cell = np.divmod(slots * real, block_size)
-        blocks = rows[token_rows, self.spec.num_front + block].astype(np.int64)
+        blocks = rows[token_rows, BlockTableRow.NUM_HEADER + block].astype(np.int64)
         np.copyto(slot_mapping[: len(slots)], blocks * block_size + cell, where=real)

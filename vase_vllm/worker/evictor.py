@@ -90,11 +90,12 @@ class TorchEvictor:
         schedule = self.spec.schedule.with_budget(header.budget)
         num_cached = schedule.num_cached(position, header.first)
         eviction_index = (position - header.first) // limits.window
-        front = self.spec.num_front
+        block_size = self.spec.block_size
+        start = BlockTableRow.NUM_HEADER
+        blocks = row[start : start + cdiv(num_cached, block_size)].long()
         # Layers with fewer query heads than the largest use fewer of the state blocks.
-        state_end = BlockTableRow.NUM_HEADER + self.ring.num_blocks
-        state_blocks = row[BlockTableRow.NUM_HEADER : state_end].long()
-        blocks = row[front : front + cdiv(num_cached, self.spec.block_size)].long()
+        start = BlockTableRow.state_column(header.first, block_size)
+        state_blocks = row[start : start + self.ring.num_blocks].long()
         num_candidates = num_cached - limits.window
         draws = Draws(
             limits,

@@ -81,14 +81,15 @@ class TorchRingWrite:
             seq_lens: [R] tokens of each sequence after this step.
         """
         first = block_table[rows, BlockTableRow.FIRST]
+        state = BlockTableRow.state_column(first, layout.block_size)
         earliest = np.maximum(seq_lens[rows], first) - layout.window
         enters = (first > 0) & (positions >= earliest)
         tokens = None
         if not enters.all():
             tokens = np.flatnonzero(enters)
-            rows, positions = rows[tokens], positions[tokens]
+            rows, positions, state = rows[tokens], positions[tokens], state[tokens]
         column, entry = np.divmod(positions % layout.window, layout.entries_per_block)
-        blocks = block_table[rows, BlockTableRow.NUM_HEADER + column]
+        blocks = block_table[rows, state + column]
         return cls(
             layout,
             None if tokens is None else torch.from_numpy(tokens),

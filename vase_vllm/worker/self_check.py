@@ -19,7 +19,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import RowHeader
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.worker.counters import EvictionCounters
 from vase_vllm.worker.step import StepContext
@@ -173,7 +173,7 @@ class _DummySequence:
         blocks = {}
         for group, row in zip(self._kv_cache_config.kv_cache_groups, self._block_ids, strict=True):
             if isinstance(group.kv_cache_spec, EvictionSpec):
-                own = row[group.kv_cache_spec.num_front :]
+                own = row[BlockTableRow.NUM_HEADER :]
                 blocks.update(dict.fromkeys(group.layer_names, own))
         found = {}
         for path in self._context.paths:

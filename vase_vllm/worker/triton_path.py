@@ -73,7 +73,7 @@ class TritonPath:
         if self._pointers is None and self._is_fused and num_rows:
             # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
             # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
-            num_slots = (rows.shape[1] - self.spec.num_front) * self.spec.block_size
+            num_slots = (rows.shape[1] - BlockTableRow.NUM_HEADER) * self.spec.block_size
             num_cached = min(self.spec.schedule.bound, num_slots)
             nothing = np.zeros(1, dtype=np.int64)
             limits = [self.context.config.limits]
@@ -91,7 +91,6 @@ class TritonPath:
             token_table,
             window=self.spec.schedule.window,
             block_size=self.spec.block_size,
-            num_state_blocks=self.spec.num_state_blocks,
         ).run()
         num_cached = self._evict(common, rows)
         # A graph must be right for the longest sequence that any replay will see.
@@ -107,7 +106,6 @@ class TritonPath:
                 seq_lens=seq_lens,
                 block_table=rows,
                 window=self.spec.schedule.window,
-                num_state_blocks=self.spec.num_state_blocks,
             ),
         )
 
@@ -121,7 +119,7 @@ class TritonPath:
             [R, token columns or more] int32, contiguous, each row aligned to 128 bytes.
         """
         if self._token_table is None:
-            num_columns = cdiv(rows.shape[1] - self.spec.num_front, 32) * 32
+            num_columns = cdiv(rows.shape[1] - BlockTableRow.NUM_HEADER, 32) * 32
             shape = (len(self._starts), num_columns)
             self._token_table = torch.zeros(shape, dtype=torch.int32, device=rows.device)
         return self._token_table[: len(rows)]
@@ -202,7 +200,6 @@ class TritonPath:
             parameters,
             group_size=self.group_size,
             softmax_scale=self.softmax_scale,
-            num_state_blocks=self.spec.num_state_blocks,
             max_num_cached=max_num_cached,
             first_kv_head=self.first_kv_head,
             counts=self._to_device(self._counts(limits)),

@@ -89,15 +89,17 @@ class EvictionWorkerMixin(Worker):
         return super().execute_model(scheduler_output)
 
     def _complete_row(self, request: Any, group: int, row: list[int]) -> list[int]:
-        """A dummy request's block-table row, with the front that ours have."""
+        """A dummy request's block-table row, with the header and the state blocks of ours."""
         spec = self._eviction_groups.get(group)
         if spec is None:
             return row
         num_prompt = len(request.prompt_token_ids)
         schedule = spec.schedule.for_prompt(num_prompt)
         header = RowHeader(schedule.first_eviction(num_prompt), 0, schedule.budget, kept=0)
-        # It has no state blocks: any block of its own does for a warm-up.
-        return [*header, *[row[0]] * spec.num_state_blocks, *row]
+        # Any block of its own does for a warm-up, also in the place of state blocks.
+        longest = self.vllm_config.model_config.max_model_len
+        num_missing = spec.num_row_blocks(longest, header.first) - len(row)
+        return [*header, *row, *[row[0]] * num_missing]
 
     def observe_evictions(self, observer: EvictionObserver) -> None:
         """Let an object of this process look at all evictions from now on."""

@@ -91,15 +91,17 @@ class Settings:
 
     def blocks(self, ends: np.ndarray, first: np.ndarray) -> np.ndarray:
         """[n] blocks that sequences hold when their next step ends at ``ends`` tokens."""
-        slots = ends
-        if self.schedule is not None:
-            slots = np.where(ends > first, self.schedule.bound, ends)
-        return self.state_blocks + cdiv(slots, self.block_size)
+        token_blocks = cdiv(ends, self.block_size)
+        if self.schedule is None:
+            return token_blocks
+        slots = np.where(ends > first, self.schedule.bound, first)
+        complete = self.state_blocks + cdiv(slots, self.block_size)
+        return np.where(ends > self.schedule.first_query(first), complete, token_blocks)
 
     def admission_blocks(self, request: Request) -> int:
         """Blocks that a request needs to start; a recomputed one peaks at its first eviction."""
-        peak = min(request.position + 1, request.first)
-        return self.state_blocks + cdiv(peak, self.block_size)
+        peak = np.array([min(request.position + 1, request.first)])
+        return int(self.blocks(peak, np.array([request.first]))[0])
 
     def attended(self, positions: np.ndarray, first: np.ndarray, steps: int) -> np.ndarray:
         """[n] tokens that sequences attend to, on average over the next steps."""

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.plan.cost import (
@@ -235,7 +234,7 @@ class _Run:
             self.batch = min(self.batch, workload.max_num_seqs)
         if schedule is not None:
             longest = min(first, workload.max_model_len)
-            self.most_blocks = self.state_blocks + cdiv(longest, size)
+            self.most_blocks = num_blocks_held(longest, size, schedule, self.state_blocks, first)
             self.batch = min(self.batch, (num_blocks - 1) // self.reserved_blocks)
 
     @property

@@ -289,7 +289,10 @@ def num_blocks_held(
         num_state_blocks: blocks of the sequence's query ring.
         first: position of the first eviction; 0 stands for that of a prompt within the budget.
     """
-    num_slots = num_tokens
-    if schedule is not None and num_tokens > (first or schedule.bound):
-        num_slots = schedule.bound
-    return num_state_blocks + cdiv(num_slots, block_size)
+    if schedule is None:
+        return cdiv(num_tokens, block_size)
+    first = first or schedule.bound
+    if num_tokens > first:
+        # What a long prompt held above the bound has been given back.
+        return num_state_blocks + cdiv(schedule.bound, block_size)
+    return schedule.num_row_blocks(num_tokens, first, block_size, num_state_blocks)
