@@ -29,9 +29,10 @@ $(VENV)/.locked: $(LOCK) $(SHIM)/pyproject.toml
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "the lock file needs Python 3.11, but %d.%d was found: run make PYTHON=/path/to/python3.11 setup" % v)'
 	@test -x $(PY) || { echo "setup: $(PYTHON) -> $(VENV)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "setup: installing the $$(grep -c == $(LOCK)) packages of $(LOCK) (about 2 GB, a minute or two)"
-	@$(PIP) --no-deps $(TORCH) || { echo "setup: installing torch from its own CPU index"; \
-	  $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH); }
-	@$(PIP) --no-deps -r $(LOCK)
+	@{ $(PIP) --no-deps $(TORCH) || { echo "setup: installing torch from its own CPU index"; \
+	  $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH); }; } & torch=$$!; \
+	grep == $(LOCK) | grep -v '^torch==' | xargs -P 2 -n 30 $(PIP) --no-deps; rest=$$?; \
+	wait $$torch && exit $$rest
 	@$(PY) -c 'from importlib.metadata import version; version("vllm")' 2>/dev/null || \
 	  $(PIP) --no-deps --no-build-isolation ./$(SHIM)
 	@touch $@

@@ -19,7 +19,9 @@ NUM_REMEMBERED = 1024
 NUM_NEEDED = 16
 """Remembered outputs longer than a request's own so far that a prediction for it needs."""
 NUM_MOMENTS = 32
-"""Moments of the future at which memory is looked at."""
+"""Moments of the future at which memory is looked at: a grid, and as many ends of outputs."""
+SLACK = 8
+"""Steps that an output may be late, which waits for a chunk of a prompt beside it."""
 MARGIN = 2.0
 """Standard deviations that are reserved beside what is expected."""
 
@@ -109,7 +111,8 @@ def expected_peak(
     *,
     num_prompt: np.ndarray,
     so_far: np.ndarray,
-    longest: np.ndarray,
+    remaining: np.ndarray,
+    first: np.ndarray,
     first_query: np.ndarray,
     num_complete: np.ndarray,
     block_size: int,
@@ -117,23 +120,41 @@ def expected_peak(
     """Most blocks that sequences which decode side by side will hold at any moment from now on.
 
     A sequence that still runs ``t`` tokens from now holds the blocks of ``length + t`` tokens, or
-    all that it ever will if a query of it is kept by then; one that has finished holds none. The
-    result is the largest, over ``t``, of the sum's mean and margin.
+    all that it ever will if a query of it is kept by then; one that has finished, as it must after
+    ``remaining`` tokens, holds none. The result is the largest, over ``t``, of the sum's mean and
+    margin.
 
     Args:
         num_prompt, so_far: [R] int64, tokens of each prompt and of its output.
-        longest: [R] int64, tokens after which each holds no more blocks.
+        remaining: [R] int64, tokens after which each output is cut off.
+        first: [R] int64, position of each sequence's first eviction.
         first_query: [R] int64, the earliest position of each whose query is kept.
         num_complete: [R] int64, blocks of each from then on.
     """
     length = num_prompt + so_far
-    horizon = max(int((longest - length).max()), 0)
-    ahead = np.linspace(0, horizon, NUM_MOMENTS).astype(np.int64)
-    tokens = np.minimum(length[:, None] + ahead, longest[:, None])
+    ahead = _moments(np.minimum(remaining, first - length), remaining + SLACK)
+    tokens = length[:, None] + np.minimum(ahead, remaining[:, None])
     blocks = np.where(
         tokens > first_query[:, None], num_complete[:, None], -(-tokens // block_size)
     )
-    runs = output_lengths.survival(so_far, ahead)
+    runs = output_lengths.survival(so_far, ahead) * (ahead <= remaining[:, None] + SLACK)
     mean = (runs * blocks).sum(axis=0)
     variance = (runs * (1 - runs) * blocks**2).sum(axis=0)
     return int(np.ceil((mean + MARGIN * np.sqrt(variance)).max()))
+
+
+def _moments(growing: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Moments among which the sum is largest: on a grid, and just before outputs are cut off.
+
+    Args:
+        growing: [R] int64, for how many tokens each sequence holds more and more.
+        ends: [R] int64, for how many it holds anything.
+
+    Returns:
+        [K] int64, K at most ``2 * NUM_MOMENTS``.
+    """
+    horizon = max(int(growing.max()), 0)
+    ends = np.sort(np.clip(ends, 0, horizon))
+    chosen = np.linspace(0, len(ends) - 1, NUM_MOMENTS).astype(np.int64)
+    grid = np.linspace(0, horizon, NUM_MOMENTS).astype(np.int64)
+    return np.unique(np.concatenate([grid, ends[chosen]]))

@@ -137,12 +137,16 @@ class EvictionManager(FullAttentionManager):
             requests.append(self._context.requests[and_to])
         if not requests:
             return 0
+        num_prompt = np.array([request.num_prompt_tokens for request in requests])
+        so_far = np.array([request.num_output_tokens for request in requests])
+        longest = np.array([self._context.longest(request) for request in requests])
         first = np.array([self.first_eviction(request.request_id) for request in requests])
         peak = expected_peak(
             self._context.output_lengths,
-            num_prompt=np.array([request.num_prompt_tokens for request in requests]),
-            so_far=np.array([request.num_output_tokens for request in requests]),
-            longest=np.minimum([self._context.longest(request) for request in requests], first),
+            num_prompt=num_prompt,
+            so_far=so_far,
+            remaining=longest - num_prompt - so_far,
+            first=first,
             first_query=self.kv_cache_spec.schedule.first_query(first),
             num_complete=np.array([self._num_complete_blocks(request) for request in requests]),
             block_size=self.block_size,
