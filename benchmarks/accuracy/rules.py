@@ -153,6 +153,7 @@ def unit_of(of: Vectors) -> Vectors:
 
 unit_centred_keys, unit_centred_values = unit_of(centred(keys)), unit_of(centred(values))
 range_, unlike, novelty = range_of_value, unlike_the_mean, novelty_with(0.1)
+distinct, expected = product(unlike, range_, novelty), policy("expected")
 quarter_range = (range_, 0.25)
 of_both = leverage_of(joint)
 of_unit_keys = leverage_of(unit_of(keys))
@@ -234,6 +235,13 @@ OTHERS: dict[str, Rule] = {
     "unlike * novelty .375": parts([(product(unlike, novelty), 0.375)]),
     "unlike * novelty .375, then R-KV": parts(
         [(product(unlike, novelty), 0.375)], attention_less_redundancy
+    ),
+    **{
+        f"distinct {part}, then expected": parts([(distinct, part)], expected)
+        for part in (0.125, 0.25, 0.375, 0.5)
+    },
+    "distinct 0.375, then expected without norms": parts(
+        [(distinct, 0.375)], policy("expected", value_norm=False)
     ),
     "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
 }

@@ -20,6 +20,8 @@ NUM_NEEDED = 16
 """Remembered outputs longer than a request's own so far that a prediction for it needs."""
 NUM_MOMENTS = 32
 """Moments of the future at which memory is looked at: a grid, and as many ends of outputs."""
+NUM_REPEATS = 16
+"""How often an answer is given to the request that waits, before it is worked out again."""
 SLACK = 8
 """Steps that an output may be late, which waits for a chunk of a prompt beside it."""
 MARGIN = 2.0
@@ -104,6 +106,37 @@ class AdmissionContext:
     def longest(self, request: Request) -> int:
         """Tokens that a sequence can come to have, prompt and output."""
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+
+
+@dataclass
+class Expectation:
+    """What was expected last, for a request that asks in every step until it is admitted.
+
+    While the same requests run, the answer hardly changes: they take blocks out of the pool as they
+    have been expected to. It is worked out again when one comes or ends, and now and then.
+
+    Attributes:
+        request_id: who asked.
+        num_blocks: the answer.
+        num_left: how often it may still be given.
+    """
+
+    request_id: str | None = None
+    num_blocks: int = 0
+    num_left: int = 0
+
+    def holds_for(self, request_id: str | None) -> bool:
+        """Whether the answer may be given once more."""
+        self.num_left -= 1
+        return self.num_left >= 0 and self.request_id == request_id
+
+    def set(self, request_id: str | None, num_blocks: int) -> None:
+        """Take note of an answer."""
+        self.request_id, self.num_blocks, self.num_left = request_id, num_blocks, NUM_REPEATS
+
+    def forget(self) -> None:
+        """Other requests run."""
+        self.num_left = 0
 
 
 def expected_peak(

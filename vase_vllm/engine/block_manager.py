@@ -24,7 +24,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vase_vllm.engine.admission import AdmissionContext, expected_peak
+from vase_vllm.engine.admission import AdmissionContext, Expectation, expected_peak
 from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
 from vase_vllm.engine.row_header import SequenceNumbers, content_key, sequence_numbers
 from vase_vllm.engine.spec import EvictionSpec
@@ -45,6 +45,7 @@ class EvictionManager(FullAttentionManager):
         self._missing: dict[str, int] = {}
         self._num_missing = 0
         self._num_released = 0
+        self._latest_expectation = Expectation()
 
     def bind(self, context: AdmissionContext) -> None:
         """Learn what the scheduler knows; it calls this once, before there is any request."""
@@ -121,7 +122,10 @@ class EvictionManager(FullAttentionManager):
         if and_to is not None:
             num_most += self._num_missing_at_most(and_to) - self._missing.get(and_to, 0)
         if self._context.config.admission == "expected":
-            return min(self._num_blocks_expected(and_to), num_most)
+            latest = self._latest_expectation
+            if not latest.holds_for(and_to):
+                latest.set(and_to, self._num_blocks_expected(and_to))
+            return min(latest.num_blocks, num_most)
         return num_most
 
     def _num_missing_at_most(self, request_id: str) -> int:
@@ -197,6 +201,7 @@ class EvictionManager(FullAttentionManager):
             row.extend(blocks)
             self._set_missing(request_id, self._num_missing_at_most(request_id))
             return blocks
+        self._latest_expectation.forget()
         held = self._prefix_cache.held(request_id)
         shared = held[: self._num_shared(request_id, held)]
         first, budget, kept = self.numbers(request_id)
@@ -288,6 +293,7 @@ class EvictionManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The sequence's real blocks; the header is no block and must not reach the pool."""
         self._set_missing(request_id, 0)
+        self._latest_expectation.forget()
         return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
