@@ -21,10 +21,10 @@ from rich.console import Console
 from vllm.platforms import current_platform
 
 from benchmarks.common import paths
+from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.serving import report
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
 from benchmarks.serving.suites import SUITES, Suite, budget_policies, sweep
-from benchmarks.serving.sweep import Clock, OutOfTimeError
 
 RESULTS = paths.RESULTS / "serving"
 SWEEP_OPTIONS = ("concurrency", "max_concurrency", "input_len", "output_len", "waves")

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.load import RunFailedError, RunTimeoutError
 from benchmarks.serving import benchmark
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
 from benchmarks.serving.run import parse_arguments, run_suite
 from benchmarks.serving.suites import SUITES
-from benchmarks.serving.sweep import Clock, OutOfTimeError
 
 
 class Servers:
