@@ -1,0 +1,121 @@
+"""A real engine with random weights evicts on an attention backend, with CUDA graphs as without.
+
+    python -m benchmarks.gpu_check.engine --backend FLASH_ATTN
+
+Two engines of one small model, eager and with everything that vLLM does by default, get the same
+requests. Each must pass its self-check at the start, and evict as often as the schedule says. Their
+tokens must agree: a graph that replays lengths or pages of its capture gives others from the first
+eviction on. Rounding alone may tip a token as well, or a draw, and all after it are others then; so
+half of all tokens must be the same up to a request's first that is not.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import EngineArgs
+
+from benchmarks.common.checks import eviction_problems
+from benchmarks.common.environment import IN_PROCESS
+from benchmarks.common.exit_codes import SKIPPED
+from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.tools.in_process_engine import running_engine
+from vase_vllm.tools.tiny_model import make_tiny_model
+
+BUDGET, WINDOW = 64, 16
+PROMPT_LENGTHS = (24, 60, 79, 80, 96, 130, 200, 300)
+NUM_TOKENS = 96
+LEAST_AGREEMENT = 0.5
+NOT_VALID = "is not valid for this configuration"
+"""What vLLM says of a backend that the device does not take, or that is not installed."""
+MODES = ("eager", "CUDA graphs")
+
+
+def engine_args(model: Path, backend: str, mode: str) -> EngineArgs:
+    """The arguments of one engine."""
+    eviction = {"policy": "vase", "budget": BUDGET, "window": WINDOW}
+    return EngineArgs(
+        model=str(model),
+        attention_backend=backend,
+        enforce_eager=mode == "eager",
+        max_model_len=512,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=256 << 20,
+        disable_log_stats=True,
+        additional_config={"kv_eviction": eviction},
+    )
+
+
+def prompts() -> list[list[int]]:
+    """Of different lengths, some of which evict in the prompt's first step after it."""
+    return [[(7 * i + 3 * n) % 96 + 32 for i in range(n)] for n in PROMPT_LENGTHS]
+
+
+def generate(llm: LLM, backend: str) -> list[list[int]]:
+    """The tokens of all requests.
+
+    Raises:
+        SystemExit: attention ran on another backend, or the evictions are not the schedule's.
+    """
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    if (used := {layer.attn_backend.get_name() for layer in layers}) != {backend}:
+        raise SystemExit(f"FAILED: attention runs on {', '.join(sorted(used))}, not on {backend}")
+    print(f"model runner {type(worker.model_runner).__module__}")
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts()]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    lengths = [(length, NUM_TOKENS) for length in PROMPT_LENGTHS]
+    counted = llm.collective_rpc("get_kv_eviction_stats")[0]["evictions"]
+    if wrong := eviction_problems(EvictionSchedule(BUDGET, WINDOW), lengths, counted):
+        raise SystemExit(f"FAILED: {wrong[0]}")
+    print(f"{counted} evictions, as the schedule says")
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def agreement(one: list[list[int]], other: list[list[int]]) -> float:
+    """Share of all tokens that stand in front of their request's first difference."""
+    same = total = 0
+    for left, right in zip(one, other, strict=True):
+        different = (
+            i for i, pair in enumerate(zip(left, right, strict=True)) if len(set(pair)) > 1
+        )
+        same += next(different, len(left))
+        total += len(left)
+    return same / total
+
+
+def main() -> int:
+    """1 if it does not evict as it should; ``SKIPPED`` where vLLM does not take the backend."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", required=True, help="vLLM's name of it")
+    backend = parser.parse_args().backend
+    os.environ.update(IN_PROCESS)
+    tokens: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        # The heads of Qwen3-8B.
+        model = make_tiny_model(directory, query_heads=16, kv_heads=4, head_dim=128)
+        for mode in MODES:
+            print(f"{backend}, {mode}", flush=True)
+            try:
+                with running_engine(engine_args(model, backend, mode)) as llm:
+                    tokens[mode] = generate(llm, backend)
+            except ValueError as error:
+                if NOT_VALID not in str(error):
+                    raise
+                print(str(error).splitlines()[0])
+                return SKIPPED
+    share = agreement(*tokens.values())
+    if share < LEAST_AGREEMENT:
+        print(f"FAILED: with CUDA graphs {share:.0%} of the tokens are those without")
+        return 1
+    print(f"all right; with CUDA graphs {share:.0%} of the tokens are those without")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
