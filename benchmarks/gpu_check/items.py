@@ -50,7 +50,7 @@ def resumed(
 ITEMS = (
     Item("device", module("gpu_check.device"), 2, 0.2),
     Item("kernels-compile", script("compile_check.py", "--device"), 3, 0.5),
-    Item("kernels-exact", resumed(script("eviction.py", "--check-only")), 4, 0.5),
+    Item("kernels-exact", resumed(script("eviction.py", "--check-only")), 6, 0.5),
     *(
         Item(f"engine-{name}", module("gpu_check.engine", "--backend", name), 4, 1, ("vllm",))
         for name in BACKENDS
