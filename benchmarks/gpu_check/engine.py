@@ -51,6 +51,8 @@ def engine_args(model: Path, backend: str, mode: str) -> EngineArgs:
         max_model_len=512,
         max_num_seqs=16,
         kv_cache_memory_bytes=256 << 20,
+        # What an engine before this one still holds is in the way of vLLM's default.
+        gpu_memory_utilization=0.5,
         disable_log_stats=True,
         additional_config={"kv_eviction": eviction},
         **MODES[mode],

@@ -212,3 +212,11 @@ def test_the_exit_code_says_whether_an_item_failed(verdict, code, tmp_path, monk
     path.write_text(json.dumps(json.loads(path.read_text()) | {"python": "2.7"}))
     assert run.main() == 1
     assert "choose another --output" in capsys.readouterr().out
+
+
+def test_agreement_ends_at_a_request_s_first_difference():
+    # It imports vLLM, which the other tests here do without.
+    from benchmarks.gpu_check.engine import agreement
+
+    assert agreement([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9, 4], [5, 6, 7, 8]]) == 6 / 8
+    assert agreement([[1, 2]], [[3, 2]]) == 0
