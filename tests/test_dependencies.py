@@ -34,9 +34,10 @@ EXTRA_OF = {
 }
 """Folders and files that need more than the base; the longest that fits is meant."""
 REQUIREMENTS_OF = {
+    "benchmarks/kernels/xformers_attention.py": ("peers-xformers.txt",),
     "benchmarks/peers/caches.py": ("peers-kvpress.txt", "peers-randkv.txt"),
 }
-"""Files that run in environments of their own, and what is installed there."""
+"""Files that run in environments of their own, or with what is installed for them alone."""
 DISTRIBUTIONS = packages_distributions()
 NOT_IMPORTED = {"accelerate", "gguf", "pandas"}
 """Needed by what is called; pyproject.toml says by what."""

@@ -1,9 +1,11 @@
 """Where numbers come from: the day, the command, the machine and the versions."""
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from vase_vllm.tools.provenance import machine, versions
@@ -19,3 +21,13 @@ def provenance(packages: Iterable[str] = ("vllm", "torch", "vase-vllm")) -> dict
         "machine": machine(),
         "versions": versions(packages),
     }
+
+
+def source_digest(*folders: Path) -> str:
+    """A name for the Python sources of some folders, so that results of others are told apart."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        # A folder that is a link is not entered by rglob.
+        for path in sorted(folder.resolve().rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -46,7 +46,11 @@ def keep_tokens(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, wi
 
 
 def authors_eviction(parameters: EvictionParameters) -> Eviction:
-    """VaSE as its authors write it: topk, multinomial, gather, copy."""
+    """VaSE as its authors write it: topk, multinomial, gather, copy.
+
+    ``torch.multinomial`` is written out as torch computes it, an exponential race, without its look
+    at the weights, for which the host would wait: a CUDA graph can hold it then.
+    """
 
     def evict(keys: torch.Tensor, values: torch.Tensor, queries: torch.Tensor) -> None:
         scores = window_attention(keys, queries, parameters)
@@ -56,7 +60,8 @@ def authors_eviction(parameters: EvictionParameters) -> Eviction:
         protected = ranges.topk(parameters.protected, dim=-1).indices
         weights = scores.scatter(2, protected, 0.0).flatten(0, 1)
         num_drawn = parameters.budget - parameters.window - parameters.protected
-        drawn = torch.multinomial(weights, num_drawn).view(*scores.shape[:2], -1)
+        arrivals = torch.empty_like(weights).exponential_()
+        drawn = (weights / arrivals).topk(num_drawn, dim=-1).indices.view(*scores.shape[:2], -1)
         kept = torch.cat([protected, drawn], dim=-1).sort(-1).values
         keep_tokens(keys, values, kept, parameters.window)
 

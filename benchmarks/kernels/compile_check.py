@@ -2,6 +2,7 @@
 
     python benchmarks/kernels/compile_check.py           all configurations and architectures
     python benchmarks/kernels/compile_check.py --quick   the Qwen3-8B shape for sm_90, all scorings
+    python benchmarks/kernels/compile_check.py --device  all, for the GPU of this machine
     python benchmarks/kernels/compile_check.py --record  all, and write what came out as the budget
 
 The launches are those of the launchers themselves, on tensors without storage. A line per kernel
@@ -11,7 +12,8 @@ says what it takes of an SM, and of the loop over K tiles what a warp issues for
 - fewer programs share an SM than the launcher counts on;
 - a loop over K tiles does not use the tensor cores of its architecture, or loads keys in anything
   but asynchronous copies of 128 bits, or waits for a copy that it has just started;
-- such a loop has more instructions than were recorded in benchmarks/results/kernels/.
+- such a loop has more instructions than were recorded in benchmarks/results/kernels/; with --device
+  not where they were recorded with another version of Triton.
 
 A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``).
 """
@@ -34,6 +36,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from benchmarks.common.exit_codes import SKIPPED  # noqa: E402
 from benchmarks.kernels.machine_code import (  # noqa: E402
     FUSED_MULTIPLY_ADD,
     TENSOR_CORE,
@@ -51,6 +54,7 @@ from benchmarks.kernels.machine_code_report import (  # noqa: E402
     over_budget,
     prediction_lines,
     record,
+    recorded_by_this_triton,
     recorded_lengths,
 )
 from benchmarks.kernels.prediction import GPUS, LoopCost, programs_per_sm  # noqa: E402
@@ -200,16 +204,35 @@ def predict(
         yield Prediction(*name, f"{row.kernel}: values", cost.microseconds(of_values, gpu))
 
 
+def device_architecture() -> int:
+    """Of this machine's GPU: 90 for sm_90.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("--device: no GPU; --arch names an architecture")
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def main() -> int:
-    """Print the tables; 1 if a kernel is not as it should be."""
+    """Print the tables; 1 if a kernel is not as it should be, ``SKIPPED`` for an unknown GPU."""
     parser = argparse.ArgumentParser(
         description="Compile the shipped kernels for several GPUs, without one."
     )
     parser.add_argument("--quick", action="store_true", help="Qwen3-8B's shape on sm_90 only")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, metavar="SM")
+    parser.add_argument("--device", action="store_true", help="for the GPU of this machine only")
     parser.add_argument("--record", action="store_true", help="write what comes out as the budget")
     options = parser.parse_args()
     configurations = QUICK if options.quick else CONFIGURATIONS
+    if options.device:
+        options.arch = [device_architecture()]
+        if options.arch[0] not in ARCHITECTURES:
+            known = ", ".join(f"sm_{known}" for known in ARCHITECTURES)
+            print(f"this machine's sm_{options.arch[0]} is none of {known}")
+            return SKIPPED
     architectures = options.arch or ([90] if options.quick else list(ARCHITECTURES))
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
@@ -230,7 +253,8 @@ def main() -> int:
                 print(row.line(), flush=True)
     if options.record:
         record(heading, rows, predictions)
-    wrong += over_budget(rows, recorded_lengths())
+    if not options.device or recorded_by_this_triton():
+        wrong += over_budget(rows, recorded_lengths())
     print("\nscoring one sequence of Qwen3-8B at budget 4096, predicted:")
     print(*prediction_lines(predictions), sep="\n")
     print(*(f"FAILED {reason}" for reason in wrong), sep="\n")

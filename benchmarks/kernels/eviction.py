@@ -1,25 +1,29 @@
 """Check and time the fused eviction on a GPU. Needs torch and Triton alone, and no installation.
 
-    python benchmarks/kernels/eviction.py           on a GPU
-    python benchmarks/kernels/eviction.py --smoke   on a CPU, under Triton's interpreter: no numbers
+    python benchmarks/kernels/eviction.py               on a GPU
+    python benchmarks/kernels/eviction.py --check-only  compare with the reference, time nothing
+    python benchmarks/kernels/eviction.py --minutes 5   end in time; the same command goes on
+    python benchmarks/kernels/eviction.py --smoke       on a CPU, interpreted, without numbers
 
 Correctness comes first: unless every head agrees with the reference, nothing is timed. Then, at the
 shape of Qwen3-8B (36 layers, 8 KV heads, D = 128, G = 4, W = 64, bf16), the fused eviction is timed
 beside the authors' method in PyTorch, the same under torch.compile, R-KV's rule, and the floor: the
 bytes at measured copy bandwidth or the operations at measured matmul rate, whichever takes longer.
 The policies random and streaming, which score no attention, are timed on the same pages.
-Writes JSON and Markdown to benchmarks/results/kernels/.
+
+Each row is written to benchmarks/results/kernels/ as soon as it is measured. What is there of the
+same device, versions, settings and kernels is not measured again.
 """
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +37,21 @@ if SMOKE:
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from benchmarks.kernels import baselines  # noqa: E402
+from benchmarks.common.clock import Clock, OutOfTimeError  # noqa: E402
+from benchmarks.common.exit_codes import OUT_OF_TIME  # noqa: E402
+from benchmarks.common.provenance import source_digest  # noqa: E402
+from benchmarks.common.results import Rows  # noqa: E402
+from benchmarks.kernels import baselines, xformers_attention  # noqa: E402
+from benchmarks.kernels.correctness import check  # noqa: E402
 from benchmarks.kernels.eviction_report import markdown, number  # noqa: E402
-from benchmarks.kernels.workload import Shape, Workload, ring_is_right, wrong_heads  # noqa: E402
+from benchmarks.kernels.policies import parameters_of, unscored  # noqa: E402
+from benchmarks.kernels.timing import (  # noqa: E402
+    fits,
+    machine_rates,
+    milliseconds,
+    time_baselines,
+)
+from benchmarks.kernels.workload import Shape, Workload  # noqa: E402
 from vase_vllm.kernels.launch import (  # noqa: E402
     SCRATCH_BYTES,
     device_limits,
@@ -46,164 +62,63 @@ from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
 from vase_vllm.kernels.ring import TritonRingWrite  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels"
-BUDGETS = (1024, 2048, 4096, 8192)
-DUE = (1, 2, 4, 8, 16, 32, 64)
-BATCHES = (16, 64, 128, 256)
+BUDGETS = (4096, 1024, 2048, 8192)
+DUE = (1, 2, 4, 16, 64)
+BATCHES = (16, 64, 256)
+COMPILED = [(4096, 1), (4096, 16)]
+"""Budgets and due sequences at which the authors' method is compiled: that takes longest of all."""
 SPLITS = (1, 2, 4, 8, 16)
-MEMORY_SHARE = 0.85
-"""Share of the free memory that a measurement may fill."""
+SHAPE = "36 layers, 8 KV heads, D=128, G=4, W=64, block 16, bf16, NHD pages"
 
 
-def parameters_of(budget: int) -> EvictionParameters:
-    """The paper's parameters: a window of 64, a quarter of the budget protected."""
-    return EvictionParameters(budget, 64, budget // 4)
-
-
-def snapkv(parameters: EvictionParameters) -> EvictionParameters:
-    """The policy ``snapkv``, with the same budget, window and sinks."""
-    return replace(parameters, protected=parameters.sinks, sampling="greedy")
-
-
-def unscored(parameters: EvictionParameters) -> dict[str, EvictionParameters]:
-    """The policies that score no attention, with the same budget, window and sinks."""
-    sinks = parameters.sinks
-    return {
-        "random": replace(parameters, protected=sinks, sampling="gumbel", scoring="uniform"),
-        "streaming": replace(parameters, protected=sinks, sampling="greedy", scoring="age"),
-    }
-
-
-def correctness_shapes() -> dict[str, Shape]:
-    """Small shapes that reach every path of the kernels."""
-    base = Shape(EvictionParameters(256, 16, 64), 2, 2, 2, 2, 64)
-    if SMOKE:
-        base = replace(base, parameters=EvictionParameters(40, 8, 10), num_layers=1)
-        shapes = {"vase": base, "fp32, long": replace(base, dtype=torch.float32, extra=40)}
-        shapes["snapkv"] = replace(base, parameters=snapkv(base.parameters))
-        for name, parameters in unscored(base.parameters).items():
-            shapes[name] = replace(base, parameters=parameters)
-        return {f"smoke, {name}": shape for name, shape in shapes.items()}
-    qwen3 = Shape(parameters_of(1024), num_due=2, num_layers=2)
-    greedy = replace(base.parameters, sampling="greedy")
-    shapes = {
-        "Qwen3-8B": qwen3,
-        "Qwen3-8B, budget 4096": replace(qwen3, parameters=parameters_of(4096)),
-    }
-    shapes |= {f"{dtype}": replace(base, dtype=dtype) for dtype in (torch.float16, torch.float32)}
-    shapes |= {f"D={size}": replace(base, head_size=size) for size in (96, 128, 192, 256)}
-    shapes |= {f"G={size}": replace(qwen3, group_size=size) for size in (1, 5, 8, 16)}
-    shapes |= {f"block={size}": replace(base, block_size=size) for size in (32, 64, 128)}
-    shapes |= {f"extra={extra}": replace(base, extra=extra) for extra in (16, 240, 4000)}
-    shapes["HND"] = replace(base, layout="HND")
-    shapes["greedy"] = replace(base, parameters=greedy)
-    shapes["snapkv"] = replace(qwen3, parameters=snapkv(qwen3.parameters))
-    for name, parameters in unscored(parameters_of(4096)).items():
-        shapes[name] = replace(qwen3, parameters=parameters)
-    long = replace(base, dtype=torch.float32, extra=4000)
-    for name, parameters in unscored(base.parameters).items():
-        shapes[f"{name}, fp32, extra=4000"] = replace(long, parameters=parameters)
-    shapes["odd budget"] = replace(base, parameters=EvictionParameters(501, 13, 77))
-    return shapes
-
-
-def check(device: torch.device) -> list[str]:
-    """Names of the shapes with heads that are not right."""
-    failed = []
-    for name, shape in correctness_shapes().items():
-        for num_splits in (None, 3):
-            torch.manual_seed(0)
-            num_wrong = wrong_heads(shape, device, num_splits)
-            print(f"  {name}, splits {num_splits or 'counted'}: {num_wrong} wrong heads")
-            failed += [name] if num_wrong else []
-        if not ring_is_right(shape, device):
-            failed.append(f"{name} (query ring)")
-    return failed
-
-
-def median_ms(function: Callable[[], Any]) -> float:
-    """Median time of a call with a cold L2; in a smoke run, one call and no number."""
-    if SMOKE:
-        function()
-        return float("nan")
-    return triton.testing.do_bench(function, warmup=50, rep=300, return_mode="median")
-
-
-def machine_rates(device: torch.device) -> tuple[float, float]:
-    """Bytes per second of a copy, read and written, and FLOP per second of a bf16 matmul."""
-    size, order = (2**12, 64) if SMOKE else (2**30, 8192)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * size / median_ms(lambda: target.copy_(source)) * 1e3
-    matrix = torch.randn(order, order, device=device, dtype=torch.bfloat16)
-    return copied, 2 * order**3 / median_ms(lambda: matrix @ matrix) * 1e3
-
-
-def fits(num_bytes: int, device: torch.device) -> bool:
-    """Whether so many more bytes fit on the device."""
-    if SMOKE:
-        return True
-    torch.cuda.empty_cache()
-    return num_bytes <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-
-
-def time_baselines(shape: Shape, device: torch.device) -> dict[str, float | None]:
-    """Milliseconds of each baseline over all layers; None where memory does not suffice."""
-    names = ("authors", "authors, compiled", "R-KV's rule")
-    batch, heads, rows = shape.num_due, shape.num_kv_heads, shape.num_query_rows
-    per_layer = shape.cache_bytes // shape.num_layers
-    logits = batch * heads * rows * shape.num_candidates * 4
-    # Enough layers that none is found in L2 again; each is then used for several.
-    num_buffers = max(1, min(shape.num_layers, 2**28 // per_layer))
-    if not fits(num_buffers * per_layer + 2 * per_layer + 4 * logits, device):
-        return dict.fromkeys(names)
-
-    def randn(*size: int) -> torch.Tensor:
-        return torch.randn(size, device=device, dtype=shape.dtype)
-
-    sizes = (batch, heads, shape.num_cached, shape.head_size)
-    buffers = [(randn(*sizes), randn(*sizes)) for _ in range(num_buffers)]
-    queries = randn(batch, heads, rows, shape.head_size)
-    authors = baselines.authors_eviction(shape.parameters)
-    methods = (
-        authors,
-        torch.compile(authors, backend="eager" if SMOKE else "inductor"),
-        baselines.rkv_eviction(shape.parameters),
+def time_eviction(shape: Shape, device: torch.device, rates: dict[str, float]) -> dict[str, Any]:
+    """The row of a budget and a number of due sequences."""
+    budget, num_due = shape.parameters.budget, shape.num_due
+    floors = (
+        shape.least_bytes / rates["copy bytes/s"] * 1e3,
+        shape.least_flop / rates["matmul flop/s"] * 1e3,
     )
-
-    def all_layers(evict: baselines.Eviction) -> None:
-        for layer in range(shape.num_layers):
-            evict(*buffers[layer % num_buffers], queries)
-
-    return {
-        name: median_ms(lambda evict=evict: all_layers(evict))
-        for name, evict in zip(names, methods, strict=True)
-    }
-
-
-def time_shape(shape: Shape, device: torch.device, rates: tuple[float, float]) -> dict[str, Any]:
-    """One row of the table of evictions."""
-    floors = shape.least_bytes / rates[0] * 1e3, shape.least_flop / rates[1] * 1e3
     result: dict[str, Any] = {
-        "budget": shape.parameters.budget,
-        "due": shape.num_due,
         "fused": None,
         "random": None,
         "streaming": None,
         "floor": max(floors),
         "floor of memory": floors[0],
         "floor of matmul": floors[1],
+        "counted": counted_splits(shape, device),
     }
     if fits(shape.cache_bytes + 2**28, device):
         workload = Workload(shape, device)
-        result["fused"] = median_ms(workload.evict)
+        result["fused"] = milliseconds(workload.evict)
         for name, parameters in unscored(shape.parameters).items():
-            result[name] = median_ms(lambda policy=parameters: workload.evict(parameters=policy))
-        if shape.num_due <= 2:
+            result[name] = milliseconds(lambda policy=parameters: workload.evict(parameters=policy))
+        if num_due <= 2:
             result["splits"] = {
-                splits: median_ms(lambda splits=splits: workload.evict(splits)) for splits in SPLITS
+                str(splits): milliseconds(lambda splits=splits: workload.evict(splits))
+                for splits in SPLITS
             }
         del workload
-    return result | time_baselines(shape, device)
+    print(f"  budget {budget}, {num_due} due: fused {number(result['fused'])} ms", flush=True)
+    return result | time_baselines(shape, device, SMOKE or (budget, num_due) in COMPILED)
+
+
+def counted_splits(shape: Shape, device: torch.device) -> int:
+    """The splits of a head that the launcher chooses."""
+    limits, num_query_rows = device_limits(device), shape.num_query_rows
+    tile = scoring_tile(num_query_rows, shape.head_size, shape.dtype.itemsize, limits)
+    budget = shape.parameters.budget
+    plan = plan_launch(shape.num_heads, budget, num_query_rows, SCRATCH_BYTES, tile, limits)
+    return plan.num_splits
+
+
+def time_step(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:
+    """The row of a budget and a batch: what is done in every decode step, all layers."""
+    print(f"  budget {shape.parameters.budget}, batch {batch}: a decode step", flush=True)
+    return {
+        "decode": time_decode(shape, batch, device),
+        "xformers": xformers_attention.time_decode(shape, batch, device),
+        "ring": time_ring(shape, batch, device),
+    }
 
 
 def time_decode(shape: Shape, batch: int, device: torch.device) -> float | None:
@@ -215,7 +130,8 @@ def time_decode(shape: Shape, batch: int, device: torch.device) -> float | None:
         return None
     keys, values = (torch.randn(sizes, device=device, dtype=shape.dtype) for _ in range(2))
     queries = keys[:, :, : shape.group_size].clone()
-    return shape.num_layers * median_ms(lambda: baselines.decode_attention(queries, keys, values))
+    attention = baselines.decode_attention
+    return shape.num_layers * milliseconds(lambda: attention(queries, keys, values))
 
 
 def time_ring(shape: Shape, batch: int, device: torch.device) -> float:
@@ -236,108 +152,129 @@ def time_ring(shape: Shape, batch: int, device: torch.device) -> float:
                 window=shape.parameters.window,
             ).store(workload.caches[0], query)
 
-    all_layers()
-    if SMOKE:
-        return float("nan")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        all_layers()
-    return median_ms(graph.replay)
+    return milliseconds(all_layers)
 
 
-def amortised(
-    rows: list[dict[str, Any]], decode: dict[int, float | None], ring: dict[int, float]
-) -> list[dict[str, Any]]:
-    """Cost of evictions per decode step: on average batch / 64 sequences are due in each."""
-    table = []
-    times = {row["due"]: row["fused"] for row in rows}
-    for batch, step in decode.items():
-        mean_due = batch / 64
-        due = max((d for d in times if d <= max(1, mean_due)), default=None)
-        if due is None or times[due] is None or step is None:
-            continue
-        cost = times[due] * mean_due / due
-        table.append(
-            {
-                "batch": batch,
-                "due": mean_due,
-                "cost": cost,
-                "ring": ring[batch],
-                "decode": step,
-                "share": (cost + ring[batch]) / step,
-            }
-        )
-    return table
-
-
-def main() -> int:
-    """1 if a head is not right."""
-    parser = argparse.ArgumentParser(description="Check and time the fused eviction on a GPU.")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU, without numbers")
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
-    parser.add_argument("--due", type=int, nargs="+", default=DUE, help="sequences that evict")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--out", type=Path, help="directory, default benchmarks/results/kernels")
-    options = parser.parse_args()
-    if not SMOKE and not torch.cuda.is_available():
-        parser.error("no GPU: --smoke runs all of this on a CPU, without numbers")
-    device = torch.device("cpu" if SMOKE else "cuda")
-    shape = Shape(parameters_of(4096))
-    if SMOKE:
-        shape = Shape(EvictionParameters(40, 8, 10), 1, 1, 2, 2, 64)
-        options.budgets, options.due, options.batches = (40,), (1, 2), (2,)
-
-    print("correctness, against the reference in fp32:")
-    if failed := check(device):
-        print(f"FAILED, nothing is timed: {', '.join(failed)}")
-        return 1
-    rates, limits = machine_rates(device), device_limits(device)
-    evictions, shares = [], {}
+def rows_to_time(
+    shape: Shape, options: argparse.Namespace, device: torch.device, rates: dict[str, float]
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Every row's key, and what measures it, in the order of their value."""
     for budget in options.budgets:
         parameters = shape.parameters if SMOKE else parameters_of(budget)
         sized = replace(shape, parameters=parameters)
-        rows, num_query_rows = [], sized.num_query_rows
-        tile = scoring_tile(num_query_rows, shape.head_size, shape.dtype.itemsize, limits)
         for num_due in options.due:
-            row = time_shape(replace(sized, num_due=num_due), device, rates)
-            num_tasks = row["due"] * shape.num_layers * shape.num_kv_heads
-            plan = plan_launch(num_tasks, budget, num_query_rows, SCRATCH_BYTES, tile, limits)
-            row["counted"] = plan.num_splits
-            print(f"  budget {budget}, {num_due} due: fused {number(row['fused'])} ms", flush=True)
-            rows.append(row)
-        evictions += rows
-        decode = {batch: time_decode(sized, batch, device) for batch in options.batches}
-        ring = {batch: time_ring(sized, batch, device) for batch in options.batches}
-        shares[budget] = amortised(rows, decode, ring)
+            due = replace(sized, num_due=num_due)
+            key = {"kind": "eviction", "budget": budget, "due": num_due}
+            yield key, lambda due=due: time_eviction(due, device, rates)
+        for batch in options.batches:
+            key = {"kind": "step", "budget": budget, "batch": batch}
+            yield key, lambda sized=sized, batch=batch: time_step(sized, batch, device)
 
-    device_name = platform.processor() if SMOKE else torch.cuda.get_device_name(device)
-    report = {
+
+def measure(
+    results: Rows, key: dict[str, Any], function: Callable[[], dict[str, Any]], clock: Clock
+) -> dict[str, Any]:
+    """The row with this key: that of the file, or what the function measures.
+
+    Raises:
+        OutOfTimeError: the time is over.
+    """
+    row = results.find(**key)
+    if row is None:
+        clock.left()
+        row = {"date": datetime.date.today().isoformat(), **function()}
+        results.put(key, row)
+    return row
+
+
+def open_results(options: argparse.Namespace, device: torch.device) -> Rows:
+    """The file of this device, and of no other one's rows.
+
+    Raises:
+        ValueError: it holds rows of other versions or settings.
+    """
+    device_name = "smoke run, no GPU" if SMOKE else torch.cuda.get_device_name(device)
+    header = {
         "smoke": SMOKE,
-        "device": "smoke run, no GPU" if SMOKE else device_name,
-        "date": datetime.date.today().isoformat(),
+        "device": device_name,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "command": shlex.join(["python", *sys.argv]),
-        "shape": "smoke"
-        if SMOKE
-        else "36 layers, 8 KV heads, D=128, G=4, W=64, block 16, bf16, NHD pages",
-        "copy bytes/s": rates[0],
-        "matmul flop/s": rates[1],
-        "evictions": evictions,
-        "amortised": shares,
+        "shape": "smoke" if SMOKE else SHAPE,
     }
-    directory = options.out or (Path(tempfile.mkdtemp()) if SMOKE else RESULTS)
-    directory.mkdir(parents=True, exist_ok=True)
     name = "smoke" if SMOKE else device_name.lower().replace(" ", "-")
-    path = directory / f"eviction-{name}-{report['date']}"
-    text = markdown(report)
-    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
-    print(text)
-    print(f"written to {path}.json and .md")
-    return 0
+    results = Rows(options.output / f"eviction-{name}.json", header)
+    results.content["command"] = shlex.join(["python", *sys.argv])
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check and time the fused eviction on a GPU.")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU, without numbers")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check-only", action="store_true", help="time nothing")
+    only.add_argument("--skip-check", action="store_true", help="do not look whether it is right")
+    parser.add_argument("--minutes", type=float, help="stop in time; call again to go on")
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--due", type=int, nargs="+", default=DUE, help="sequences that evict")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--output", type=Path, help="directory of the results, read as well")
+    options = parser.parse_args()
+    if not SMOKE and not torch.cuda.is_available():
+        parser.error("no GPU: --smoke runs all of this on a CPU, without numbers")
+    if SMOKE:
+        options.budgets, options.due, options.batches = (40,), (1, 2), (2,)
+    options.output = options.output or (Path(tempfile.mkdtemp()) if SMOKE else RESULTS)
+    return options
+
+
+def run(options: argparse.Namespace, results: Rows, device: torch.device, clock: Clock) -> None:
+    """Check and measure what is not in the results yet.
+
+    Raises:
+        SystemExit: a shape is not right.
+        OutOfTimeError: the time is over.
+    """
+    # Rows of other kernels stay in the file, and are told apart.
+    stamp = {"kernels": source_digest(ROOT / "vase_vllm" / "kernels")}
+    results.content |= stamp
+    if not options.skip_check:
+        print("correctness, against the reference in fp32:")
+        if failed := list(check(results, device, clock, stamp)):
+            raise SystemExit(f"FAILED, nothing is timed: {', '.join(failed)}")
+    if options.check_only:
+        return
+    shape = Shape(parameters_of(4096))
+    if SMOKE:
+        shape = Shape(EvictionParameters(40, 8, 10), 1, 1, 2, 2, 64)
+    key = {"kind": "rates", **stamp}
+    rates = measure(results, key, lambda: machine_rates(device), clock)
+    for key, function in rows_to_time(shape, options, device, rates):
+        measure(results, key | stamp, function, clock)
+
+
+def main() -> int:
+    """1 if a head is not right, ``OUT_OF_TIME`` if there is more to do."""
+    start = time.monotonic()
+    options = parse_arguments()
+    device = torch.device("cpu" if SMOKE else "cuda")
+    state, code = "all rows are there", 0
+    try:
+        results = open_results(options, device)
+    except ValueError as error:
+        print(f"FAILED: {error}")
+        return 1
+    try:
+        run(options, results, device, Clock(options.minutes, start))
+    except OutOfTimeError as error:
+        state, code = f"OUT OF TIME ({error}): the same command goes on", OUT_OF_TIME
+    results.write()
+    page = markdown(results.content)
+    results.path.with_suffix(".md").write_text(page)
+    print(page)
+    print(f"{state}; results and page are in {options.output}")
+    return code
 
 
 if __name__ == "__main__":

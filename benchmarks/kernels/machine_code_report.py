@@ -94,6 +94,12 @@ def recorded_lengths() -> dict[tuple[str, ...], int]:
     return {(row["kernel"], row["configuration"], row["arch"]): row["issued"] for row in rows}
 
 
+def recorded_by_this_triton() -> bool:
+    """Whether the lengths were recorded with the installed version of Triton."""
+    path = RECORD.with_suffix(".json")
+    return path.exists() and json.loads(path.read_text())["triton"] == triton.__version__
+
+
 def record(heading: str, rows: list[Row], predictions: list[Prediction]) -> None:
     """Write what came out, as data and as text."""
     RECORD.parent.mkdir(parents=True, exist_ok=True)

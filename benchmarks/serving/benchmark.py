@@ -13,6 +13,7 @@ from unittest.mock import patch
 import requests
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.load import RunFailedError, RunTimeoutError
 from benchmarks.common.monitor import Monitor
 from benchmarks.common.policy import Policy
@@ -20,7 +21,7 @@ from benchmarks.common.provenance import provenance
 from benchmarks.common.workload import Workload
 from benchmarks.serving.measure import prepare_model, service
 from benchmarks.serving.suites import Suite
-from benchmarks.serving.sweep import Clock, OutOfTimeError, Range, Results
+from benchmarks.serving.sweep import Range, Results
 
 START_SECONDS = 1800
 """A server has so long to be ready."""

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving.run [--suite cpu] [--workloads NAME ...] [--rounds N]
     python -m benchmarks.serving.run --suite sweep-qwen3-8b --minutes 9
+    python -m benchmarks.serving.run --suite sweep-qwen3-8b-small --minutes 8
     python -m benchmarks.serving.run --suite smoke
 
 See README.md in this folder for what is measured and how to read it.
@@ -21,13 +22,16 @@ from rich.console import Console
 from vllm.platforms import current_platform
 
 from benchmarks.common import paths
+from benchmarks.common.clock import Clock, OutOfTimeError
+from benchmarks.common.exit_codes import OUT_OF_TIME
 from benchmarks.serving import report
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
 from benchmarks.serving.suites import SUITES, Suite, budget_policies, sweep
-from benchmarks.serving.sweep import Clock, OutOfTimeError
 
 RESULTS = paths.RESULTS / "serving"
 SWEEP_OPTIONS = ("concurrency", "max_concurrency", "input_len", "output_len", "waves")
+SWEEP_KEEPS = ("kv_tokens", "rounds")
+"""What no option of a sweep changes of its workload."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,12 +90,19 @@ def chosen_suite(args: argparse.Namespace) -> Suite:
         suite = replace(suite, policies=policies, workloads=workloads)
     changes = {name: getattr(args, name) for name in SWEEP_OPTIONS}
     if changes := {name: value for name, value in changes.items() if value is not None}:
-        suite = replace(suite, workloads=(sweep(**changes),))
+        (workload,) = suite.workloads
+        kept = {name: getattr(workload, name) for name in (*SWEEP_OPTIONS[:-1], *SWEEP_KEEPS)}
+        kept["waves"] = workload.num_requests // workload.concurrency
+        suite = replace(suite, workloads=(sweep(**(kept | changes)),))
     return suite
 
 
-def run_suite(suite: Suite, args: argparse.Namespace, clock: Clock) -> tuple[bool, str]:
-    """Run what is asked for; returns whether all runs count, and what is left to do."""
+def run_suite(suite: Suite, args: argparse.Namespace, clock: Clock) -> tuple[int, str]:
+    """Run what is asked for.
+
+    Returns:
+        0, 1 if a run does not count, or ``OUT_OF_TIME``; and what is left to do.
+    """
     good = True
     for workload in suite.workloads:
         if args.workloads and workload.name not in args.workloads:
@@ -101,10 +112,10 @@ def run_suite(suite: Suite, args: argparse.Namespace, clock: Clock) -> tuple[boo
         try:
             good &= Benchmark(args.suite, suite, workload, policies, args, clock).run()
         except OutOfTimeError as error:
-            return good, f"out of time ({error}): the same command goes on"
+            return OUT_OF_TIME, f"OUT OF TIME ({error}): the same command goes on"
         except (CheckFailedError, ValueError) as error:
-            return False, f"FAILED: {error}"
-    return good, "all runs are there"
+            return 1, f"FAILED: {error}"
+    return int(not good), "all runs are there"
 
 
 def main() -> int:
@@ -115,12 +126,12 @@ def main() -> int:
     console = Console(soft_wrap=True, markup=False)
     with tempfile.TemporaryDirectory() as directory:
         args.output = args.output or (Path(directory) if suite.smoke else RESULTS)
-        good, state = True, "all runs are there"
+        code, state = 0, "all runs are there"
         if not args.report_only:
-            good, state = run_suite(suite, args, Clock(args.minutes, start))
+            code, state = run_suite(suite, args, Clock(args.minutes, start))
         console.print(report.write(args.output, args.suite))
         console.print(f"{state}; raw results, report and plots are in {args.output}")
-    return int(not good)
+    return code
 
 
 if __name__ == "__main__":

@@ -241,6 +241,15 @@ SUITES = {
         )
         for model in ("qwen3-8b", "qwen3-14b")
     },
+    # For a GPU that is lent for minutes: KV memory for 71 sequences of full length, or 269 under
+    # eviction, on every GPU of 80 GB and more.
+    "sweep-qwen3-8b-small": Suite(
+        MODELS / "qwen3-8b",
+        budget_policies(1024),
+        (sweep(128, 256, input_len=512, output_len=4096, kv_tokens=320 * 1024, rounds=1),),
+        block_size=16,
+        needs_gpu=True,
+    ),
     # Memory for three outputs of full length, so that a sweep on a CPU comes to its end as well.
     "smoke": Suite(
         model=MODELS / "qwen3-8b",

@@ -5,12 +5,12 @@ full, or until throughput no longer grew. Every run is written to the results at
 that is lent for minutes loses one run at most. A workload of one concurrency is a sweep of one run.
 """
 
-import json
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common.clock import Clock
+from benchmarks.common.results import ResultsFile
 
 GROWTH = 1.05
 """A doubled concurrency must bring this much more throughput, else the sweep ends."""
@@ -18,37 +18,6 @@ MOST_CUTS = 2
 """A run is tried this often. A second try is the first run of its call and has all of its time."""
 
 Run = dict[str, Any]
-
-
-class OutOfTimeError(Exception):
-    """The call's time is over; the same command goes on where it stopped."""
-
-
-class Clock:
-    """The time that a call has.
-
-    Args:
-        minutes: of the whole call; None is no limit.
-        start: ``time.monotonic()`` when the call began.
-    """
-
-    def __init__(self, minutes: float | None, start: float) -> None:
-        self.minutes = minutes
-        self._end = None if minutes is None else start + 60 * minutes
-
-    def left(self, at_least: float = 0.0) -> float | None:
-        """Seconds that are left; None is no limit.
-
-        Raises:
-            OutOfTimeError: fewer than ``at_least`` are.
-        """
-        if self._end is None:
-            return None
-        left = self._end - time.monotonic()
-        if left <= at_least:
-            needed = f", {at_least:.0f} s are needed" if at_least else ""
-            raise OutOfTimeError(f"{max(left, 0):.0f} s are left{needed}")
-        return left
 
 
 def memory_was_full(run: Run) -> bool:
@@ -81,32 +50,18 @@ class Range:
         return following, ""
 
 
-class Results:
+class Results(ResultsFile):
     """The file of a workload's results: what it belongs to, the runs, and those that were cut off.
 
     Args:
-        path: of the JSON file.
-        header: machine, versions and settings that every run must share.
-        go_on: read the file if it exists; else it is written anew.
+        path, header, go_on: see :class:`~benchmarks.common.results.ResultsFile`.
 
     Raises:
         ValueError: the file's runs have another header.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], go_on: bool = True) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {**header, "runs": [], "cuts": [], "ends": {}}
-        if not go_on or not path.exists():
-            return
-        earlier = json.loads(path.read_text())
-        # What JSON makes of the header, tuples and integer keys, is what the file has.
-        for key, value in json.loads(json.dumps(header)).items():
-            if earlier.get(key) != value:
-                raise ValueError(
-                    f"{path} holds runs with {key} = {earlier.get(key)}, not {value}: "
-                    "choose another --output"
-                )
-        self.content |= earlier
+        super().__init__(path, header, {"runs": [], "cuts": [], "ends": {}}, go_on)
 
     def next(self, policy: str, round_number: int, sweep: Range, clock: Clock) -> int | None:
         """Concurrency that is to be run next for a policy; None where its sweep has ended."""
@@ -139,10 +94,3 @@ class Results:
         entry = {"policy": policy, "concurrency": concurrency, "seconds": round(seconds, 1)}
         self.content["cuts"].append(entry | {"minutes": clock.minutes})
         self.write()
-
-    def write(self) -> None:
-        """Write the file as a whole, so that a call that is stopped leaves no half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, separators=(",", ":")) + "\n")
-        os.replace(part, self.path)

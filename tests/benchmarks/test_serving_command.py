@@ -39,5 +39,19 @@ def test_options_of_a_sweep():
     assert suite.arguments == ("--enforce-eager",)
 
 
+def test_options_of_a_sweep_leave_the_rest_of_its_workload():
+    name = "sweep-qwen3-8b-small"
+    (small,) = SUITES[name].workloads
+    assert (small.concurrency, small.max_concurrency, small.output_len) == (128, 256, 4096)
+    assert [policy.name for policy in SUITES[name].policies] == ["full", "vase-1024"]
+    arguments = ["--suite", name, "--report-only", "--concurrency", "32", "--waves", "2"]
+    (workload,) = chosen_suite(parse_arguments(arguments)).workloads
+    assert (workload.concurrency, workload.num_requests) == (32, 64)
+    same = ("max_concurrency", "input_len", "output_len", "kv_tokens", "rounds", "max_model_len")
+    assert all(getattr(workload, field) == getattr(small, field) for field in same)
+    # The full cache's memory is full at the first concurrency, that of eviction at no one.
+    assert 128 * (512 + 4096) > small.kv_tokens > 256 * (1024 + 64 + 128)
+
+
 def test_a_suite_without_options_is_that_of_the_table():
     assert chosen_suite(parse_arguments([])) == SUITES["cpu"]

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.common.clock import Clock, OutOfTimeError
+from benchmarks.common.exit_codes import OUT_OF_TIME
 from benchmarks.common.load import RunFailedError, RunTimeoutError
 from benchmarks.serving import benchmark
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
 from benchmarks.serving.run import parse_arguments, run_suite
 from benchmarks.serving.suites import SUITES
-from benchmarks.serving.sweep import Clock, OutOfTimeError
 
 
 class Servers:
@@ -144,13 +145,12 @@ def test_a_call_without_time_says_that_the_same_command_goes_on(tmp_path, server
     path.write_text(json.dumps(stopped))
     servers.asked.clear()
     args = parse_arguments(["--suite", "smoke", "--output", str(tmp_path)])
-    good, state = run_suite(SUITES["smoke"], args, Clock(0, time.monotonic() - 1))
-    assert good
-    assert state == "out of time (0 s are left): the same command goes on"
+    code, state = run_suite(SUITES["smoke"], args, Clock(0, time.monotonic() - 1))
+    assert code == OUT_OF_TIME
+    assert state == "OUT OF TIME (0 s are left): the same command goes on"
     assert stored(tmp_path)["runs"] == stopped["runs"]
     assert servers.asked == []
-    good, state = run_suite(SUITES["smoke"], args, Clock(None, 0.0))
-    assert (good, state) == (True, "all runs are there")
+    assert run_suite(SUITES["smoke"], args, Clock(None, 0.0)) == (0, "all runs are there")
     assert servers.asked == [("vase-64-window-16", 4)]
     assert stored(tmp_path)["runs"][:-1] == stopped["runs"]
 

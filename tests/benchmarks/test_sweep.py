@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.paths import ROOT
-from benchmarks.serving.sweep import Clock, OutOfTimeError, Range, Results
+from benchmarks.serving.sweep import Range, Results
 
 SWEEP = Range(first=16, most=100)
 
