@@ -1,11 +1,12 @@
 """One run of ``vllm bench serve`` against a server."""
 
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.server import Server
 
 BINS = 16
+CLIENT = ["vllm.entrypoints.cli.benchmark.serve", "vllm.entrypoints.cli.serve"]
+"""What a load imports, most of a minute's work on a slow machine: once for all loads of a call."""
 
 
 class RunFailedError(Exception):
@@ -24,6 +27,17 @@ class RunFailedError(Exception):
 
 class RunTimeoutError(RunFailedError):
     """The load took longer than it was given, and was stopped."""
+
+
+def run_vllm(arguments: Sequence[str], output: Path) -> None:
+    """Be the command ``vllm``; what it prints goes to a file."""
+    from vllm.entrypoints.cli.main import main
+
+    with output.open("w") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+    sys.argv = ["vllm", *arguments]
+    main()
 
 
 def run_load(
@@ -62,7 +76,7 @@ def run_load(
     with tempfile.TemporaryDirectory() as directory:
         dataset = Path(directory) / "requests.jsonl"
         write_dataset(requests, dataset)
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words]
+        command = ["bench", "serve", *words]
         command += ["--dataset-path", str(dataset), "--disable-shuffle", "--skip-chat-template"]
         command += ["--disable-tqdm", "--save-result", "--save-detailed"]
         if stops:
@@ -72,21 +86,23 @@ def run_load(
             command += ["--ignore-eos"]
         command += ["--result-dir", directory, "--result-filename", "load.json"]
         output = Path(directory) / "output.log"
-        with output.open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            deadline = time.monotonic() + timeout
-            try:
-                while process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.5)
-                    watch()
-            finally:
-                timed_out = process.poll() is None
-                if timed_out:
-                    process.kill()
-                    process.wait()
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(CLIENT)
+        process = processes.Process(target=run_vllm, args=(command, output))
+        deadline = time.monotonic() + timeout
+        process.start()
+        try:
+            while process.is_alive() and time.monotonic() < deadline:
+                process.join(0.5)
+                watch()
+        finally:
+            timed_out = process.is_alive()
             if timed_out:
-                raise RunTimeoutError(f"not done after {timeout:.0f} s")
-        if process.returncode:
+                process.kill()
+                process.join()
+        if timed_out:
+            raise RunTimeoutError(f"not done after {timeout:.0f} s")
+        if process.exitcode:
             end = output.read_text(errors="replace").partition("nanobind:")[0][-1500:]
             raise RunFailedError(f"vllm bench serve failed: {end}")
         result: dict[str, Any] = json.loads((Path(directory) / "load.json").read_text())
