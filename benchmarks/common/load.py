@@ -1,24 +1,22 @@
 """One run of ``vllm bench serve`` against a server."""
 
 import json
-import multiprocessing
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common import forked
 from benchmarks.common.workload import Request, write_dataset
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.server import Server
 
 BINS = 16
 CLIENT = ["vllm.entrypoints.cli.benchmark.serve", "vllm.entrypoints.cli.serve"]
-"""What a load imports, most of a minute's work on a slow machine: once for all loads of a call."""
+"""What a load imports, which takes many times as long as a short load."""
 
 
 class RunFailedError(Exception):
@@ -27,17 +25,6 @@ class RunFailedError(Exception):
 
 class RunTimeoutError(RunFailedError):
     """The load took longer than it was given, and was stopped."""
-
-
-def run_vllm(arguments: Sequence[str], output: Path) -> None:
-    """Be the command ``vllm``; what it prints goes to a file."""
-    from vllm.entrypoints.cli.main import main
-
-    with output.open("w") as log:
-        for descriptor in (1, 2):
-            os.dup2(log.fileno(), descriptor)
-    sys.argv = ["vllm", *arguments]
-    main()
 
 
 def run_load(
@@ -86,11 +73,8 @@ def run_load(
             command += ["--ignore-eos"]
         command += ["--result-dir", directory, "--result-filename", "load.json"]
         output = Path(directory) / "output.log"
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(CLIENT)
-        process = processes.Process(target=run_vllm, args=(command, output))
+        process = forked.start("vllm.entrypoints.cli.main", command, output, CLIENT)
         deadline = time.monotonic() + timeout
-        process.start()
         try:
             while process.is_alive() and time.monotonic() < deadline:
                 process.join(0.5)

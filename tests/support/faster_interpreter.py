@@ -1,4 +1,4 @@
-"""Triton's interpreter without work that it does again and again: the same results in a third of the time.
+"""Triton's interpreter without work that it does in vain: the same results in a third of the time.
 
 Every call of a device function puts the interpreter's functions in the place of those of
 ``triton.language``, where the launch that it runs in has put them already; the dtype of every value
