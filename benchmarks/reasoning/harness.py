@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import forked
 from benchmarks.reasoning.suite import TASKS, TASKS_DIRECTORY
 
 DAY = 24 * 3600
-HARNESS = "lm_eval"
-IMPORTS = ["lm_eval.evaluator", "lm_eval.models.openai_completions", "datasets", "math_verify"]
 
 
 class RunFailedError(RuntimeError):
@@ -54,7 +54,7 @@ class Answer:
 
 
 def command(request: Request, task: str, seed: int, base_url: str, directory: Path) -> list[str]:
-    """The arguments of ``lm_eval``.
+    """The ``lm_eval`` command line.
 
     The seed goes with every request. A second sample of a problem needs another one: lm-eval sends
     the same seed with all repeats, and a server that honours it gives the same answer.
@@ -69,7 +69,7 @@ def command(request: Request, task: str, seed: int, base_url: str, directory: Pa
     generation = request.sampling | {"max_gen_toks": request.max_tokens}
     include_path = TASKS_DIRECTORY if task in TASKS else request.include_path
     arguments = [
-        *["run", "--model", "local-chat-completions"],
+        *[sys.executable, "-m", "lm_eval", "run", "--model", "local-chat-completions"],
         *["--model_args", json.dumps(model_arguments), "--apply_chat_template"],
         *["--tasks", f"vase_{task}" if task in TASKS else task],
         *["--gen_kwargs", json.dumps(generation)],
@@ -91,7 +91,7 @@ def cache(directory: Path) -> Path:
 def evaluate(
     arguments: list[str], directory: Path, progress: Callable[[int, int], None]
 ) -> list[Answer]:
-    """Run ``lm_eval`` with these arguments; its output goes to ``directory``.
+    """Run lm-eval's command; its output goes to ``directory``.
 
     Args:
         progress: called with the answers that are there and the answers to come, all in all.
@@ -102,17 +102,17 @@ def evaluate(
     directory.mkdir(parents=True, exist_ok=True)
     output, log = directory / "lm_eval", directory / "lm_eval.log"
     shutil.rmtree(output, ignore_errors=True)
-    log.touch()
-    process = forked.start(HARNESS, arguments, log, IMPORTS)
-    try:
-        while process.is_alive():
-            process.join(0.5)
-            if counts := answered(log.read_text(errors="replace")):
-                progress(*counts)
-    finally:
-        process.terminate()
-        process.join()
-    if process.exitcode:
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                if counts := answered(log.read_text(errors="replace")):
+                    progress(*counts)
+        finally:
+            process.terminate()
+            process.wait()
+    if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
         raise RunFailedError(f"lm_eval failed (see {log}): {lines[-1]}")
     return read_answers(output)

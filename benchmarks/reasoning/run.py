@@ -29,14 +29,7 @@ from benchmarks.common.environment import KEEP_ALIVE
 from benchmarks.common.policy import Policy
 from benchmarks.common.server import evictions_so_far, running_server
 from benchmarks.reasoning import report
-from benchmarks.reasoning.harness import (
-    HARNESS,
-    Request,
-    RunFailedError,
-    cache,
-    command,
-    evaluate,
-)
+from benchmarks.reasoning.harness import Request, RunFailedError, cache, command, evaluate
 from benchmarks.reasoning.suite import FULL, TASKS, directory_name, plan
 from vase_vllm.tools.server import Server
 
@@ -131,7 +124,7 @@ def run_policy(
                     "seed": seed,
                     "seconds": round(time.monotonic() - start, 1),
                     "evictions": after - before if counted else None,
-                    "command": shlex.join(["python", "-m", HARNESS, *line]),
+                    "command": shlex.join(line),
                     "answers": [
                         {
                             "problem": answer.problem,
