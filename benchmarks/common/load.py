@@ -1,8 +1,6 @@
 """One run of ``vllm bench serve`` against a server."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import forked
 from benchmarks.common.workload import Request, write_dataset
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.tools.server import Server
 
 BINS = 16
+CLIENT = ["vllm.entrypoints.cli.benchmark.serve", "vllm.entrypoints.cli.serve"]
+"""What a load imports, which takes many times as long as a short load."""
 
 
 class RunFailedError(Exception):
@@ -62,7 +63,7 @@ def run_load(
     with tempfile.TemporaryDirectory() as directory:
         dataset = Path(directory) / "requests.jsonl"
         write_dataset(requests, dataset)
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *words]
+        command = ["bench", "serve", *words]
         command += ["--dataset-path", str(dataset), "--disable-shuffle", "--skip-chat-template"]
         command += ["--disable-tqdm", "--save-result", "--save-detailed"]
         if stops:
@@ -72,21 +73,20 @@ def run_load(
             command += ["--ignore-eos"]
         command += ["--result-dir", directory, "--result-filename", "load.json"]
         output = Path(directory) / "output.log"
-        with output.open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            deadline = time.monotonic() + timeout
-            try:
-                while process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.5)
-                    watch()
-            finally:
-                timed_out = process.poll() is None
-                if timed_out:
-                    process.kill()
-                    process.wait()
+        process = forked.start("vllm.entrypoints.cli.main", command, output, CLIENT)
+        deadline = time.monotonic() + timeout
+        try:
+            while process.is_alive() and time.monotonic() < deadline:
+                process.join(0.5)
+                watch()
+        finally:
+            timed_out = process.is_alive()
             if timed_out:
-                raise RunTimeoutError(f"not done after {timeout:.0f} s")
-        if process.returncode:
+                process.kill()
+                process.join()
+        if timed_out:
+            raise RunTimeoutError(f"not done after {timeout:.0f} s")
+        if process.exitcode:
             end = output.read_text(errors="replace").partition("nanobind:")[0][-1500:]
             raise RunFailedError(f"vllm bench serve failed: {end}")
         result: dict[str, Any] = json.loads((Path(directory) / "load.json").read_text())

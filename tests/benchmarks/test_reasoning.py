@@ -5,6 +5,7 @@ lm-evaluation-harness fails where it is missing: pip install ".[accuracy]".
 """
 
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.common.paths import ROOT
 from benchmarks.common.policy import Policy
 from benchmarks.reasoning import harness, report, run
 from benchmarks.reasoning.paper import COLUMNS, ROWS, published
@@ -207,8 +209,10 @@ def test_samples_without_one_mark_each_are_refused(
 
 
 @pytest.fixture
-def additions(tmp_path: Path) -> Path:
-    """A directory with the stand-in task."""
+def additions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the stand-in task, the only one that lm-evaluation-harness reads."""
+    only_own = ROOT / "tests" / "support" / "lm_eval_own_tasks"
+    monkeypatch.setenv("PYTHONPATH", str(only_own), prepend=os.pathsep)
     directory = tmp_path / "tasks"
     directory.mkdir()
     data = directory / "additions.jsonl"

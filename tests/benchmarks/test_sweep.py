@@ -1,15 +1,13 @@
 """A sweep over concurrency: when it ends, how it is gone on with, and all of it on a tiny model."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 import time
 
 import pytest
 
 from benchmarks.common.clock import Clock, OutOfTimeError
-from benchmarks.common.paths import ROOT
 from benchmarks.serving.sweep import Range, Results
 
 SWEEP = Range(first=16, most=100)
@@ -101,21 +99,15 @@ def test_clock():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_dry_run_sweeps_and_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.serving.run", "--suite", "smoke"]
-    command += ["--output", str(tmp_path)]
-
+def test_a_dry_run_sweeps_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     def call(*arguments):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
-        ) as process:
-            try:
-                output = process.communicate()[0]
-            finally:
-                # Terminated, it takes its server along; killed, it would leave it behind.
-                process.terminate()
-        assert process.returncode == 0, output[-3000:]
+        command = ["run", "--suite", "smoke", "--output", str(tmp_path), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        # As `python -m` does it, but in this process, which has imported vLLM.
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module("benchmarks.serving.run", run_name="__main__")
+        output = capsys.readouterr().out
+        assert end.value.code == 0, output[-3000:]
         return output
 
     output = call("--policies", "full")

@@ -27,6 +27,9 @@ from tests.kernels import INTERPRETED, INTERPRETED_VLLM  # noqa: E402
 from vase_vllm.kernels.checks import interpreted  # noqa: E402
 
 if interpreted():
+    from tests.support import faster_interpreter
+
+    faster_interpreter.install()
     collect_ignore = ["test_fresh_process.py"]
 else:
     collect_ignore = [*INTERPRETED, *INTERPRETED_VLLM]

@@ -120,6 +120,9 @@ def _use_triton_attention() -> None:
 
 def main() -> None:
     model, triton_attention, cases = json.loads(sys.argv[1])
+    from tests.support import faster_interpreter
+
+    faster_interpreter.install()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if triton_attention:
         _use_triton_attention()
