@@ -56,18 +56,30 @@ class _EvictionMixin(Scheduler):
         """Say what vLLM's own lines about KV cache and scheduler mean under eviction."""
         spec = self._manager.kv_cache_spec
         num_blocks = self.kv_cache_config.num_blocks
-        is_hybrid = len(self.kv_cache_config.kv_cache_groups) > 1
+        num_each = spec.num_blocks(spec.schedule.bound)
+        config = self._admission.config
         logger.info(
-            "KV eviction: the KV cache holds %s tokens in %s blocks of %d%s, and a sequence at its "
-            "bound %d of these blocks%s. vLLM's own figures above count a sequence as "
-            "--max-model-len tokens. The custom scheduler class of vLLM's warning is vase-vllm's.",
-            f"{num_blocks * spec.block_size:,}",
-            f"{num_blocks:,}",
+            "KV eviction: %s, budget %d: a sequence that has evicted holds %d of the %s KV cache "
+            "blocks (of %d tokens)%s, so that at most %d fit at once (admission: %s). vLLM's own "
+            "figures above count a sequence as --max-model-len tokens. The custom scheduler class "
+            "of vLLM's warning is vase-vllm's.",
+            config.policy.name,
+            config.budget,
+            num_each,
+            f"{num_blocks - 1:,}",
             spec.block_size,
-            ", shared with the sliding-window layers" if is_hybrid else "",
-            spec.num_blocks(spec.schedule.bound),
-            " beside those of its prompt" if self._eviction_schedule.keeps_prompt else "",
+            self._what_else_is_held(),
+            (num_blocks - 1) // num_each,
+            config.admission,
         )
+
+    def _what_else_is_held(self) -> str:
+        """What takes blocks of the pool beside budgets and windows, for the log."""
+        if self._eviction_schedule.keeps_prompt:
+            return " beside those of its prompt"
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            return " beside those of the other layers"
+        return ""
 
     def _check_longest_prompt(self) -> None:
         """Refuse a hybrid model's pool that cannot hold a prompt of the model's length.

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from vase_vllm.layout.arithmetic import cdiv
+from vase_vllm.layout.schedule import Array
 
 NEVER = 2**30
 """``first`` of a sequence that never evicts: a position that no sequence reaches."""
@@ -35,10 +35,10 @@ class BlockTableRow:
     NUM_HEADER = len(RowHeader._fields)
 
     @classmethod
-    def state_column(cls, first: int, block_size: int) -> int:
+    def state_column(cls, first: Array, block_size: int) -> Array:
         """Column of the first state block, behind the token blocks of the first eviction.
 
         Args:
-            first: position of that eviction; an array of them gives an array.
+            first: position of that eviction.
         """
-        return cls.NUM_HEADER + cdiv(first, block_size)
+        return cls.NUM_HEADER - (-first // block_size)
