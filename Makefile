@@ -59,7 +59,7 @@ demo: announcement setup $(if $(MODEL),,$(VENV)/.demo) ## serve a small real mod
 	@$(PY) -m vase_vllm.tools.demo $(MODEL)
 
 announcement:
-	@test -e $(VENV)/.project || echo "demo: with the setup it takes 4 to 6 minutes (two idle cores) and 4.5 GB of disk"
+	@test -e $(VENV)/.project || echo "demo: with the setup it takes about 4 minutes (two idle cores) and 4.5 GB of disk"
 
 test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also those that start engines (JOBS=3 at a time, 3 GB each)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

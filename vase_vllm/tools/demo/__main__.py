@@ -73,7 +73,7 @@ def run(model: Path | None, console: Console) -> int:
     """The demo, with errors raised."""
     fetching = model is None and not is_complete(MODEL)
     console.print(
-        f"[bold]The demo takes about {3 if fetching else 2} minutes[/] on an idle machine with "
+        f"[bold]The demo takes about {2 if fetching else 1.5} minutes[/] on an idle machine with "
         f"two cores, 5 GB of memory{' and 0.6 GB of disk (0.3 GB of them to keep)' * fetching}."
     )
     if model is None:

@@ -9,7 +9,7 @@ from openai import OpenAI
 
 from vase_vllm.tools.server import Server, count_blocks
 
-NUM_TOKENS = 256
+NUM_TOKENS = 224
 """Tokens that each request generates."""
 QUESTION = "List forty interesting facts about the {}, one sentence each."
 TOPICS = ("human body", "ocean", "planets", "ancient Romans")
