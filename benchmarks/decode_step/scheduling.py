@@ -2,10 +2,10 @@
 
     python -m benchmarks.decode_step.scheduling [--running 256 1024 4096] [--output FILE.json]
 
-vLLM's scheduler runs alone, with a worker that returns a token for every request. One more request
-waits all the time: under eviction the pool has room for exactly the running ones, so that every
-step asks whether it may come in. With the full cache nothing is asked, because all slots for
-sequences are taken.
+vLLM's scheduler runs alone, with a worker that returns a token for every request. With ``reserve``
+and ``expected`` the pool has room for exactly the running requests, and one more waits, so that
+every step asks whether it may come in. With the full cache one waits as well, but all places for
+sequences are taken, and nothing is asked. With ``optimistic`` it comes in at once.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from benchmarks.common import paths
 from benchmarks.common.provenance import provenance
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.tools.markdown import table
 
@@ -61,8 +62,7 @@ def make_scheduler(cache: str, num_running: int) -> Scheduler:
     schedule = EvictionConfig.parse(eviction).schedule if evicts else None
     if schedule is not None:
         spec = EvictionSpec(**shape, schedule=schedule, num_state_blocks=ring.num_blocks)
-    # The rest of a sequence's last block does for the blocks of a prompt in the prefix cache.
-    of_each = (BUDGET + WINDOW) // BLOCK_SIZE + ring.num_blocks
+    of_each = cdiv(BUDGET + WINDOW, BLOCK_SIZE) + ring.num_blocks
     num_blocks = 1 + num_running * of_each
     config.cache_config.num_gpu_blocks = num_blocks
     return config.scheduler_config.get_scheduler_cls()(

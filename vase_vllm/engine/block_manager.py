@@ -109,10 +109,8 @@ class EvictionManager(FullAttentionManager):
         if new_computed_blocks:
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
             num_held -= self._num_shared(request_id, new_computed_blocks)
-        if not apply_admission_cap:
-            return num_held + self._num_missing_blocks(request_id, num_tokens)
         num_own = self._num_missing_blocks(request_id, num_tokens)
-        if self._context.config.admission != "optimistic":
+        if apply_admission_cap and self._context.config.admission != "optimistic":
             num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
         return num_held + num_own
 

@@ -91,11 +91,10 @@ class TorchEvictor:
         num_cached = schedule.num_cached(position, header.first)
         eviction_index = (position - header.first) // limits.window
         block_size = self.spec.block_size
-        start = BlockTableRow.NUM_HEADER
-        blocks = row[start : start + cdiv(num_cached, block_size)].long()
+        blocks = row[BlockTableRow.NUM_HEADER :][: cdiv(num_cached, block_size)].long()
         # Layers with fewer query heads than the largest use fewer of the state blocks.
-        start = BlockTableRow.state_column(header.first, block_size)
-        state_blocks = row[start : start + self.ring.num_blocks].long()
+        state_column = BlockTableRow.state_column(header.first, block_size)
+        state_blocks = row[state_column:][: self.ring.num_blocks].long()
         num_candidates = num_cached - limits.window
         draws = Draws(
             limits,

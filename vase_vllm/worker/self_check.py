@@ -138,9 +138,10 @@ class _DummySequence:
         for group in self._kv_cache_config.kv_cache_groups:
             spec = group.kv_cache_spec
             evicts = isinstance(spec, EvictionSpec)
-            num_tokens = self.schedule.bound if evicts else self._num_tokens
-            num_blocks = cdiv(num_tokens, spec.block_size)
-            num_blocks += spec.num_state_blocks if evicts else 0
+            if evicts:
+                num_blocks = spec.num_blocks(self.schedule.bound)
+            else:
+                num_blocks = cdiv(self._num_tokens, spec.block_size)
             header = RowHeader(self.schedule.bound, 0, self.schedule.budget, kept=0)
             row = list(range(next_block, next_block + num_blocks))
             rows.append([*header, *row] if evicts else row)

@@ -17,7 +17,7 @@ import simpy
 
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.schedule import EvictionSchedule
-from vase_vllm.tools.plan.cost import Machine, Part, Shard
+from vase_vllm.tools.plan.cost import Machine, Part, Shard, num_blocks_held
 
 
 def prefill(shard: Shard, num_tokens: int) -> Part:
@@ -100,8 +100,10 @@ class Settings:
 
     def admission_blocks(self, request: Request) -> int:
         """Blocks that a request needs to start; a recomputed one peaks at its first eviction."""
-        peak = np.array([min(request.position + 1, request.first)])
-        return int(self.blocks(peak, np.array([request.first]))[0])
+        peak = min(request.position + 1, request.first)
+        return num_blocks_held(
+            peak, self.block_size, self.schedule, self.state_blocks, request.first
+        )
 
     def attended(self, positions: np.ndarray, first: np.ndarray, steps: int) -> np.ndarray:
         """[n] tokens that sequences attend to, on average over the next steps."""
