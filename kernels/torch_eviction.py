@@ -94,16 +94,17 @@ def sampling_noise(
         num_candidates: n.
         eviction_index: evictions that the sequence has had before.
         layer_index: in the whole model.
-        kv_heads: [H] int64, indices of the KV heads in the whole, unsharded model.
+        kv_heads: [H] int64, indices of the KV heads in the whole, unsharded model; the noise is
+            drawn where they lie.
         content_key: hash of the request's content.
     """
-    slot = torch.arange(num_candidates)
+    device = kv_heads.device
     return gumbel(
         seed,
-        slot[None, :],
-        torch.tensor(eviction_index),
+        torch.arange(num_candidates, device=device)[None, :],
+        torch.full((), eviction_index, device=device),
         (layer_index * 65536 + kv_heads)[:, None],
-        torch.tensor(content_key),
+        torch.full((), content_key, device=device),
     )
 
 
@@ -204,14 +205,16 @@ def plan_moves(
 
     Survivors below the budget stay where they are. The i-th survivor at or above it, the window
     included, is copied into the i-th freed slot below it, head by head: a head frees exactly as
-    many slots as it needs, because ``budget`` tokens survive in all.
+    many slots as it needs, because ``budget`` tokens survive in all. A token at or above the budget
+    that does not survive stays as well: the number of moves depends on shapes alone, and a GPU
+    need not be asked for it.
 
     Of six candidates 0 and 5 survive, and the window, 6 and 7:
 
     >>> keep = torch.tensor([[True, False, False, False, False, True]])
     >>> head, source, destination = plan_moves(budget=4, window=2, keep=keep)
     >>> source, destination
-    (tensor([5, 6, 7]), tensor([1, 2, 3]))
+    (tensor([4, 5, 6, 7]), tensor([4, 1, 2, 3]))
 
     Args:
         budget: tokens that survive in all.
@@ -219,9 +222,20 @@ def plan_moves(
         keep: [H, n] bool, the candidates that survive.
 
     Returns:
-        (head, source slot, destination slot), each [moves] int64, sorted by head.
+        (head, source slot, destination slot), each [moves] int64, sorted by head, with
+        ``n + window - budget`` moves for each head.
     """
-    keep = torch.cat([keep, keep.new_ones(keep.shape[0], window)], dim=-1)
-    head, destination = (~keep[:, :budget]).nonzero(as_tuple=True)
-    _, source = keep[:, budget:].nonzero(as_tuple=True)
-    return head, source + budget, destination
+    num_heads, num_candidates = keep.shape
+    slots = torch.arange(num_candidates + window, device=keep.device)
+    num_moves = len(slots) - budget
+    is_freed = ~keep[:, :budget]
+    # Behind the freed slots there is room for all others, which nobody reads.
+    place = torch.where(is_freed, is_freed.cumsum(dim=-1) - 1, num_moves)
+    freed = slots.new_zeros(num_heads, num_moves + 1)
+    freed.scatter_(1, place, slots[:budget].expand(num_heads, -1))
+    moves = torch.cat([keep[:, budget:], keep.new_ones(num_heads, window)], dim=-1)[:, -num_moves:]
+    source = slots[budget:].expand(num_heads, -1)
+    target = freed.gather(1, (moves.cumsum(dim=-1) - 1).clamp_min(0))
+    destination = torch.where(moves, target, source)
+    head = torch.arange(num_heads, device=keep.device).repeat_interleave(num_moves)
+    return head, source.flatten(), destination.flatten()

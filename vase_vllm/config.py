@@ -18,7 +18,9 @@ from pydantic import (
 from vase_vllm import ADDITIONAL_CONFIG_KEY
 from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.layout.token_state import TokenStateLayout
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
 
@@ -111,6 +113,21 @@ class EvictionConfig(BaseModel):
         return EvictionSchedule(
             self.budget, self.window, self.prefill == "bounded", self.prompt == "keep"
         )
+
+    def token_state(self, block_size: int, cell_bytes: int) -> TokenStateLayout:
+        """Where the policy's numbers of each token lie; see there for the arguments."""
+        return TokenStateLayout(self.policy.num_numbers, self.budget, block_size, cell_bytes)
+
+    def num_state_blocks(self, group_size: int, block_size: int, cell_bytes: int) -> int:
+        """Blocks of a sequence beside those of its tokens.
+
+        Args:
+            group_size: query heads per KV head.
+            block_size: token slots of a block.
+            cell_bytes: of a key and a value of one KV head.
+        """
+        ring = RingLayout(self.window, group_size, block_size)
+        return ring.num_blocks + self.token_state(block_size, cell_bytes).num_blocks
 
     @cached_property
     def fused(self) -> EvictionParameters | None:

@@ -107,7 +107,7 @@ def compare(
     found: Sequence[Passage],
     of_full_cache: Sequence[Measured],
     budget: int,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """A row of results for each rule.
 
     A fact counts if the full cache recalls it.
@@ -138,6 +138,11 @@ def compare(
         result.append(row)
         print(json.dumps(row), flush=True)
     return result
+
+
+def of_rows(rows: Sequence[dict[str, Any]]) -> set[tuple[str, int]]:
+    """Rules and budgets that rows are about."""
+    return {(row["rule"], row["budget"]) for row in rows}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -192,6 +197,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file; its page lies beside it"
     )
+    parser.add_argument(
+        "--append", action="store_true", help="put the rules' rows into the file, keep the others"
+    )
     args = parser.parse_args()
     try:
         rules = find_rules(args.rules)
@@ -204,11 +212,18 @@ def main() -> None:
     found = passages(AutoTokenizer.from_pretrained(args.model), args.half, args.length)
     first = min(args.budgets) + WINDOW
     full = [measure(Reader(model, [], None), passage, first) for passage in found]
-    rows: list[dict[str, object]] = []
+    of = {"half": args.half, "length": args.length}
+    results = {**provenance(("torch", "vase-vllm")), **of, "results": []}
+    if args.append:
+        known = json.loads(args.output.read_text())
+        if {name: known[name] for name in of} != of:
+            parser.error(f"--append: {args.output} has results of another half or length")
+        results |= {"command": f"{known['command']}; then {results['command']}"}
+        results |= {"results": known["results"]}
     for budget in args.budgets:
-        rows += compare(model, rules, found, full, budget)
-        of = {"half": args.half, "length": args.length}
-        results = {**provenance(("torch", "vase-vllm")), **of, "results": rows}
+        rows = compare(model, rules, found, full, budget)
+        others = [r for r in results["results"] if (r["rule"], r["budget"]) not in of_rows(rows)]
+        results["results"] = sorted(others + rows, key=lambda row: row["budget"])
         args.output.write_text(json.dumps(results, indent=1) + "\n")
         args.output.with_suffix(".md").write_text(page(results))
 

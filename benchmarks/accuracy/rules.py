@@ -13,7 +13,6 @@ from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_
 from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
-from vase_vllm.policies.distinct import whitening
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.tools.policy_label import parse_policy_label
@@ -55,6 +54,22 @@ def pair_norms_and_values(c: Candidates) -> Tensor:
 
 
 # Scores
+
+
+def whitening(sample: Tensor, ridge: float) -> Tensor:
+    """[H, D, D], after which vectors have the policy ``distinct``'s ``whitened_length``.
+
+    It is computed from the D directions in the place of the rows of the sample, which may be many.
+
+    Args:
+        sample: [H, m, D] fp32, finite.
+    """
+    gram = sample.transpose(-1, -2) @ sample
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += (ridge * diagonal.mean(dim=-1, keepdim=True)).clamp_min(1e-8)
+    lower = torch.linalg.cholesky(gram)
+    identity = torch.eye(gram.shape[-1])
+    return torch.linalg.solve_triangular(lower, identity, upper=False).transpose(-1, -2)
 
 
 def rare(of: Vectors, neighbours: int) -> Score:
@@ -128,7 +143,7 @@ def parts(
         draw: draw the rest in proportion to it.
     """
 
-    def rule(c: Candidates) -> Tensor:
+    def rule(c: Candidates, _numbers: Tensor | None) -> tuple[Tensor, None]:
         taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
         taken[:, : c.limits.sinks] = True
         for score, part in protected:
@@ -137,13 +152,18 @@ def parts(
         rest = then(c)
         if draw:
             rest = rest.log() + c.draws.gumbel()
-        return rest.masked_fill(taken, torch.inf)
+        return rest.masked_fill(taken, torch.inf), None
 
     return rule
 
 
 def policy(name: str, **settings: object) -> Rule:
     """A policy of the product."""
+    return find_policy(name)(**settings).rank
+
+
+def score(name: str, **settings: object) -> Score:
+    """What a policy of the product ranks by."""
     return find_policy(name)(**settings).priority
 
 
@@ -153,7 +173,7 @@ def unit_of(of: Vectors) -> Vectors:
 
 unit_centred_keys, unit_centred_values = unit_of(centred(keys)), unit_of(centred(values))
 range_, unlike, novelty = range_of_value, unlike_the_mean, novelty_with(0.1)
-distinct, expected = product(unlike, range_, novelty), policy("expected")
+distinct, expected = product(unlike, range_, novelty), score("expected")
 quarter_range = (range_, 0.25)
 of_both = leverage_of(joint)
 of_unit_keys = leverage_of(unit_of(keys))
@@ -167,6 +187,7 @@ POLICIES: dict[str, Rule] = {
     "random": policy("random"),
     "streaming": policy("streaming"),
     "cur": policy("cur"),
+    "h2o": policy("h2o"),
     "distinct": policy("distinct"),
     "distinct:protected=0.25": policy("distinct", protected=0.25),
     "distinct:protected=0.5": policy("distinct", protected=0.5),
@@ -241,7 +262,7 @@ OTHERS: dict[str, Rule] = {
         for part in (0.125, 0.25, 0.375, 0.5)
     },
     "distinct 0.375, then expected without norms": parts(
-        [(distinct, 0.375)], policy("expected", value_norm=False)
+        [(distinct, 0.375)], score("expected", value_norm=False)
     ),
     "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
 }

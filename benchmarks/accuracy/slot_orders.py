@@ -22,7 +22,8 @@ def in_place(candidates: Candidates, priority: Tensor, keep: Tensor) -> Tensor:
     limits = candidates.limits
     index = torch.arange(limits.budget).repeat(len(keep), 1)
     head, source, destination = plan_moves(limits.budget, limits.window, keep)
-    index[head, destination] = source
+    moved = source != destination
+    index[head[moved], destination[moved]] = source[moved]
     return index
 
 

@@ -20,8 +20,8 @@ from vase_vllm.kernels.torch_eviction import largest
 from vase_vllm.policies.candidates import Candidates, DenseTokens
 from vase_vllm.policies.draws import Draws
 
-Rule = Callable[[Candidates], Tensor]
-"""Ranks candidates as a policy's ``priority`` does: [H, n]."""
+Rule = Callable[[Candidates, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Ranks candidates as a policy's ``rank`` does."""
 
 
 class Llama:
@@ -110,6 +110,7 @@ class Reader:
         self.keys: list[Tensor] = [torch.empty(0)] * model.layers
         self.values: list[Tensor] = [torch.empty(0)] * model.layers
         self.queries: list[Tensor] = [torch.empty(0)] * model.layers
+        self.numbers: list[list[Tensor | None]] = [[None] * len(rules)] * model.layers
         self.read = self.evictions = 0
 
     @torch.inference_mode()
@@ -191,22 +192,32 @@ class Reader:
                 x.expand(rows, -1, -1, -1)
                 for x in (self.keys[layer], self.values[layer], self.queries[layer])
             )
+            # As in the ring: by position, and those of the query heads of a position together.
+            ring = q.unflatten(1, (model.kv_heads, -1)).transpose(2, 3)
+            before, self.numbers[layer] = self.numbers[layer], []
             index = torch.empty(rows, model.kv_heads, limits.budget, dtype=torch.int64)
             for row, (rule, order) in enumerate(zip(self.rules, self.orders, strict=True)):
+                (keys, window_keys), (values, window_values) = (
+                    x[row].split([num, limits.window], dim=1) for x in (k, v)
+                )
                 candidates = Candidates(
                     num=num,
-                    queries=q[row].reshape(model.kv_heads, -1, model.head_dim),
-                    tokens=DenseTokens(k[row, :, :num], v[row, :, :num], v[row, :, num:]),
+                    queries=ring[row].flatten(1, 2),
+                    tokens=DenseTokens(keys, values, window_keys, window_values),
                     scale=model.head_dim**-0.5,
                     limits=limits,
                     first=first,
                     eviction_index=self.evictions,
                     draws=draws.of_layers([layer]),
                 )
-                priority = rule(candidates)
+                priority, numbers = rule(candidates, before[row])
                 priority[:, : limits.sinks] = torch.inf
                 keep = largest(priority, limits.budget - limits.window)
                 index[row] = order(candidates, priority, keep)
+                if numbers is not None:
+                    to = index[row][:, None].expand(-1, numbers.shape[1], -1)
+                    numbers = numbers.gather(2, to)
+                self.numbers[layer].append(numbers)
             gather = index[..., None].expand(-1, -1, -1, model.head_dim)
             self.keys[layer], self.values[layer] = k.gather(2, gather), v.gather(2, gather)
         self.evictions += 1

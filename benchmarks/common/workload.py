@@ -31,6 +31,8 @@ class Workload:
         stops: token ids that end an output. Tokens are then sampled, and nobody knows beforehand
             how long an output will be; ``output_len`` is the longest.
         prefix_len: length of a prefix that all prompts share, beside their input_len.
+        mixture: workloads whose requests it has, all of them in a drawn order. It has as many as
+            they have together, and its own lengths are means.
         rounds: times that every policy runs, in turn.
         policies: names of those of the suite that it runs unless told otherwise; none is all.
     """
@@ -48,6 +50,7 @@ class Workload:
     spread: float = 0.0
     stops: tuple[int, ...] = ()
     prefix_len: int = 0
+    mixture: tuple["Workload", ...] = ()
     rounds: int = 3
     policies: tuple[str, ...] = ()
 
@@ -80,6 +83,7 @@ class Workload:
             input_spread=0.0,
             spread=0.0,
             stops=(),
+            mixture=(),
         )
 
 
@@ -99,6 +103,13 @@ def draw_requests(workload: Workload, seed: int) -> list[Request]:
     what nobody meant to repeat. Here prompts are independent characters, a token each.
     """
     rng = np.random.default_rng(seed)
+    if workload.mixture:
+        parts = [
+            draw_requests(part, (seed << 8) + 1 + index)
+            for index, part in enumerate(workload.mixture)
+        ]
+        requests = [request for part in parts for request in part]
+        return [requests[index] for index in rng.permutation(len(requests))]
 
     def text(length: int) -> str:
         return "".join(rng.choice(ALPHABET, length))

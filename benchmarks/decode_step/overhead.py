@@ -2,11 +2,11 @@
 
     python -m benchmarks.decode_step.overhead [--output FILE.json]
 
-The model has the layers of Qwen3-8B (32 query heads, 8 KV heads, head size 128), four of them,
-random weights in bf16 and a small vocabulary, so that the output layer does not hide anything.
-16 sequences decode together.
+Two models of four layers with dummy weights and a small vocabulary, so that the output layer does
+not hide anything: one has the layers of Qwen3-8B in bf16, the other next to no weights, so that
+all that is done for each layer and sequence shows (``CASES``).
 
-* share of evictions: budget 1024, every sequence beyond it; time in evictions / time in steps, over
+* share of evictions: every sequence is beyond its budget; time in evictions / time in steps, over
   whole periods of the window.
 * wrapper: steps in which no eviction is due, against the same engine without the plugin's wrapper,
   the two stepping in turn; median of the ratios of neighbouring steps, less one.
@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,62 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from benchmarks.common.provenance import provenance
 from vase_vllm.worker.evictor import TorchEvictor
 
-BUDGET, WINDOW, BATCH, NUM_LAYERS = 1024, 64, 16, 4
+WINDOW, NUM_LAYERS = 64, 4
 WRAPPER_STEPS, PERIODS = 150, 2
 
 
-def make_config(directory: Path) -> None:
-    """Write the config of the model; it is loaded with dummy weights."""
+@dataclass(frozen=True)
+class Case:
+    """A model and what decodes together.
+
+    Attributes:
+        model: entries of a Qwen3 config.
+        budget: tokens that a sequence keeps.
+        batch: sequences.
+    """
+
+    model: dict[str, Any]
+    budget: int
+    batch: int
+
+
+CASES = {
+    "layers of Qwen3-8B": Case(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "dtype": "bfloat16",
+        },
+        budget=1024,
+        batch=16,
+    ),
+    "small layers": Case(
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "dtype": "float32",
+        },
+        budget=512,
+        batch=24,
+    ),
+}
+
+
+def make_config(case: Case, directory: Path) -> None:
+    """Write the config of a case's model; it is loaded with dummy weights."""
     Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
         num_hidden_layers=NUM_LAYERS,
         vocab_size=4096,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        dtype="bfloat16",
+        **case.model,
     ).save_pretrained(directory)
 
 
@@ -89,9 +128,9 @@ def fill(llm: LLM, prompt_lengths: list[int]) -> None:
             progress.update(task, completed=done)
 
 
-def clear(llm: LLM) -> None:
+def clear(llm: LLM, batch: int) -> None:
     """Abort everything that the engine still has."""
-    llm.llm_engine.abort_request([str(index) for index in range(BATCH)])
+    llm.llm_engine.abort_request([str(index) for index in range(batch)])
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
 
@@ -103,10 +142,10 @@ def timed_step(llm: LLM) -> float:
     return time.process_time() - start
 
 
-def measure_wrapper(full: LLM, evicting: LLM) -> dict[str, float]:
+def measure_wrapper(full: LLM, evicting: LLM, batch: int) -> dict[str, float]:
     """Overhead of a step without evictions: neighbouring steps of the two engines, in turn."""
     for llm in (full, evicting):
-        fill(llm, [32] * BATCH)
+        fill(llm, [32] * batch)
     ratios, steps = [], []
     for index in track(range(WRAPPER_STEPS), "wrapper", transient=True):
         # The order alternates too, so that none always runs on the other's warm caches.
@@ -117,7 +156,7 @@ def measure_wrapper(full: LLM, evicting: LLM) -> dict[str, float]:
         ratios.append(wrapped / base)
         steps.append(base)
     for llm in (full, evicting):
-        clear(llm)
+        clear(llm, batch)
     ratios, steps = ratios[20:], steps[20:]
     quartiles = statistics.quantiles(ratios, n=4)
     return {
@@ -128,7 +167,7 @@ def measure_wrapper(full: LLM, evicting: LLM) -> dict[str, float]:
     }
 
 
-def measure_evictions(evicting: LLM) -> dict[str, float]:
+def measure_evictions(evicting: LLM, case: Case) -> dict[str, float]:
     """Share of evictions in the steps of sequences that are all beyond their budget."""
     seconds: list[float] = []
     original = TorchEvictor.evict
@@ -140,7 +179,7 @@ def measure_evictions(evicting: LLM) -> dict[str, float]:
         return result
 
     # Prompts end at different points of the period: evictions spread over the steps, as in service.
-    fill(evicting, [BUDGET + 4 * index for index in range(BATCH)])
+    fill(evicting, [case.budget + WINDOW * index // case.batch for index in range(case.batch)])
     for _ in track(range(WINDOW + 4), "reaching the steady state", transient=True):
         evicting.llm_engine.step()
     TorchEvictor.evict = timed_evict
@@ -150,8 +189,8 @@ def measure_evictions(evicting: LLM) -> dict[str, float]:
         ]
     finally:
         TorchEvictor.evict = original
-    clear(evicting)
-    assert len(seconds) == PERIODS * BATCH, "every sequence evicts once in each period"
+    clear(evicting, case.batch)
+    assert len(seconds) == PERIODS * case.batch, "every sequence evicts once in each period"
     return {
         "share": sum(seconds) / sum(steps),
         "evictions_per_step": len(seconds) / len(steps),
@@ -160,44 +199,47 @@ def measure_evictions(evicting: LLM) -> dict[str, float]:
     }
 
 
+def measure(case: Case) -> dict[str, Any]:
+    """Both costs of a case."""
+    with tempfile.TemporaryDirectory() as directory:
+        make_config(case, Path(directory))
+        evicting = make_engine(Path(directory), {"budget": case.budget, "window": WINDOW})
+        evictions = measure_evictions(evicting, case)
+        full = make_engine(Path(directory), None)
+        wrapper = measure_wrapper(full, evicting, case.batch)
+    for llm in (full, evicting):
+        llm.llm_engine.engine_core.shutdown()
+    settings = {"budget": case.budget, "window": WINDOW, "batch": case.batch, "layers": NUM_LAYERS}
+    return {"settings": settings, "evictions": evictions, "wrapper": wrapper}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        make_config(Path(directory))
-        evicting = make_engine(Path(directory), {"budget": BUDGET, "window": WINDOW})
-        evictions = measure_evictions(evicting)
-        full = make_engine(Path(directory), None)
-        wrapper = measure_wrapper(full, evicting)
-    table = Table(title=f"Cost of eviction at batch {BATCH}, budget {BUDGET}, window {WINDOW}")
-    table.add_column("what")
-    table.add_column("share of a decode step", justify="right")
-    table.add_column("how")
-    table.add_row(
-        "evictions",
-        f"{evictions['share']:.1%}",
-        f"{evictions['eviction_ms']:.1f} ms each, {evictions['evictions_per_step']:.2f} a step of "
-        f"{evictions['step_ms']:.0f} ms",
-    )
-    table.add_row(
-        "wrapper, no eviction due",
-        f"{wrapper['overhead']:+.1%}",
-        f"quartiles {wrapper['overhead_lower_quartile']:+.1%} to "
-        f"{wrapper['overhead_upper_quartile']:+.1%} of a step of "
-        f"{wrapper['full_cache_step_ms']:.0f} ms",
-    )
+    results = {name: measure(CASES[name]) for name in args.cases}
+    table = Table(title="What eviction costs a decode step")
+    for column in ("model", "evictions", "how", "wrapper, no eviction due", "quartiles"):
+        table.add_column(column)
+    for name, result in results.items():
+        settings, evictions, wrapper = (
+            result[part] for part in ("settings", "evictions", "wrapper")
+        )
+        table.add_row(
+            f"{name}, batch {settings['batch']}, budget {settings['budget']}",
+            f"{evictions['share']:.1%}",
+            f"{evictions['eviction_ms']:.1f} ms each, {evictions['evictions_per_step']:.2f} a step "
+            f"of {evictions['step_ms']:.0f} ms",
+            f"{wrapper['overhead']:+.1%} of {wrapper['full_cache_step_ms']:.0f} ms",
+            f"{wrapper['overhead_lower_quartile']:+.1%} to "
+            f"{wrapper['overhead_upper_quartile']:+.1%}",
+        )
     Console().print(table)
     if args.output:
-        result = {
-            **provenance(),
-            "threads": os.environ["OMP_NUM_THREADS"],
-            "settings": {"budget": BUDGET, "window": WINDOW, "batch": BATCH, "layers": NUM_LAYERS},
-            "evictions": evictions,
-            "wrapper": wrapper,
-        }
+        found = {**provenance(), "threads": os.environ["OMP_NUM_THREADS"], "cases": results}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,15 @@ class Case:
     def __init__(self, policy: str, budget: int, dtype: torch.dtype) -> None:
         config = EvictionConfig.parse({"policy": policy, "budget": budget, "window": WINDOW})
         ring = RingLayout(WINDOW, GROUP, BLOCK_SIZE)
+        cell_bytes = 2 * HEAD_SIZE * dtype.itemsize
+        num_state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, cell_bytes)
         spec = EvictionSpec(
             block_size=BLOCK_SIZE,
             num_kv_heads=HEADS,
             head_size=HEAD_SIZE,
             dtype=dtype,
             schedule=config.schedule,
-            num_state_blocks=ring.num_blocks,
+            num_state_blocks=num_state_blocks,
         )
         self._evictor = TorchEvictor(
             config,
@@ -57,16 +59,16 @@ class Case:
             torch.arange(HEADS),
         )
         self._position = first = config.schedule.bound
-        num_blocks = ring.num_blocks + cdiv(first, BLOCK_SIZE)
+        num_blocks = num_state_blocks + cdiv(first, BLOCK_SIZE)
         shape = (1 + num_blocks, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
         self._caches = {0: torch.randn(shape).to(dtype)}
-        header = RowHeader(first, key=7, budget=budget, kept=0)
-        self._row = torch.tensor([*header, *range(1, 1 + num_blocks)], dtype=torch.int32)
+        self._header = RowHeader(first, key=7, budget=budget, kept=0)
+        self._row = torch.tensor([*self._header, *range(1, 1 + num_blocks)], dtype=torch.int32)
 
     def milliseconds(self) -> float:
         """Of one eviction."""
         start = time.perf_counter()
-        self._evictor.evict(self._caches, self._row, self._position)
+        self._evictor.evict(self._caches, self._row, self._header, self._position)
         self._position += WINDOW
         return 1e3 * (time.perf_counter() - start)
 

@@ -9,15 +9,20 @@ replays lengths or pages of its capture gives others from the first eviction on.
 tip a token as well, or a draw, and all after it are others then; so half of all tokens must be the
 same up to a request's first that is not. By default vLLM compiles the model as well, which rounds
 otherwise from the first layer on: that agreement is printed and not judged.
+
+A policy that the fused kernel does not know evicts in plain torch, which must not wait for the GPU.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -28,6 +33,7 @@ from benchmarks.common.exit_codes import SKIPPED
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.in_process_engine import running_engine
 from vase_vllm.tools.tiny_model import make_tiny_model
+from vase_vllm.worker.evictor import TorchEvictor
 
 BUDGET, WINDOW = 64, 16
 PROMPT_LENGTHS = (24, 60, 79, 80, 96, 130, 200, 300)
@@ -42,9 +48,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def engine_args(model: Path, backend: str, mode: str) -> EngineArgs:
+def engine_args(model: Path, backend: str, mode: str, policy: str) -> EngineArgs:
     """The arguments of one engine."""
-    eviction = {"policy": "vase", "budget": BUDGET, "window": WINDOW}
+    eviction = {"policy": policy, "budget": BUDGET, "window": WINDOW}
     return EngineArgs(
         model=str(model),
         attention_backend=backend,
@@ -91,6 +97,21 @@ def generate(llm: LLM, backend: str, mode: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def never_waiting(evict: Callable[..., int]) -> Callable[..., int]:
+    """An eviction in plain torch in which everything raises that waits for the GPU."""
+
+    @functools.wraps(evict)
+    def wrapper(*args: Any, **kwargs: Any) -> int:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return evict(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    return wrapper
+
+
 def agreement(one: list[list[int]], other: list[list[int]]) -> float:
     """Share of all tokens that stand in front of their request's first difference."""
     same = total = 0
@@ -107,8 +128,12 @@ def main() -> int:
     """1 if it does not evict as it should; ``SKIPPED`` where vLLM does not take the backend."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", required=True, help="vLLM's name of it")
-    backend = parser.parse_args().backend
+    parser.add_argument("--policy", default="vase", help="that evicts")
+    args = parser.parse_args()
+    backend = args.backend
     os.environ.update(IN_PROCESS)
+    if current_platform.is_cuda():
+        TorchEvictor.evict = never_waiting(TorchEvictor.evict)
     tokens: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         # Half of the heads of Qwen3-8B; fp16 rounds less than bf16.
@@ -118,7 +143,7 @@ def main() -> int:
         for mode in MODES:
             print(f"{backend}, {mode}", flush=True)
             try:
-                with running_engine(engine_args(model, backend, mode)) as llm:
+                with running_engine(engine_args(model, backend, mode, args.policy)) as llm:
                     tokens[mode] = generate(llm, backend, mode)
             except ValueError as error:
                 if NOT_VALID not in str(error):

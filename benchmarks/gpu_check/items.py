@@ -55,6 +55,13 @@ ITEMS = (
         Item(f"engine-{name}", module("gpu_check.engine", "--backend", name), 4, 1, ("vllm",))
         for name in BACKENDS
     ),
+    Item(
+        "engine-plain-torch",
+        module("gpu_check.engine", "--backend", "TRITON_ATTN", "--policy", "distinct"),
+        4,
+        1,
+        ("vllm",),
+    ),
     Item("kernels-timing", resumed(script("eviction.py", "--skip-check")), 8, 1),
     Item(
         "server",

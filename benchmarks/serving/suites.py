@@ -1,6 +1,6 @@
 """What is run: models, policies and workloads. A new one is one more entry in a table here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ CPU_WORKLOADS = (
         input_len=32,
         output_len=2560,
         spread=0.6,
-        policies=("full", "vase-256", "vase-512"),
+        policies=("full", "vase-256", "vase-512", "vase-512-expected"),
     ),
     Workload(
         "pressure-16k",
@@ -143,6 +143,45 @@ CPU_WORKLOADS = (
         prefix_len=1024,
         policies=("full", "vase-512", "vase-512-keep"),
     ),
+)
+
+AGENTS = Workload(
+    "agents",
+    "long prompts, as of agents whose tools have answered, and outputs of medium length",
+    kv_tokens=8 * 2048,
+    max_model_len=2432,
+    num_requests=32,
+    concurrency=32,
+    input_len=1024,
+    output_len=512,
+    input_spread=0.5,
+    spread=0.5,
+    policies=("full", "vase-512", "vase-512-keep"),
+)
+QUESTIONS = replace(
+    AGENTS,
+    name="questions",
+    question="short prompts, short outputs",
+    num_requests=64,
+    input_len=64,
+    output_len=192,
+)
+REASONING = replace(
+    QUESTIONS,
+    name="reasoning",
+    question="short prompts, long outputs",
+    num_requests=16,
+    output_len=1536,
+)
+MIXED = replace(
+    AGENTS,
+    name="mixed",
+    question="questions, reasoning and agents at once",
+    num_requests=AGENTS.num_requests + QUESTIONS.num_requests + REASONING.num_requests,
+    input_len=338,
+    output_len=476,
+    mixture=(AGENTS, QUESTIONS, REASONING),
+    policies=("full", "vase-512", "vase-512-expected"),
 )
 
 
@@ -223,7 +262,7 @@ SUITES = {
                 for rule in ("expected", "optimistic")
             ),
         ),
-        workloads=CPU_WORKLOADS,
+        workloads=(*CPU_WORKLOADS, AGENTS, MIXED),
         block_size=32,
         environment=ONE_THREAD | KEEP_ALIVE,
     ),

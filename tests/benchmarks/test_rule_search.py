@@ -120,6 +120,31 @@ def test_a_question_is_forgotten(reference):
     assert reader.read == 100
 
 
+def test_a_rule_sees_queries_as_a_policy_does_and_gets_its_numbers_back(reference):
+    """In the first layer, where they do not depend on what was evicted."""
+    _, model = reference
+    full = Reader(model, [], None)
+    full.nll(TOKENS[:48])
+    full.nll(TOKENS[48:56])
+    evictions = []
+
+    def spy(candidates, numbers):
+        (layer,) = set(candidates.layers.tolist())
+        keys = torch.cat([candidates.keys, candidates.window_keys], dim=-1)
+        if candidates.eviction_index:
+            assert torch.equal(numbers, keys[..., : candidates.num])
+        if layer == 0:
+            evictions.append(candidates)
+        return candidates.draws.uniform(), keys
+
+    Reader(model, [spy], LIMITS).nll(TOKENS[:56])
+    assert [candidates.position for candidates in evictions] == [40, 48, 56]
+    expected = full.queries[0][0].unflatten(0, (2, 3))  # [H, G, W, D]
+    queries = evictions[-1].queries.unflatten(1, (8, 3)).transpose(1, 2)
+    torch.testing.assert_close(queries, expected)
+    torch.testing.assert_close(evictions[-1].window_keys.transpose(-1, -2), full.keys[0][0][:, -8:])
+
+
 @pytest.mark.parametrize("name", sorted(RULES.keys() - POLICIES.keys()))
 def test_every_rule_ranks_all_candidates(reference, name):
     _, model = reference
@@ -176,9 +201,9 @@ def test_triattention_ranks_by_the_statistics_of_the_layer_that_is_read(referenc
     (rule,) = find_rules([f"triattention:statistics={path}"]).values()
     seen = []
 
-    def spy(candidates):
+    def spy(candidates, numbers):
         seen.append((candidates.layers.tolist(), candidates.kv_heads.tolist(), candidates.position))
-        return rule(candidates)
+        return rule(candidates, numbers)
 
     nll, _ = Reader(model, [spy], LIMITS).nll(TOKENS[:56], range(41, 56))
     assert nll.isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 from vllm.benchmarks.datasets.datasets import CustomDataset
 
 from benchmarks.common.workload import SEED, WARM_UP_SEED, draw_requests, write_dataset
-from benchmarks.serving.suites import CPU_WORKLOADS, sweep
+from benchmarks.serving.suites import CPU_WORKLOADS, MIXED, sweep
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.tiny_model import byte_tokenizer
 
@@ -45,6 +45,28 @@ def test_the_warm_up_leaves_nothing_in_the_prefix_cache():
             assert short.input_len + short.output_len <= workload.max_model_len
             held = short.concurrency * (short.input_len + short.output_len)
             assert held <= workload.kv_tokens or short.concurrency == 1
+
+
+def test_a_mixture_has_the_requests_of_its_parts_in_an_order_of_its_own():
+    requests = draw_requests(MIXED, SEED)
+    assert len(requests) == MIXED.num_requests
+    longest = max(len(request.prompt) + request.output_len for request in requests)
+    assert longest < MIXED.max_model_len
+    long_prompts = [len(request.prompt) >= 512 for request in requests]
+    assert sum(long_prompts) == MIXED.mixture[0].num_requests
+    assert long_prompts != sorted(long_prompts, reverse=True)
+    for name, own, lengths in (
+        ("input_len", MIXED.input_len, [len(request.prompt) for request in requests]),
+        ("output_len", MIXED.output_len, [request.output_len for request in requests]),
+    ):
+        of_parts = sum(part.num_requests * getattr(part, name) for part in MIXED.mixture)
+        assert own == pytest.approx(of_parts / len(requests), rel=0.01)
+        assert own == pytest.approx(sum(lengths) / len(lengths), rel=0.15)
+    assert len({request.prompt[:16] for request in requests}) == len(requests)
+    assert draw_requests(MIXED, SEED) == requests
+    assert {r.prompt for r in requests}.isdisjoint(
+        r.prompt for part in MIXED.mixture for r in draw_requests(part, SEED)
+    )
 
 
 def test_the_warm_up_evicts():

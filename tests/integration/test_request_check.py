@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from vase_vllm.integration.request_check import reason_to_reject
@@ -24,6 +25,8 @@ def engine_config(num_blocks, additional_config=EVICTION, sliding_window=None, *
             max_model_len=2048,
             get_num_attention_heads=lambda _: 4,
             get_num_kv_heads=lambda _: 2,
+            get_head_size=lambda: 64,
+            dtype=torch.float32,
             get_sliding_window=lambda: sliding_window,
         ),
     )

@@ -84,8 +84,10 @@ def test_moves_fill_every_freed_slot_once(eviction):
     for h in range(len(keep)):
         survivors = {*keep[h].nonzero().flatten().tolist()}
         survivors |= {*range(scores.shape[1], num_cached)}
-        moved = source[head == h].tolist()
-        freed = destination[head == h].tolist()
+        own = (head == h) & (source != destination)
+        moved, freed = source[own].tolist(), destination[own].tolist()
+        stays = set(source[(head == h) & (source == destination)].tolist())
+        assert stays == set(range(parameters.budget, num_cached)) - survivors
         stay = {slot for slot in survivors if slot < parameters.budget}
         assert set(moved) == survivors - stay
         assert set(freed) == set(range(parameters.budget)) - stay

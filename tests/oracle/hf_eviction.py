@@ -226,6 +226,7 @@ class EvictingDecoder:
         logits = queries @ all_keys.transpose(1, 2) * module.scaling  # [query heads, m, length]
         future = key_positions[:, None, :] > positions[:, None]
         attention = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+        cache.attend(attention, self.settings.window)
         output = (attention @ all_values).transpose(0, 1)  # [m, query heads, D]
         return module.o_proj(output.reshape(1, new, -1))
 
@@ -274,6 +275,7 @@ class EvictingDecoder:
             values=cache.values[kv_head, :count],
             queries=cache.queries[kv_head * group : (kv_head + 1) * group],
             window_values=cache.values[kv_head, count:],
+            received=cache.received_so_far()[kv_head, :count],
         )
         chosen = self.select(candidates).sort().values
         allowed = torch.isin(chosen, torch.arange(count)).all()

@@ -252,6 +252,23 @@ def distinctness(values: torch.Tensor, window_values: torch.Tensor, ridge: float
     return (parts / (squared + ridge * squared.mean())).sum(dim=-1).float()
 
 
+def h2o(recent: int) -> Ranking:
+    """The newest tokens, then those that have received the most attention.
+
+    Args:
+        recent: Newest tokens, the window among them.
+    """
+
+    def view(candidates: Candidates) -> Candidates:
+        is_recent = candidates.positions >= candidates.step - recent
+        ranges = _infinite_at_sinks(candidates, torch.zeros_like(candidates.received))
+        ranges = ranges.masked_fill(is_recent, float("inf"))
+        protected = int(ranges.isinf().sum())
+        return replace(candidates, ranges=ranges, protected=protected, scores=candidates.received)
+
+    return Ranking(view)
+
+
 def rkv(attention_weight: float = 0.5) -> Ranking:
     """The largest sum of attention and dissimilarity of the keys.
 

@@ -68,6 +68,8 @@ class Candidates:
         values: [n, D], float32.
         queries: [G, W, D], float32, after RoPE, of the window.
         window_values: [W, D], float32.
+        received: [n], float32, attention received so far, summed over queries and query heads. Of
+            the queries before the first eviction the last W count, and all of those that follow.
     """
 
     step: int
@@ -84,6 +86,7 @@ class Candidates:
     values: torch.Tensor
     queries: torch.Tensor
     window_values: torch.Tensor
+    received: torch.Tensor
 
 
 Selector = Callable[[Candidates], torch.Tensor]

@@ -53,6 +53,7 @@ def by_hand(
         values=torch.tensor(values),
         queries=torch.empty(0, 0, 2),
         window_values=torch.empty(0, 2),
+        received=torch.empty(0),
     )
 
 

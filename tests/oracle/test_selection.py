@@ -77,6 +77,7 @@ def by_hand(scores: list[float], ranges: list[float], protected: int, keep: int)
         values=nothing,
         queries=torch.empty(0, 0, 2),
         window_values=torch.empty(0, 2),
+        received=torch.empty(0),
     )
 
 

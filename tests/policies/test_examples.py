@@ -12,6 +12,7 @@ import pytest
         "candidates",
         "distinct",
         "expected",
+        "h2o",
         "protecting",
         "query_statistics",
         "rkv",

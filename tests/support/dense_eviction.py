@@ -21,13 +21,14 @@ class DenseEviction:
         config: of any policy.
         queries: [H, G, W, D] fp32.
         keys, values: [H, n, D] fp32.
-        window_values: [H, W, D] fp32.
+        window_keys, window_values: [H, W, D] fp32.
     """
 
     config: EvictionConfig
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    window_keys: torch.Tensor
     window_values: torch.Tensor
 
     @classmethod
@@ -48,8 +49,8 @@ class DenseEviction:
         rows = torch.arange(num_candidates) % (num_distinct or num_candidates)
         queries = torch.randn(num_heads, group, config.window, head_size, generator=generator)
         keys, values = torch.randn(2, num_heads, num_candidates, head_size, generator=generator)
-        window_values = torch.randn(num_heads, config.window, head_size, generator=generator)
-        return cls(config, queries, keys[:, rows], values[:, rows], window_values)
+        of_window = torch.randn(2, num_heads, config.window, head_size, generator=generator)
+        return cls(config, queries, keys[:, rows], values[:, rows], *of_window)
 
     def repeated(self, num_heads: int) -> "DenseEviction":
         """The first KV head many times over: heads that differ in their draws only."""
@@ -64,7 +65,7 @@ class DenseEviction:
         return self._with_each(lambda tensor: tensor[head : head + 1])
 
     def _with_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "DenseEviction":
-        tensors = (self.queries, self.keys, self.values, self.window_values)
+        tensors = (self.queries, self.keys, self.values, self.window_keys, self.window_values)
         return DenseEviction(self.config, *map(function, tensors))
 
     def candidates(
@@ -89,7 +90,7 @@ class DenseEviction:
         return Candidates(
             num=num_candidates,
             queries=self.queries.transpose(1, 2).flatten(1, 2),
-            tokens=DenseTokens(self.keys, self.values, self.window_values),
+            tokens=DenseTokens(self.keys, self.values, self.window_keys, self.window_values),
             scale=head_size**-0.5,
             limits=limits,
             first=num_candidates + limits.window,
@@ -138,4 +139,16 @@ class DenseEviction:
             values=self.values[head],
             queries=self.queries[head],
             window_values=self.window_values[head],
+            received=self._received(head),
         )
+
+    def _received(self, head: int) -> torch.Tensor:
+        """Attention that one KV head's candidates have received from the window: [n]."""
+        window, (num_candidates, head_size) = self.config.window, self.keys.shape[1:]
+        keys = torch.cat([self.keys[head], self.window_keys[head]])
+        received = torch.zeros(num_candidates)
+        for position in range(num_candidates, num_candidates + window):
+            for query in self.queries[head, :, position % window]:
+                logits = keys[: position + 1] @ query / head_size**0.5
+                received += logits.softmax(dim=0)[:num_candidates]
+        return received

@@ -9,10 +9,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from vllm import LLM, SamplingParams, TokensPrompt
+from vllm import SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from vase_vllm import LLM
 
 BLOCK_SIZE = 32
 VOCAB_SIZE = 32768
@@ -32,7 +34,9 @@ def engine(model: Path | str, eviction: dict[str, Any] | None, **options: Any) -
         "disable_log_stats": True,
     }
     if eviction is not None:
-        settings["additional_config"] = {"kv_eviction": {"policy": "vase", **eviction}}
+        own = dict(eviction)
+        settings["kv_eviction"] = own.pop("policy", "vase")
+        settings["kv_eviction_config"] = own
     try:
         with _shortcuts():
             llm = LLM(str(model), **(settings | options))

@@ -62,7 +62,8 @@ def test_what_is_kept_is_what_lies_in_the_pages(policy, prompt_len):
     evictions = 0
     for position in range(num_tokens):
         if position >= first and (position - first) % WINDOW == 0:
-            evictor.evict({LAYER: cache, LAYER + 1: cache.clone()}, row, position, kept)
+            caches = {LAYER: cache, LAYER + 1: cache.clone()}
+            evictor.evict(caches, row, header, position, kept)
             evictions += 1
             slots = torch.arange(BUDGET)
             held = cache[blocks[slots // BLOCK_SIZE], :, slots % BLOCK_SIZE, HEAD_SIZE].int()

@@ -41,24 +41,27 @@ class Paged:
         self.config, self.first, self.num_cached = config, first, num_cached
         self.parameters = parameters = config.fused or config.limits
         self.ring = RingLayout(parameters.window, group, BLOCK_SIZE)
+        num_state_blocks = config.num_state_blocks(
+            group, BLOCK_SIZE, 2 * head_size * dtype.itemsize
+        )
         self.spec = EvictionSpec(
             block_size=BLOCK_SIZE,
             num_kv_heads=NUM_HEADS,
             head_size=head_size,
             dtype=dtype,
             schedule=EvictionSchedule(parameters.budget, parameters.window),
-            num_state_blocks=self.ring.num_blocks,
+            num_state_blocks=num_state_blocks,
         )
         self.layout = cpu_page_layout(isa, BLOCK_SIZE, head_size, dtype)
         # Rows still name the blocks that the first eviction has emptied.
         num_token_blocks = -(-max(num_cached, first) // BLOCK_SIZE)
-        num_blocks = 3 + self.ring.num_blocks + num_token_blocks
+        num_blocks = 3 + num_state_blocks + num_token_blocks
         self.cache = torch.full(
             (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * head_size), torch.nan, dtype=dtype
         )
-        ids = (torch.randperm(num_blocks - 1) + 1)[: self.ring.num_blocks + num_token_blocks]
-        header = RowHeader(first, KEY, parameters.budget, kept=0)
-        self.row = torch.tensor([*header, *ids.tolist(), 0, 0], dtype=torch.int32)
+        ids = (torch.randperm(num_blocks - 1) + 1)[: num_state_blocks + num_token_blocks]
+        self.header = RowHeader(first, KEY, parameters.budget, kept=0)
+        self.row = torch.tensor([*self.header, *ids.tolist(), 0, 0], dtype=torch.int32)
         self.blocks = ids[:num_token_blocks]
 
         self.key, self.value = torch.randn(2, num_cached, NUM_HEADS, head_size).to(dtype)
@@ -86,7 +89,7 @@ class Paged:
 
     def dense(self):
         """Keys and values in slot order, [slots, H, D], as they lie in the pages now."""
-        blocks = self.blocks.tolist()
+        blocks = self.blocks
         keys, values = (
             torch.cat(list(read(self.cache, blocks)), dim=1).transpose(0, 1)
             for read in (self.layout.keys, self.layout.values)
@@ -145,7 +148,7 @@ def test_paged_equals_dense(isa, dtype, group, sampling, num_cached):
     paged = Paged(config, isa, dtype, group, num_cached, first)
     expected = expected_eviction(paged, (position - first) // 16, 5, 0.125)
     before = paged.cache.clone()
-    dropped = paged.evictor().evict({5: paged.cache}, paged.row, position)
+    dropped = paged.evictor().evict({5: paged.cache}, paged.row, paged.header, position)
     assert dropped == num_cached - 96
     key, value = paged.dense()
     assert torch.equal(key[:96], expected[0])
@@ -176,8 +179,8 @@ def test_draws_on_pages_follow_the_law():
     }
     for key in range(3000):
         paged.cache.copy_(original)
-        paged.row[1] = key
-        paged.evictor().evict({0: paged.cache}, paged.row, 10)
+        header = paged.header._replace(key=key)
+        paged.evictor().evict({0: paged.cache}, paged.row, header, 10)
         values = paged.dense()[1][:8]
         for head in range(NUM_HEADS):
             kept = {slot_of[head, tuple(v)] for v in values[:, head].tolist()}
@@ -218,7 +221,7 @@ def test_layers_that_are_ranked_together_keep_what_each_would_alone(policy, monk
     num_keys = NUM_HEADS * 64 * 96
     for num_layers, caches in ((2, together), (1, apart)):
         monkeypatch.setitem(evictor._KEYS_TOGETHER, "cpu", num_layers * num_keys)
-        paged.evictor().evict(caches, paged.row, 112)
+        paged.evictor().evict(caches, paged.row, paged.header, 112)
     for layer, cache in together.items():
         assert torch.equal(cache.nan_to_num(7), apart[layer].nan_to_num(7))
     assert not torch.equal(together[7], others[0])
@@ -236,6 +239,6 @@ def test_a_policy_reads_the_values_of_the_window(num_cached):
         def observe(self, candidates, _priority, _keep):
             found.append(candidates.window_values)
 
-    paged.evictor().evict({5: paged.cache}, paged.row, first, Observer())
+    paged.evictor().evict({5: paged.cache}, paged.row, paged.header, first, Observer())
     expected = paged.value[num_cached - 16 :].transpose(0, 1).float()
     assert torch.equal(found[0], expected)

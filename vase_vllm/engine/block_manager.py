@@ -7,8 +7,9 @@ A row of the block table holds, in this order::
 The first four are not blocks but numbers that travel to the workers where block ids do (see
 :class:`RowHeader`). That way they live exactly as long as the request's blocks, under both model
 runners, through preemption and reordering, and nobody has to keep them in step.
-The state blocks hold the last ``window`` queries of the sequence (the query ring), in the pages of
-the same layers: allocated, accounted and freed with the rest. They come with the first query that
+The state blocks hold the last ``window`` queries of the sequence (the query ring), and the numbers
+that a policy carries with each token, in the pages of the same layers: allocated, accounted and
+freed with the rest. They come with the first query that
 is kept, a window before the first eviction, behind the token blocks of that eviction, so that a
 row only ever grows at its end. What a long prompt held above the bound is given back after its
 first eviction, and null blocks take its place.

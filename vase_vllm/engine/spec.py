@@ -16,14 +16,15 @@ class EvictionSpec(FullAttentionSpec):
 
     Attributes:
         schedule: budget and window of every sequence.
-        num_state_blocks: blocks of a sequence that hold its query ring.
+        num_state_blocks: blocks of a sequence that hold its query ring, and what its policy keeps
+            of each token.
     """
 
     schedule: EvictionSchedule
     num_state_blocks: int
 
     def num_blocks(self, num_slots: int) -> int:
-        """Blocks of a sequence with this many token slots, its query ring included."""
+        """Blocks of a sequence with this many token slots, its state blocks included."""
         return self.num_state_blocks + cdiv(num_slots, self.block_size)
 
     def num_row_blocks(self, num_tokens: int, first: int) -> int:

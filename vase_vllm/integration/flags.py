@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -30,19 +31,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that parsed flags ask for, ``policy`` among them.
+def settings_of(policy: str, settings: Any) -> dict[str, Any]:
+    """The settings that the two flags ask for, ``policy`` among them.
+
+    Args:
+        policy: the value of ``--kv-eviction``.
+        settings: that of ``--kv-eviction-config``; None without the flag.
 
     Raises:
         EvictionError: the two flags do not go together.
     """
-    policy, settings = args.kv_eviction, args.kv_eviction_config
     if policy == "none":
         raise EvictionError(
             "--kv-eviction-config has no effect without --kv-eviction: "
             "add --kv-eviction vase or remove it"
         )
-    if not isinstance(settings, dict | None):
+    if not isinstance(settings, Mapping | None):
         raise EvictionError("--kv-eviction-config: must be a JSON object")
     if settings and "policy" in settings:
         raise EvictionError(

@@ -107,14 +107,15 @@ def _from_cli_args(original: Callable[..., EngineArgs]) -> Callable[..., EngineA
         engine_args = original(cls, args)
         # Programs parse with parsers of their own, which may lack the flags.
         policy = getattr(args, "kv_eviction", "none")
-        if policy == "none" and getattr(args, "kv_eviction_config", None) is None:
+        settings = getattr(args, "kv_eviction_config", None)
+        if policy == "none" and settings is None:
             return engine_args
         from vase_vllm.integration.flags import settings_of
 
         _apply_to_uncaught_errors()
         engine_args.additional_config = {
             **engine_args.additional_config,
-            ADDITIONAL_CONFIG_KEY: settings_of(args),
+            ADDITIONAL_CONFIG_KEY: settings_of(policy, settings),
         }
         # API servers that this process spawns get the parsed arguments, and read them before they
         # load the plugin: what they read must say it already.

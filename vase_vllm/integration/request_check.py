@@ -7,7 +7,6 @@ from vllm.v1.engine import EngineCoreRequest
 from vase_vllm.config import EvictionConfig
 from vase_vllm.errors import EvictionError
 from vase_vllm.layout.block_table_row import NEVER
-from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.request_settings import POLICY, PROMPT, settings_of_request
 
 
@@ -74,8 +73,9 @@ def _reason_not_to_fit(
     longest = model.max_model_len
     if max_tokens is not None:
         longest = min(longest, prompt_len + max_tokens)
-    ring = RingLayout(config.window, group_size, block_size)
-    num_required = config.schedule.num_row_blocks(longest, first, block_size, ring.num_blocks)
+    cell_bytes = 2 * model.get_head_size() * model.dtype.itemsize
+    num_state_blocks = config.num_state_blocks(group_size, block_size, cell_bytes)
+    num_required = config.schedule.num_row_blocks(longest, first, block_size, num_state_blocks)
     # vLLM adds up the blocks of the engines behind this API server: all of them, or its own behind
     # an external or hybrid load balancer. Block 0 of each engine's pool is the null block.
     num_engines = (

@@ -42,6 +42,8 @@ class Policy(BaseModel, ABC):
 
     name: ClassVar[str]
     """The name that ``--kv-eviction`` takes, and that of the entry point."""
+    num_numbers: ClassVar[int] = 0
+    """fp32 numbers that every token carries from one eviction to the next, for :meth:`rank`."""
 
     @abstractmethod
     def priority(self, candidates: Candidates) -> torch.Tensor:
@@ -54,6 +56,24 @@ class Policy(BaseModel, ABC):
             [H, n] floating point, in which NaN counts as -inf. It must be a new tensor, for the
             caller writes to it.
         """
+
+    def rank(
+        self, candidates: Candidates, numbers: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rank the candidates, and say which numbers go on with each token.
+
+        A policy without such numbers overrides :meth:`priority` alone.
+
+        Args:
+            numbers: [H, num_numbers, n] fp32, what this returned for the candidates at the last
+                eviction, wherever they lie now; 0 in the slots of a kept prompt. None at a
+                sequence's first eviction, and where the policy keeps no numbers.
+
+        Returns:
+            What :meth:`priority` returns, and [H, num_numbers, n + W] fp32, of the candidates and
+            of the window in order of position, or None. Those of the survivors are kept.
+        """
+        return self.priority(candidates), None
 
     def check(self, limits: EvictionLimits) -> None:
         """Check that the policy's keys go together with the budget.

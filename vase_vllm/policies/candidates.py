@@ -27,8 +27,11 @@ class TokenSource(Protocol):
     def values(self) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part; the parts make up the n candidates."""
 
+    def window_keys(self) -> torch.Tensor:
+        """[H, W, D] of the cache's dtype, after RoPE, of the newest tokens, which stay."""
+
     def window_values(self) -> torch.Tensor:
-        """[H, W, D] of the cache's dtype, of the newest tokens, which stay."""
+        """[H, W, D] of the cache's dtype, likewise."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class DenseTokens:
 
     Attributes:
         dense_keys, dense_values: [H, n, D].
-        dense_window_values: [H, W, D], for policies that read it.
+        dense_window_keys, dense_window_values: [H, W, D], for policies that read them.
     """
 
     dense_keys: torch.Tensor
     dense_values: torch.Tensor
+    dense_window_keys: torch.Tensor | None = None
     dense_window_values: torch.Tensor | None = None
 
     def keys(self) -> torch.Tensor:
@@ -51,6 +55,12 @@ class DenseTokens:
     def values(self) -> Iterator[torch.Tensor]:
         """See :class:`TokenSource`."""
         yield self.dense_values
+
+    def window_keys(self) -> torch.Tensor:
+        """See :class:`TokenSource`."""
+        if self.dense_window_keys is None:
+            raise ValueError("the policy reads the window's keys: give dense_window_keys")
+        return self.dense_window_keys
 
     def window_values(self) -> torch.Tensor:
         """See :class:`TokenSource`."""
@@ -146,8 +156,13 @@ class Candidates:
         return torch.cat([part.float() for part in self.tokens.values()], dim=1)
 
     @cached_property
+    def window_keys(self) -> torch.Tensor:
+        """[H, D, W] fp32, of the window in order of position, after RoPE."""
+        return self.tokens.window_keys().float().transpose(-1, -2)
+
+    @cached_property
     def window_values(self) -> torch.Tensor:
-        """[H, W, D] fp32, of the window."""
+        """[H, W, D] fp32, of the window in order of position."""
         return self.tokens.window_values().float()
 
     def of_values(self, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

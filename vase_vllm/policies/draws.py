@@ -32,7 +32,7 @@ class Draws:
         num_candidates: n.
         layers: indices of the layers that evict together, in the whole model.
         kv_heads: [H] int64, indices of this rank's KV heads in the whole model.
-        device: where the draws are returned; they are computed on the host.
+        device: where the numbers are drawn.
     """
 
     limits: EvictionLimits
@@ -59,12 +59,17 @@ class Draws:
             start = self.layers.index(layer)
             together = self.layers[start : start + num_together]
             # The counter of layer l and head h is that of layer 0 and head l * 65536 + h.
-            heads = (torch.tensor(together)[:, None] * 65536 + self.kv_heads).flatten()
+            heads = self.counters(together).flatten()
             noise = sampling_noise(
                 self.limits.seed, self.num_candidates, self.eviction_index, 0, heads, self.key
             )
             self._gumbel = dict(zip(together, noise.split(num_heads), strict=True))
-        return self._gumbel[layer].to(self.device)
+        return self._gumbel[layer]
+
+    def counters(self, layers: Sequence[int]) -> torch.Tensor:
+        """What tells apart the KV heads of the whole model: [layers, H] int64, on the device."""
+        on_host = torch.tensor(layers)[:, None] * 65536 + self.kv_heads
+        return on_host.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,9 @@ class LayerDraws:
     def uniform(self) -> torch.Tensor:
         """Uniform numbers, [H, n] fp32 in (0, 1), independent of :meth:`gumbel`."""
         of = self.eviction
-        heads = (torch.tensor(self.layers)[:, None] * 65536 + of.kv_heads).flatten()[:, None]
-        slots = torch.arange(of.num_candidates)[None]
-        return self._uniform(_RANDOM_PROTECTION, slots, of.eviction_index, heads).to(of.device)
+        heads = of.counters(self.layers).flatten()[:, None]
+        slots = torch.arange(of.num_candidates, device=of.device)[None]
+        return self._uniform(_RANDOM_PROTECTION, slots, of.eviction_index, heads)
 
     def gaussian(self, rows: int, columns: int, anew: bool) -> torch.Tensor:
         """Matrices of standard normal numbers, the same for all KV heads of a layer.
@@ -96,15 +101,16 @@ class LayerDraws:
             [H, rows, columns] fp32.
         """
         of = self.eviction
-        cells = torch.arange(2 * rows * columns)[None]
+        cells = torch.arange(2 * rows * columns, device=of.device)[None]
         index = 1 + of.eviction_index if anew else 0
-        layers = torch.tensor(self.layers)[:, None] * 65536
+        on_host = torch.tensor(self.layers)[:, None] * 65536
+        layers = on_host.to(of.device, non_blocking=True)
         radius, angle = self._uniform(_PROJECTION, cells, index, layers).chunk(2, dim=-1)
         # Box and Muller, "A note on the generation of random normal deviates" (1958).
         normal = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
-        matrices = normal.view(-1, rows, columns).to(of.device)
-        return matrices.repeat_interleave(len(of.kv_heads), dim=0)
+        return normal.view(-1, rows, columns).repeat_interleave(len(of.kv_heads), dim=0)
 
     def _uniform(self, stream: int, c0: torch.Tensor, index: int, c2: torch.Tensor) -> torch.Tensor:
         of = self.eviction
-        return uniform(of.limits.seed ^ stream, c0, torch.tensor(index), c2, torch.tensor(of.key))
+        c1, c3 = (torch.full((), number, device=of.device) for number in (index, of.key))
+        return uniform(of.limits.seed ^ stream, c0, c1, c2, c3)

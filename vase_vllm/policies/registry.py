@@ -12,6 +12,7 @@ OURS = {
     "cur": "vase_vllm.policies.cur:CURPolicy",
     "distinct": "vase_vllm.policies.distinct:DistinctPolicy",
     "expected": "vase_vllm.policies.expected:ExpectedPolicy",
+    "h2o": "vase_vllm.policies.h2o:H2OPolicy",
     "random": "vase_vllm.policies.random:RandomPolicy",
     "rkv": "vase_vllm.policies.rkv:RKVPolicy",
     "snapkv": "vase_vllm.policies.snapkv:SnapKVPolicy",

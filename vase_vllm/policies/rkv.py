@@ -41,7 +41,10 @@ def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
     Returns:
         [H, n] fp32.
     """
-    unit = keys / (keys.norm(dim=1, keepdim=True) + 1e-8)
-    to_all = (unit.sum(dim=-1, keepdim=True) * unit).sum(dim=1)
-    to_itself = unit.square().sum(dim=1)
+    length = keys.norm(dim=1)
+    # The sum and the products with it are matrix products: unit vectors are never written.
+    scale = 1 / (length + 1e-8)
+    total = keys @ scale[..., None]
+    to_all = (total.transpose(-1, -2) @ keys)[:, 0] * scale
+    to_itself = (length * scale).square()
     return (to_all - to_itself) / keys.shape[-1]

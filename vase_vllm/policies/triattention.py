@@ -76,11 +76,17 @@ class TriAttentionPolicy(Policy):
         """See :meth:`Policy.priority`."""
         keys = candidates.keys
         statistics = self._read(keys.device)
-        rows = candidates.layers, candidates.kv_heads
-        mean = statistics.by_kv_head(statistics.mean)[rows]
-        mean_length = statistics.by_kv_head(statistics.mean_length)[rows]
+        layers, kv_heads = (
+            indices.to(keys.device, non_blocking=True)
+            for indices in (candidates.layers, candidates.kv_heads)
+        )
+        mean = statistics.by_kv_head(statistics.mean)[layers, kv_heads]
+        mean_length = statistics.by_kv_head(statistics.mean_length)[layers, kv_heads]
         query = mean_of_queries_to_come(
-            mean, statistics.frequencies[candidates.layers], candidates.position, self.offsets
+            mean,
+            statistics.frequencies[layers],
+            candidates.position,
+            self.offsets.to(keys.device, non_blocking=True),
         )
         scores = key_scores(keys, query, mean_length - mean.abs(), statistics.pairs)
         scores = standardized(scores, candidates.limits.fixed)

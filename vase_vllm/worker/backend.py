@@ -28,7 +28,6 @@ from vllm.v1.kv_cache_interface import (
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.errors import EvictionError
-from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.support import check_layers
 from vase_vllm.worker.object_patches import attach_ring_write, mix_into, ring_write_of
 from vase_vllm.worker.step import PathFactory, StepContext
@@ -235,12 +234,14 @@ def _eviction_backend(
 
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> EvictionSpec:
-            ring = RingLayout(config.window, largest_group, spec.block_size)
+            cell_bytes = 2 * spec.head_size * spec.dtype.itemsize
             return replace_as(
                 super().customize_spec(spec),
                 EvictionSpec,
                 schedule=config.schedule,
-                num_state_blocks=ring.num_blocks,
+                num_state_blocks=config.num_state_blocks(
+                    largest_group, spec.block_size, cell_bytes
+                ),
             )
 
     EvictionBackend.__name__ = EvictionBackend.__qualname__ = f"Eviction{backend.__name__}"

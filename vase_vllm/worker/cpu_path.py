@@ -6,7 +6,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import cpu_page_layout
@@ -86,9 +86,9 @@ class CPUPath:
             return
         kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
         for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
-            num_tokens = self.evictor.evict(
-                kv_caches, block_table[row], position, self.context.observer
-            )
+            own = block_table[row]
+            header = RowHeader(*own[: BlockTableRow.NUM_HEADER].tolist())
+            num_tokens = self.evictor.evict(kv_caches, own, header, position, self.context.observer)
             self.context.counters.add(len(kv_caches), num_tokens)
 
     def _write_slots(

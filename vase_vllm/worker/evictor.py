@@ -4,9 +4,12 @@ Any policy, any device, any pages: the CPU's only path, and on a GPU that of the
 fused kernel does not know.
 """
 
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
@@ -16,11 +19,13 @@ from vase_vllm.kernels.torch_eviction import largest, plan_moves
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.token_state import TokenStateLayout
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.draws import Draws
-from vase_vllm.worker.nan_warnings import NaNWarnings
+from vase_vllm.worker.nan_warnings import NOT_NAN, NaNWarnings
 from vase_vllm.worker.pages import CandidatePages, PageLayout
 from vase_vllm.worker.query_ring import load_queries
+from vase_vllm.worker.token_state import load_numbers, store_numbers
 
 _KEYS_TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Numbers in the keys of the layers that are ranked at once, by device: 4 and 128 MiB of fp32."""
@@ -71,6 +76,7 @@ class TorchEvictor:
         self,
         kv_caches: dict[int, torch.Tensor],
         row: torch.Tensor,
+        header: RowHeader,
         position: int,
         observer: EvictionObserver | None = None,
     ) -> int:
@@ -79,13 +85,13 @@ class TorchEvictor:
         Args:
             kv_caches: layer index to [num_blocks, H, block_size, 2 * D], packed as it may be.
             row: [columns] int32, the sequence's whole block-table row.
+            header: what the row begins with, on the host.
             position: the position that the sequence's next step starts at.
             observer: looks at the eviction of every layer.
 
         Returns:
             Tokens dropped per KV head.
         """
-        header = RowHeader(*row[: BlockTableRow.NUM_HEADER].tolist())
         limits = self.config.limits_of(header.budget, header.kept)
         schedule = self.spec.schedule.with_budget(header.budget)
         num_cached = schedule.num_cached(position, header.first)
@@ -94,7 +100,9 @@ class TorchEvictor:
         blocks = row[BlockTableRow.NUM_HEADER :][: cdiv(num_cached, block_size)].long()
         # Layers with fewer query heads than the largest use fewer of the state blocks.
         state_column = BlockTableRow.state_column(header.first, block_size)
-        state_blocks = row[state_column:][: self.ring.num_blocks].long()
+        state_blocks = row[state_column:].long()
+        ring_blocks = state_blocks[: self.ring.num_blocks]
+        number_blocks = state_blocks[self.ring.num_blocks :]
         num_candidates = num_cached - limits.window
         draws = Draws(
             limits,
@@ -112,7 +120,7 @@ class TorchEvictor:
         for start in range(0, len(indices), num_together):
             layers = indices[start : start + num_together]
             caches = [kv_caches[layer] for layer in layers]
-            queries = [load_queries(self.ring, cache, state_blocks).float() for cache in caches]
+            queries = [load_queries(self.ring, cache, ring_blocks).float() for cache in caches]
             candidates = Candidates(
                 num=num_candidates,
                 queries=torch.cat(queries),
@@ -126,9 +134,15 @@ class TorchEvictor:
                 draws=draws.of_layers(layers),
                 dtype=caches[0].dtype,
             )
-            keep = self.survivors(candidates, observer)
+            numbers = None
+            if self.policy.num_numbers and eviction_index:
+                numbers = self._load_numbers(caches, number_blocks, limits)
+            keep, numbers = self.survivors(candidates, numbers, observer)
             for cache, of_layer in zip(caches, keep.chunk(len(caches)), strict=True):
                 self._move(cache, blocks, limits, of_layer)
+            if numbers is not None:
+                self._store_numbers(caches, number_blocks, limits, keep, numbers)
+        self.nan_warnings.poll()
         return num_cached - limits.budget
 
     def _layers_together(self, num_candidates: int, device: str) -> int:
@@ -142,23 +156,77 @@ class TorchEvictor:
         return max(1, _KEYS_TOGETHER[device] // num_keys)
 
     def survivors(
-        self, candidates: Candidates, observer: EvictionObserver | None = None
-    ) -> torch.Tensor:
-        """Which candidates stay: [H, n] bool with ``budget - window`` true per head."""
+        self,
+        candidates: Candidates,
+        numbers: torch.Tensor | None = None,
+        observer: EvictionObserver | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which candidates stay, and the numbers that go on with each token.
+
+        Args:
+            numbers: see :meth:`Policy.rank`.
+
+        Returns:
+            [H, n] bool with ``budget - window`` true per head, and the policy's numbers.
+        """
         limits = candidates.limits
-        priority = self.policy.priority(candidates)
+        priority, numbers = self.policy.rank(candidates, numbers)
         if priority.shape != (len(candidates.queries), candidates.num):
             raise EvictionError(
                 f"--kv-eviction {self.policy.name}: priority must have the shape "
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
-        if priority.isnan().any():
-            self.nan_warnings.warn(candidates.draws.eviction.key, candidates.first)
+        self._watch_for_nan(candidates, priority)
         priority[:, : limits.fixed] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
         if observer is not None:
             observer.observe(candidates, priority, keep)
-        return keep
+        return keep, numbers
+
+    @cached_property
+    def _token_state(self) -> TokenStateLayout:
+        """Where the policy's numbers lie."""
+        cell_bytes = 2 * self.spec.head_size * self.spec.dtype.itemsize
+        return self.config.token_state(self.spec.block_size, cell_bytes)
+
+    def _load_numbers(
+        self, kv_caches: list[torch.Tensor], state_blocks: torch.Tensor, limits: EvictionLimits
+    ) -> torch.Tensor:
+        """[H, num_numbers, budget] fp32 of the candidates; 0 in the slots of a kept prompt."""
+        layout = self._token_state
+        of_layers = [
+            load_numbers(layout, cache, state_blocks[: layout.num_blocks]) for cache in kv_caches
+        ]
+        numbers = torch.cat(of_layers)[..., : limits.budget - limits.kept]
+        return pad(numbers, (limits.kept, 0))
+
+    def _store_numbers(
+        self,
+        kv_caches: list[torch.Tensor],
+        state_blocks: torch.Tensor,
+        limits: EvictionLimits,
+        keep: torch.Tensor,
+        numbers: torch.Tensor,
+    ) -> None:
+        """Let the numbers go where their tokens go.
+
+        Args:
+            keep: [H, n] bool.
+            numbers: [H, num_numbers, n + W] fp32, before the moves.
+        """
+        head, source, destination = plan_moves(limits.budget, limits.window, keep)
+        moved = numbers.clone()
+        moved[head, :, destination] = numbers[head, :, source]
+        layout = self._token_state
+        of_layers = moved[..., limits.kept : limits.budget].chunk(len(kv_caches))
+        for cache, of_layer in zip(kv_caches, of_layers, strict=True):
+            store_numbers(layout, cache, state_blocks[: layout.num_blocks], of_layer)
+
+    def _watch_for_nan(self, candidates: Candidates, priority: torch.Tensor) -> None:
+        """Warn of a request whose priorities are NaN, once the device has found that they are."""
+        key = candidates.draws.eviction.key
+        nan_keys = torch.where(priority.isnan().any(), key, NOT_NAN).to(torch.int32)[None]
+        self.nan_warnings.watch(nan_keys, np.array([candidates.first]))
 
     def _move(
         self,

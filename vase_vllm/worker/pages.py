@@ -7,7 +7,7 @@ the dimension. So one probe through vLLM's own cache write finds any of them, an
 depends on the instruction set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Protocol
@@ -17,6 +17,8 @@ from vllm import _custom_ops as ops
 
 At = tuple[torch.Tensor, torch.Tensor]
 """Where tokens lie: (block, token in the block), each [n] int64."""
+ReadHalf = Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]
+"""Reads the keys, or the values, of blocks of a layer's cache: see :class:`PageLayout`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Packing:
         source: tuple[torch.Tensor, torch.Tensor],
         destination: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        """Copy tokens between pages; no destination may be a source.
+        """Copy tokens between pages; a destination may be its own source, and no other's.
 
         Args:
             pages: [num_blocks, H, block_size * D], written in place.
@@ -89,14 +91,18 @@ class Packing:
 class PageLayout(Protocol):
     """Pages of one layer. A cache is [num_blocks, H, block_size, 2 * D], however it is packed."""
 
-    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
-        """The keys of blocks in slot order, in parts of [H, m, D]: views where possible."""
+    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The keys of blocks in slot order, in parts of [H, m, D]: views where possible.
 
-    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+        Args:
+            blocks: [n] int64.
+        """
+
+    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """The values likewise."""
 
     def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
-        """Copy tokens between pages; no destination may be a source.
+        """Copy tokens between pages; a destination may be its own source, and no other's.
 
         Args:
             kv_cache: written in place.
@@ -109,15 +115,17 @@ class PageLayout(Protocol):
 class PlainPages:
     """Pages as GPU backends have them: ``key | value`` for every token."""
 
-    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """See :class:`PageLayout`."""
         return self._half(kv_cache, blocks, 0)
 
-    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """See :class:`PageLayout`."""
         return self._half(kv_cache, blocks, 1)
 
-    def _half(self, kv_cache: torch.Tensor, blocks: list[int], half: int) -> Iterator[torch.Tensor]:
+    def _half(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, half: int
+    ) -> Iterator[torch.Tensor]:
         # All at once: on a GPU launches cost more than memory.
         pages = kv_cache.chunk(2, dim=-1)[half][blocks]
         yield pages.transpose(0, 1).flatten(1, 2)
@@ -134,16 +142,16 @@ class PackedPages:
     key_packing: Packing
     value_packing: Packing
 
-    def keys(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """See :class:`PageLayout`."""
         pages, _ = self._split(kv_cache)
         # Block by block: several times faster than gathering the packed pages first.
-        return (self.key_packing.unpack(pages[block]) for block in blocks)
+        return (self.key_packing.unpack(pages[block]) for block in blocks.tolist())
 
-    def values(self, kv_cache: torch.Tensor, blocks: list[int]) -> Iterator[torch.Tensor]:
+    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """See :class:`PageLayout`."""
         _, pages = self._split(kv_cache)
-        return (self.value_packing.unpack(pages[block]) for block in blocks)
+        return (self.value_packing.unpack(pages[block]) for block in blocks.tolist())
 
     def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
         """See :class:`PageLayout`."""
@@ -182,10 +190,9 @@ class CandidatePages:
         _, num_heads, block_size, pair_size = self.kv_caches[0].shape
         shape = (len(self.kv_caches), num_heads, pair_size // 2, len(self.blocks) * block_size)
         keys = torch.empty(shape, device=self.kv_caches[0].device)
-        blocks = self.blocks.tolist()
         for of_layer, kv_cache in zip(keys, self.kv_caches, strict=True):
             start = 0
-            for part in self.layout.keys(kv_cache, blocks):
+            for part in self.layout.keys(kv_cache, self.blocks):
                 of_layer[:, :, start : start + part.shape[1]] = part.transpose(-1, -2)
                 start += part.shape[1]
         return keys.flatten(0, 1)[:, :, : self.num]
@@ -193,25 +200,31 @@ class CandidatePages:
     def values(self) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part."""
         left = self.num
-        for part in self._values(self.blocks):
+        for part in self._parts(self.layout.values, self.blocks):
             if left > 0:
                 yield part[:, :left]
             left -= part.shape[1]
 
+    def window_keys(self) -> torch.Tensor:
+        """[H, W, D] of the cache's dtype, after RoPE."""
+        return self._of_window(self.layout.keys)
+
     def window_values(self) -> torch.Tensor:
         """[H, W, D] of the cache's dtype."""
+        return self._of_window(self.layout.values)
+
+    def _of_window(self, read: ReadHalf) -> torch.Tensor:
         first_block, start = divmod(self.num, self.kv_caches[0].shape[2])
-        parts = self._values(self.blocks[first_block:])
+        parts = self._parts(read, self.blocks[first_block:])
         return torch.cat(list(parts), dim=1)[:, start : start + self.window]
 
-    def _values(self, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _parts(self, read: ReadHalf, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part, over whole blocks."""
-        numbers = blocks.tolist()
         if len(self.kv_caches) == 1:
             # Views, where the pages allow it.
-            yield from self.layout.values(self.kv_caches[0], numbers)
+            yield from read(self.kv_caches[0], blocks)
             return
-        layers = (self.layout.values(kv_cache, numbers) for kv_cache in self.kv_caches)
+        layers = (read(kv_cache, blocks) for kv_cache in self.kv_caches)
         yield from map(torch.cat, zip(*layers, strict=True))
 
 

@@ -179,7 +179,8 @@ class _DummySequence:
         found = {}
         for path in self._context.paths:
             for index, layer in path.layers.items():
-                parts = path.page_layout.keys(layer.kv_cache, blocks[layer.layer_name])
+                own = torch.tensor(blocks[layer.layer_name], device=layer.kv_cache.device)
+                parts = path.page_layout.keys(layer.kv_cache, own)
                 keys = torch.cat([part.cpu() for part in parts], dim=1)
                 found[index] = keys[:, : self.schedule.bound]
         return found

@@ -1,9 +1,8 @@
 """One step's evictions and remapping in Triton, in front of any backend with plain pages.
 
-Nothing here waits for the device, except with policies that the fused kernel cannot compute. The
-host finds the due sequences from the scheduler's messages and the step's lengths; the kernels check
-this against the block table. All tensors that a CUDA graph may refer to are persistent: the
-buffers of the path, and vLLM's.
+Nothing here waits for the device. The host finds the due sequences from the scheduler's messages
+and the step's lengths; the kernels check this against the block table. All tensors that a CUDA
+graph may refer to are persistent: the buffers of the path, and vLLM's.
 """
 
 from collections.abc import Collection
@@ -20,7 +19,7 @@ from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.arithmetic import cdiv
-from vase_vllm.layout.block_table_row import BlockTableRow
+from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.nan_warnings import NOT_NAN
@@ -152,7 +151,10 @@ class TritonPath:
             else:
                 kv_caches = {index: layer.kv_cache for index, layer in self.layers.items()}
                 for row, position in zip(due_rows.tolist(), starts[due_rows].tolist(), strict=True):
-                    self._evictor.evict(kv_caches, rows[row], position, self.context.observer)
+                    header = RowHeader(*headers[row].tolist())
+                    self._evictor.evict(
+                        kv_caches, rows[row], header, position, self.context.observer
+                    )
             for num_tokens in before - budget[due_rows]:
                 self.context.counters.add(len(self.layers), int(num_tokens))
         num_cached = schedule.slots(seq_lens - 1, first, budget) + 1
