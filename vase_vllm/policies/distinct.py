@@ -43,7 +43,9 @@ class DistinctPolicy(ProtectingPolicy):
         """See :meth:`Policy.priority`."""
         limits = candidates.limits
         length = whitened_length(candidates.window_values, self.ridge)
-        of_values = candidates.of_values(lambda values: value_range(values) * length(values))
+        # All values at once: on packed pages the products with parts take twice the time.
+        values = candidates.values
+        of_values = value_range(values) * length(values)
         of_keys = 1 - mean_similarity(candidates.keys)
         return vase_priority(
             self.attention(candidates),
@@ -87,7 +89,6 @@ def whitened_length(sample: torch.Tensor, ridge: float) -> Callable[[torch.Tenso
     basis = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, sample, upper=False)
 
     def length(vectors: torch.Tensor) -> torch.Tensor:
-        vectors = vectors.float()
         shortened = (vectors @ basis.transpose(-1, -2)).square().sum(dim=-1)
         return ((vectors.square().sum(dim=-1) - shortened) / floor).clamp_min(0).sqrt()
 
