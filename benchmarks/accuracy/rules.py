@@ -13,6 +13,7 @@ from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_
 from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.h2o import received_attention
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.tools.policy_label import parse_policy_label
@@ -157,6 +158,31 @@ def parts(
     return rule
 
 
+def remembering(
+    protected: Sequence[tuple[Score, float]], decay: float = 1.0, per_query: bool = False
+) -> Rule:
+    """As :func:`parts`, and the rest by the attention received since each token came.
+
+    Args:
+        decay: what is left of it at each eviction.
+        per_query: divide it by the number of queries that can have paid it, likewise decayed.
+    """
+    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
+
+    def rule(c: Candidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+        received = received_attention(c)
+        asked = torch.full_like(received, c.limits.window)
+        asked[:, c.num :] = torch.arange(c.limits.window, 0, -1)
+        after = torch.stack([received, asked], dim=1)
+        if numbers is not None:
+            after[..., : c.num] += decay * numbers
+        rest = after[:, 0] / after[:, 1] if per_query else after[:, 0]
+        taken, _ = by_parts(c, None)
+        return rest[:, : c.num].masked_fill(taken.isinf(), torch.inf), after
+
+    return rule
+
+
 def policy(name: str, **settings: object) -> Rule:
     """A policy of the product."""
     return find_policy(name)(**settings).rank
@@ -266,11 +292,25 @@ OTHERS: dict[str, Rule] = {
     ),
     "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
 }
+REMEMBERING: dict[str, Rule] = {
+    "received": remembering([]),
+    "received per query": remembering([], per_query=True),
+    "received per query, decay .9": remembering([], 0.9, per_query=True),
+    "received, decay .9": remembering([], 0.9),
+    "distinct .25, then received": remembering([(distinct, 0.25)]),
+    "distinct .375, then received": remembering([(distinct, 0.375)]),
+    "distinct .375, then received per query": remembering([(distinct, 0.375)], per_query=True),
+    "distinct .375, then received, decay .9": remembering([(distinct, 0.375)], 0.9),
+    "distinct .375, then received, decay .75": remembering([(distinct, 0.375)], 0.75),
+    "range .25, then received": remembering([quarter_range]),
+}
 IN_ANOTHER_ORDER: dict[str, tuple[Rule, SlotOrder]] = {
     "vase, survivors by position": (policy("vase"), by_position),
     "vase, survivors in the authors' order": (policy("vase"), authors),
 }
-RULES = POLICIES | OTHERS | {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.items()}
+RULES = (
+    POLICIES | OTHERS | REMEMBERING | {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.items()}
+)
 
 
 def order_of(name: str) -> SlotOrder:
