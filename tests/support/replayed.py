@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from vllm.config import CUDAGraphMode
 
 from tests.support import cuda_graphs, faster_interpreter
 from tests.support.compilation_keys import CompilationKeys
@@ -29,22 +30,25 @@ from vase_vllm.worker.triton_path import TritonPath
 from vase_vllm.worker.warm_up import KernelWarmUp
 
 VOCABULARY = 1024
-EVICTION = {"budget": 24, "window": 8}
+EVICTION = {"budget": 12, "window": 4, "sinks": 1}
 OPTIONS = {
     "enforce_eager": False,
     "compilation_config": {
         "mode": 0,
         "cudagraph_mode": "FULL_AND_PIECEWISE",
         # Of decodes the first two are full graphs; the last is for prompts.
-        "cudagraph_capture_sizes": [2, 4, 40],
+        "cudagraph_capture_sizes": [2, 4, 24],
     },
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 40,
+    "max_num_batched_tokens": 24,
     "enable_prefix_caching": False,
 }
-# Three rows in a graph of four, then two, then one row in a graph of two. Each request evicts.
-PROMPTS = [random_prompt(length, length, VOCABULARY) for length in (30, 38, 21)]
-LENGTHS = (6, 9, 13)
+# Three rows in a graph of four, then two, then one row in a graph of two. Each request evicts, at
+# position 16 or 20.
+PROMPTS = [random_prompt(length, length, VOCABULARY) for length in (14, 18, 9)]
+LENGTHS = (4, 6, 10)
+# Of what faults are shown with; its eviction needs queries that decode steps have stored.
+ONE_PROMPT = slice(1, 2)
 
 
 def run_replayed(model: Path) -> dict[str, Any]:
@@ -106,16 +110,16 @@ def report(model: str) -> dict[str, Any]:
 
     Returns:
         {"tokens": of each prompt, without graphs, "replayed": the same with them, "graphs": kind
-        and size of a graph to {"kernels", "replays"}, "faults": name to [tokens, replayed],
+        and size of a graph to {"kernels", "replays"}, "faults": name to [tokens, replayed] of one,
         "warm_up": kernels that were compiled before any graph, "later": those that were after}.
     """
     with _compilations() as compiled, engine(model, EVICTION, **OPTIONS) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         runner, manager = worker.model_runner, worker.model_runner.cudagraph_manager
 
-        def tokens(with_graphs: bool) -> list[list[int]]:
+        def tokens(with_graphs: bool, which: slice = slice(None)) -> list[list[int]]:
             manager._graphs_captured = with_graphs
-            return generate(llm, PROMPTS, [greedy(length) for length in LENGTHS])
+            return generate(llm, PROMPTS[which], [greedy(length) for length in LENGTHS[which]])
 
         graphs = _graphs(manager)
         result: dict[str, Any] = {"tokens": tokens(False)}
@@ -130,11 +134,14 @@ def report(model: str) -> dict[str, Any]:
             for name, parts in graphs.items()
         }
         result["faults"] = {}
+        # Piecewise graphs hold nothing of ours, and need not be captured again.
+        del manager._capture_descs[CUDAGraphMode.PIECEWISE]
         for name, fault in FAULTS.items():
             with fault():
-                manager.release_graphs()
+                manager.graphs.clear()
                 runner.capture_model()
-                result["faults"][name] = tokens(False), tokens(True)
+                faulty = [tokens(with_graphs, ONE_PROMPT)[0] for with_graphs in (False, True)]
+                result["faults"][name] = faulty
         return result | compiled
 
 
