@@ -47,6 +47,7 @@ from vase_vllm.kernels.launch import (
     LaunchPlan,
     ScoringTile,
     device_limits,
+    padded_words,
     plan_launch,
     run_launches,
     scoring_tile,
@@ -259,7 +260,7 @@ class PagedEviction:
                 plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device
             )
         per_candidate = plan.tasks_per_launch * plan.capacity
-        per_split = plan.tasks_per_launch * plan.num_splits * self._num_query_rows
+        per_split = plan.tasks_per_launch * padded_words(plan.num_splits * self._num_query_rows)
         words = scratch[: plan.scratch_bytes].view(torch.int32)
         return words.split([per_candidate, per_candidate, per_split, per_split])
 

@@ -155,12 +155,16 @@ def scoring_tile(
 
 def scratch_per_task(capacity: int, num_rows: int, num_splits: int) -> int:
     """Bytes of scratch memory of a task: 8 per candidate, and 8 per query row and split."""
-    return 8 * (capacity + num_splits * num_rows)
+    return 8 * (capacity + padded_words(num_splits * num_rows))
 
 
-def padded_capacity(max_candidates: int) -> int:
-    """Candidates of a task's row: so many that every part of the scratch memory is aligned."""
-    return cdiv(max_candidates, 16) * 16
+def padded_words(num_words: int) -> int:
+    """Words of a task's row of scratch memory.
+
+    They are so many that every part of the memory is aligned, however many tasks there are: Triton
+    compiles a kernel anew for an address that is not.
+    """
+    return cdiv(num_words, 16) * 16
 
 
 def scratch_size(num_tasks: int, max_candidates: int, num_rows: int) -> int:
@@ -174,7 +178,7 @@ def scratch_size(num_tasks: int, max_candidates: int, num_rows: int) -> int:
         max_candidates: candidates of a head, at most.
         num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
     """
-    capacity = padded_capacity(max_candidates)
+    capacity = padded_words(max_candidates)
     all_tasks = num_tasks * scratch_per_task(capacity, num_rows, MAX_SPLITS)
     return max(min(all_tasks, SCRATCH_BYTES), scratch_per_task(capacity, num_rows, 1))
 
@@ -218,7 +222,7 @@ def plan_launch(
     Raises:
         ValueError: if the scratch of a single head does not fit.
     """
-    capacity = padded_capacity(max_candidates)
+    capacity = padded_words(max_candidates)
     num_tiles, num_slots = cdiv(capacity, tile.keys), limits.num_sms * tile.programs_per_sm
     choices = range(1, min(MAX_SPLITS, num_tiles) + 1) if num_rows else (1,)
     best: tuple[int, LaunchPlan] | None = None

@@ -60,11 +60,12 @@ REACHED = {
     "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
     "vllm.v1.request:Request": "block_hashes num_computed_tokens num_output_tokens "
     "num_prompt_tokens num_tokens prompt_token_ids request_id sampling_params status",
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "req_states",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "_dummy_run req_states",
     "vllm.v1.worker.gpu.states:RequestState": "req_id_to_index",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "generator",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "generators num_reqs req_ids",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "discard_request_mask input_batch requests",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "_dummy_run discard_request_mask "
+    "input_batch requests",
     "vllm.v1.worker.gpu_worker:Worker": "device model_runner sample_tokens vllm_config",
 }
 """Members that the plugin reads, calls or patches on objects that vLLM hands it, by class."""

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 import triton.backends
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.kernels.gpu_stand_ins import TARGETS, Kernels, Pages, Tables, use
+from tests.support.compilation_keys import CompilationKeys
+from vase_vllm.kernels.launch import Launch
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 
 BLOCK_SIZE, BUDGET, WINDOW, MAX_MODEL_LEN, MAX_NUM_SEQS = 16, 24, 8, 128, 4
@@ -262,7 +266,7 @@ def _triton_in_vllm():
 def make_worker(models, monkeypatch):
     """Makes a worker of a backend, with two layers that evict and as many others as asked."""
 
-    def make(target: str, runner: str, num_sliding: int = 0) -> Worker:
+    def make(target: str, runner: str, num_sliding: int = 0, policy: str = "random") -> Worker:
         from vllm.config import CUDAGraphMode, set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.layers.attention import Attention
@@ -287,7 +291,7 @@ def make_worker(models, monkeypatch):
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=MAX_MODEL_LEN,
             additional_config={
-                "kv_eviction": {"policy": "random", "budget": BUDGET, "window": WINDOW}
+                "kv_eviction": {"policy": policy, "budget": BUDGET, "window": WINDOW}
             },
         )
         config = arguments.create_engine_config()
@@ -452,3 +456,37 @@ def test_evictions_work_in_memory_that_was_taken_with_the_layers(make_worker, mo
     assert scratch.dtype == torch.uint8
     assert len(evictions) == 2, "the first step compiles, and one row is due"
     assert all(eviction.scratch is scratch for eviction in evictions)
+
+
+@st.composite
+def any_rows(draw: st.DrawFn) -> tuple[Row, ...]:
+    """A step's prefills, decodes and evictions, which are due every 8 tokens."""
+    names = draw(st.lists(st.sampled_from(list(FIRST)), min_size=1, unique=True))
+    before = st.one_of(st.integers(0, 15).map(lambda n: FIRST["old"] + 8 * n), st.integers(0, 100))
+    count = st.one_of(st.just(1), st.integers(1, 20))
+    return tuple(Row(name, min(draw(before), 100), draw(count), 0) for name in names)
+
+
+@of_runners
+def test_the_first_step_compiles_for_all_others(make_worker, monkeypatch, runner):
+    """With vLLM's own tensors. Nothing runs: what Triton would compile depends on nothing else."""
+    worker = make_worker("flash-attention 3", runner, policy="vase")
+    key, launched = CompilationKeys(), set()
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.add(key(launch)))
+    worker.attend(worker.step((), num_rows=1, capturing=True), num_tokens=1)
+    compiled = set(launched)
+    assert sorted(name for name, _ in compiled) == [
+        *("candidate_scores", "remap_sequences", "row_statistics", "select_and_move", "store_ring")
+    ]
+
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(any_rows(), st.booleans())
+    def take_step(rows: tuple[Row, ...], is_padded: bool) -> None:
+        num_tokens = sum(row.count for row in rows)
+        in_a_graph = is_padded and num_tokens == len(rows)
+        metadata = worker.step(rows, num_rows=4 if in_a_graph else None)
+        worker.attend(metadata, 4 if in_a_graph else num_tokens)
+
+    take_step()
+    assert launched == compiled
+    assert worker.context.counters.as_dict()["evictions"] > 0

@@ -29,22 +29,26 @@ def run_interpreted(
     Returns:
         What :func:`run_case` returns for each case, or {"error"} with the traceback.
     """
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": f"{ROOT / 'tests' / 'support' / 'runner_v2'}{os.pathsep}{ROOT}",
-    }
     arguments = json.dumps([str(model), triton_attention, list(cases)])
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted", arguments],
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def environment() -> dict[str, str]:
+    """Of a process with the interpreter and runner V2."""
+    return {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": f"{ROOT / 'tests' / 'support' / 'runner_v2'}{os.pathsep}{ROOT}",
+    }
 
 
 def run_case(
@@ -101,7 +105,8 @@ def _warm_up(worker: Any) -> None:
         CPUWorker.compile_or_warm_up_model = original
 
 
-def _use_triton_attention() -> None:
+def use_triton_attention() -> None:
+    """Put vLLM's Triton attention in the CPU backend's place, in this process."""
     import torch
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -125,7 +130,7 @@ def main() -> None:
     faster_interpreter.install()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if triton_attention:
-        _use_triton_attention()
+        use_triton_attention()
     results: list[dict[str, Any]] = []
     for case in cases:
         try:

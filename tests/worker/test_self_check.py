@@ -89,6 +89,11 @@ def test_an_engine_checks_itself_and_counts_nothing_of_it(model, monkeypatch):
     with engine(model, EVICTION | {"self_check": False}) as llm:
         assert of_the_check() == [line]
         assert generate(llm, [random_prompt(50, 0, vocab_size=256)], greedy(120)) == checked
+        # vLLM makes a KV cache, and builders, first to measure the memory of CUDA graphs.
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        worker.model_runner._cleanup_profiling_kv_cache()
+        worker.initialize_from_config(worker._kv_cache_config)
+        assert len(worker._eviction.paths) == 1
 
 
 @pytest.mark.slow

@@ -175,6 +175,7 @@ def wrap_layers(context: StepContext) -> None:
     if on_gpu := _on_gpu(layers):
         from vase_vllm.worker.triton_path import scratch_memory
 
+        context.runs_in_triton = True
         context.scratch = scratch_memory(context, on_gpu.values())
     largest_group = max(layer.num_heads // layer.num_kv_heads for layer in layers.values())
     wrapped: dict[type[AttentionBackend], type[AttentionBackend]] = {}

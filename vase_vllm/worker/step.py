@@ -74,6 +74,7 @@ class StepContext:
         observer: looks at all evictions while it is set. They then run in plain torch on a GPU too,
             for the fused kernel does not tell what it kept.
         paths: of the builders, each of which adds its own.
+        runs_in_triton: whether any layer's evictions and queries are the Triton kernels' work.
         scratch: [bytes] uint8, what the fused kernel works in; None where it does not run. The
             evictions of all builders share it, for they run one after the other.
     """
@@ -85,6 +86,7 @@ class StepContext:
     row_headers: RowHeaders
     observer: EvictionObserver | None = None
     paths: list[StepPath] = field(default_factory=list)
+    runs_in_triton: bool = False
     scratch: torch.Tensor | None = None
 
     def kv_heads(self, num_local_heads: int) -> torch.Tensor:

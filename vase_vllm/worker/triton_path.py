@@ -70,8 +70,9 @@ class TritonPath:
         num_rows = common.num_reqs
         rows = common.block_table_tensor[:num_rows]
         if self._pointers is None and self._is_fused and num_rows:
-            # Compile the eviction now and not in the middle of serving. vLLM's first step, a dummy
-            # one or not, starts at position 0: nothing is due, and the launch leaves all alone.
+            # Compile the eviction in the first step, which is a dummy one (``warm_up.py``), and not
+            # in the middle of serving. It starts at position 0: nothing is due, and the launch
+            # leaves all alone.
             num_slots = (rows.shape[1] - BlockTableRow.NUM_HEADER) * self.spec.block_size
             num_cached = min(self.spec.schedule.bound, num_slots)
             nothing = np.zeros(1, dtype=np.int64)

@@ -1,6 +1,6 @@
 """vLLM's worker, with eviction around its model's attention layers."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -18,10 +18,14 @@ from vase_vllm.worker.row_headers import RowHeaders
 from vase_vllm.worker.self_check import check_evictions
 from vase_vllm.worker.step import StepContext
 
+if TYPE_CHECKING:
+    from vase_vllm.worker.warm_up import KernelWarmUp
+
 
 class EvictionWorkerMixin(Worker):
     """What eviction adds to a worker of any platform."""
 
+    _kernels: "KernelWarmUp | None" = None
     _warming_up = False
     _latest_step = SchedulerOutput.make_empty()
 
@@ -40,6 +44,10 @@ class EvictionWorkerMixin(Worker):
             ),
         )
         wrap_layers(self._eviction)
+        if self._eviction.runs_in_triton:
+            from vase_vllm.worker.warm_up import KernelWarmUp
+
+            self._kernels = KernelWarmUp()
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; refuses a pool that cannot hold one sequence at its bound."""
@@ -51,6 +59,8 @@ class EvictionWorkerMixin(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache, and note which group's block-table rows have a header."""
+        # Those of builders that have measured the memory of CUDA graphs; vLLM makes others here.
+        self._eviction.paths.clear()
         super().initialize_from_config(kv_cache_config)
         self._kv_cache_config = kv_cache_config
         self._eviction_groups = {
@@ -60,12 +70,14 @@ class EvictionWorkerMixin(Worker):
         }
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, then prove that evictions happen.
+        """Compile the kernels, warm up, then prove that evictions happen.
 
         vLLM's dummy requests have block-table rows without our header.
         """
         self._warming_up = True
         try:
+            if self._kernels is not None:
+                self._kernels.run(self.model_runner)
             times = super().compile_or_warm_up_model()
         finally:
             self._warming_up = False
