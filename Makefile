@@ -67,10 +67,11 @@ test: $(VENV)/.accuracy $(VENV)/.demo ## run all tests that need no GPU, also th
 test-fast: $(VENV)/.accuracy $(VENV)/.demo ## run the tests that start no engine
 	$(PY) -m pytest -m "not slow"
 
-lint: setup ## run ruff check, ruff format --check and mypy
+lint: setup ## run ruff check, ruff format --check, mypy, and hadolint on the Dockerfiles
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy -p vase_vllm
+	$(VENV)/bin/hadolint docker/Dockerfile.*
 
 format: setup ## apply ruff's fixes and formatting
 	$(PY) -m ruff check --fix .

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from vase_vllm.errors import EvictionError
 from vase_vllm.integration import patches
@@ -129,6 +130,20 @@ def test_unsupported_parallelism(models, flag):
     setattr(vllm_config.parallel_config, flag, 2)
     with pytest.raises(EvictionError, match=f"remove --{flag.replace('_', '-')}$"):
         check_engine(vllm_config, EvictionConfig(budget=128, window=16))
+
+
+def test_sleep_mode_is_left_to_vllm(models, monkeypatch):
+    """On a CPU vLLM refuses it itself; where it is there, nothing of eviction stands against it.
+
+    What running requests go through is in ``tests/end_to_end/test_engine_calls.py``.
+    """
+    for eviction in (EVICTION, {"policy": "none"}):
+        with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+            make_config(models.qwen3(), eviction, enable_sleep_mode=True)
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
+    config = make_config(models.qwen3(), enable_sleep_mode=True)
+    assert config.model_config.enable_sleep_mode
+    assert config.parallel_config.worker_cls.startswith("vase_vllm.worker.")
 
 
 @pytest.mark.parametrize(

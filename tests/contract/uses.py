@@ -27,6 +27,7 @@ REACHED = {
     "worker_cls",
     "vllm.config.scheduler:SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs "
     "scheduler_cls",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics:KVConnectorStats": "data",
     "vllm.engine.arg_utils:EngineArgs": "add_cli_args additional_config create_engine_config "
     "from_cli_args scheduler_cls worker_cls",
     "vllm.engine.protocol:EngineClient": "collective_rpc",
@@ -38,11 +39,11 @@ REACHED = {
     "vllm.v1.core.block_pool:BlockPool": "cache_full_blocks free_blocks get_new_blocks "
     "get_num_free_blocks touch",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "find_longest_cache_hit "
-    "get_num_blocks_to_allocate single_type_managers",
+    "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool coordinator "
     "create_kv_cache_blocks empty_kv_cache_blocks watermark_blocks",
     "vllm.v1.core.sched.output:CachedRequestData": "make_empty new_block_ids new_token_ids "
-    "num_computed_tokens num_output_tokens req_ids",
+    "num_computed_tokens num_output_tokens req_ids resumed_req_ids",
     "vllm.v1.core.sched.output:NewRequestData": "block_ids from_request num_computed_tokens "
     "prompt_token_ids req_id",
     "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids make_empty num_scheduled_tokens "
@@ -58,6 +59,8 @@ REACHED = {
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.metrics.loggers:StatLoggerManager": "__init__",
     "vllm.v1.metrics.stats:SchedulerStats": "num_kv_fetch_reqs_by_stage",
+    "vllm.v1.outputs:KVConnectorOutput": "kv_connector_stats",
+    "vllm.v1.outputs:ModelRunnerOutput": "kv_connector_output",
     "vllm.v1.request:Request": "block_hashes num_computed_tokens num_output_tokens "
     "num_prompt_tokens num_tokens prompt_token_ids request_id sampling_params status",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "_dummy_run req_states",

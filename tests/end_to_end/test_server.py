@@ -1,7 +1,9 @@
 """The real server over HTTP: streams under eviction, refuses what cannot fit, loses nothing."""
 
+import itertools
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,10 +70,28 @@ def test_a_prompt_that_cannot_fit_is_http_400_and_others_go_on(server):
         assert running.result().json()["usage"]["completion_tokens"] == 300
 
 
+def counted(server, name, **labels):
+    """A metric of eviction by `/metrics`; a counter's name ends with `_total`."""
+    wanted = {"model_name": "tiny", "engine": "0"} | labels
+    (value,) = (
+        sample.value
+        for family in server.metrics().values()
+        for sample in family.samples
+        if sample.name == f"vllm:kv_eviction_{name}" and sample.labels == wanted
+    )
+    return value
+
+
 def test_more_requests_than_the_pool_holds_all_finish_alike(server):
     prompts = ["the quick brown fox " * n for n in range(1, 13)]
+    admitted = counted(server, "admissions_total")
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(lambda prompt: complete(server, prompt), prompts))
+    assert counted(server, "admissions_total") == admitted + len(prompts)
+    # Blocks were free for their prompts, but promised to those that ran.
+    assert counted(server, "admission_deferrals_total", reason="promised") > 10
+    for when in ("before", "after"):
+        assert counted(server, "preemptions_total", first_eviction=when) == 0
     alone = [complete(server, prompt) for prompt in prompts[::3]]
     for a, b in zip(together[::3], alone, strict=True):
         assert a.json()["choices"][0]["text"] == b.json()["choices"][0]["text"]
@@ -80,31 +100,31 @@ def test_more_requests_than_the_pool_holds_all_finish_alike(server):
 
 def evictions(server):
     """Evictions by `/metrics`."""
-    samples = server.metrics()["vllm:kv_eviction_evictions"].samples
-    assert samples[0].name == "vllm:kv_eviction_evictions_total"
-    assert samples[0].labels == {"model_name": "tiny", "engine": "0"}
-    return samples[0].value
+    return counted(server, "evictions_total")
 
 
 def test_metrics_count_what_the_workers_evict(server):
-    before = evictions(server)
+    before, num_timed = evictions(server), counted(server, "step_time_seconds_count")
+    seconds, start = counted(server, "step_time_seconds_sum"), time.monotonic()
     complete(server, "m" * 200, max_tokens=250)
-    assert evictions(server) - before > 10
+    elapsed = time.monotonic() - start
+    num_evictions = evictions(server) - before
+    assert num_evictions > 10
     assert evictions(server) == server.eviction_stats()["evictions"]
+    # The request ran alone: each of its evictions was in a step of its own.
+    assert counted(server, "step_time_seconds_count") - num_timed == num_evictions
+    assert 0 < counted(server, "step_time_seconds_sum") - seconds < elapsed
     settings = server.metrics()["vllm:kv_eviction_config_info"].samples[0].labels
     assert (settings["policy"], settings["budget"]) == ("vase", "128")
 
 
 def test_a_long_prompt_gives_blocks_back(server):
-    def released():
-        (sample,) = server.metrics()["vllm:kv_eviction_released_blocks"].samples[:1]
-        return sample.value
-
-    before = released()
+    before = counted(server, "released_blocks_total")
     prompt_tokens = complete(server, "g" * 500, max_tokens=60).json()["usage"]["prompt_tokens"]
     schedule = EvictionSchedule(128, 16)
     first = schedule.first_eviction(prompt_tokens)
-    assert released() - before == -(-first // 32) - -(-schedule.bound // 32) > 0
+    released = counted(server, "released_blocks_total") - before
+    assert released == -(-first // 32) - -(-schedule.bound // 32) > 0
 
 
 def test_grafanas_dashboard_asks_for_metrics_that_there_are(server):
@@ -136,6 +156,85 @@ def test_a_client_that_hangs_up_is_counted_and_frees_its_blocks(server):
     assert server.num_used_blocks() == 0
     assert server.metrics()["vllm:kv_eviction_held_tokens"].samples[0].value == 0
     assert evictions(server) == server.eviction_stats()["evictions"]
+
+
+def stream(server, prompt, max_tokens=300):
+    """The choices of a stream, one for each token; the next ones while it is read."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    response = requests.post(
+        server.url + "/v1/completions",
+        json=body | {"ignore_eos": True, "stream": True},
+        stream=True,
+        timeout=600,
+    )
+    for line in response.iter_lines():
+        if line.startswith(b"data: {"):
+            yield from json.loads(line[6:])["choices"]
+
+
+@pytest.mark.parametrize(
+    ("pause", "resume", "computes_again"),
+    [
+        ("/pause?mode=keep", "/resume", True),
+        ("/pause?mode=keep&clear_cache=false", "/resume", False),
+        ("/sleep?level=1&mode=keep", "/wake_up", True),
+    ],
+)
+def test_a_request_that_is_paused_goes_on_with_the_same_tokens(
+    server, pause, resume, computes_again
+):
+    """A CPU's worker frees no memory when it sleeps; but the cache is forgotten all the same."""
+    prompt = "p" * 60
+    undisturbed = complete(server, prompt).json()["choices"][0]["text"]
+    before = evictions(server)
+    running = stream(server, prompt)
+    text = "".join(choice["text"] for choice in itertools.islice(running, 120))
+    server.post(pause, {}).raise_for_status()
+    with ThreadPoolExecutor() as pool:
+        try:
+            assert requests.get(server.url + "/is_paused", timeout=60).json()["is_paused"]
+            waiting = pool.submit(complete, server, "q", max_tokens=2)
+            evicted = server.eviction_stats()["evictions"]
+            time.sleep(0.3)
+            assert not waiting.done()
+            assert server.eviction_stats()["evictions"] == evicted
+        finally:
+            server.post(resume, {}).raise_for_status()
+        text += "".join(choice["text"] for choice in running)
+        assert waiting.result().json()["usage"]["completion_tokens"] == 2
+    assert text == undisturbed
+    wanted, _ = EvictionSchedule(128, 16).evictions(60, 300)
+    assert (evictions(server) - before > wanted) == computes_again
+    assert server.num_used_blocks() == 0
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("wait", "length"), ("abort", "abort")])
+def test_a_pause_that_keeps_no_request(server, mode, reason):
+    running = stream(server, "w" * 60)
+    for _ in range(120):
+        next(running)
+    server.post(f"/pause?mode={mode}", {}).raise_for_status()
+    server.post("/resume", {}).raise_for_status()
+    assert [choice["finish_reason"] for choice in running][-1] == reason
+    # One more request makes the engine step, and its metrics current.
+    complete(server, "d", max_tokens=5)
+    assert server.num_used_blocks() == 0
+
+
+def test_beam_search_evicts_nothing(server):
+    before = evictions(server)
+    prompt = "b" * 140
+    found = complete(server, prompt, 30, use_beam_search=True, n=3).json()["choices"]
+    assert len({choice["text"] for choice in found}) == 3
+    (alone,) = complete(server, prompt, 30, use_beam_search=True).json()["choices"]
+    full = complete(server, prompt, 30, vllm_xargs={"kv_eviction": "none"}).json()["choices"]
+    assert alone["text"] == full[0]["text"]
+    assert evictions(server) == before
+    assert server.num_used_blocks() == 0
+    # A beam is a prompt; here it outgrows the pool, of 63 blocks, on its way.
+    refused = complete(server, "b" * 1980, 50, use_beam_search=True, n=2)
+    assert refused.status_code == 400
+    assert "KV cache blocks until its first eviction" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.metrics.loggers import (
     AggregateStatLoggerBase,
     PrometheusStatLogger,
@@ -61,6 +62,31 @@ def test_steps_are_counted():
     assert value("evicted_tokens_total", **LABELS) == 176
     assert value("logical_tokens", **LABELS) == 0
     assert value("evictions_total", **LABELS | {"engine": "0"}) == 0
+
+
+def test_reasons_are_labels():
+    logger = stat_logger(EVICTION)
+    numbers = {"deferrals_promised": 1, "preemptions_after": 2, "preempted_tokens_after": 700}
+    logger.record(reported(**numbers), None, engine_idx=1)
+    logger.record(reported(deferrals_promised=1, deferrals_full=1), None, engine_idx=1)
+    assert value("admission_deferrals_total", **LABELS, reason="promised") == 2
+    assert value("admission_deferrals_total", **LABELS, reason="full") == 1
+    assert value("preemptions_total", **LABELS, first_eviction="before") == 0
+    assert value("preemptions_total", **LABELS, first_eviction="after") == 2
+    assert value("preempted_tokens_total", **LABELS, first_eviction="after") == 700
+    assert value("preempted_tokens_total", **LABELS, first_eviction="before") == 0
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_time_of_evictions_is_a_histogram_where_it_is_known(monkeypatch, on_cpu):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    logger = stat_logger(EVICTION)
+    for microseconds in (0, 1500, 300_000):
+        logger.record(reported(eviction_microseconds=microseconds), None, engine_idx=1)
+    assert value("step_time_seconds_count", **LABELS) == (2 if on_cpu else None)
+    if on_cpu:
+        assert value("step_time_seconds_sum", **LABELS) == pytest.approx(0.3015)
+        assert value("step_time_seconds_bucket", **LABELS, le="0.002") == 1
 
 
 def test_steps_without_statistics_change_nothing():

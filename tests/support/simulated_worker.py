@@ -25,6 +25,7 @@ from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.row_header import content_key
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.engine.statistics import EvictionStatistics
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import NEVER, BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
@@ -36,13 +37,19 @@ GROUP_SIZE = 1
 
 
 def make_scheduler(
-    model: Path, eviction: dict[str, Any], block_size: int, num_blocks: int, chunk: int
+    model: Path,
+    eviction: dict[str, Any],
+    block_size: int,
+    num_blocks: int,
+    chunk: int,
+    log_stats: bool = False,
 ) -> Scheduler:
     """The scheduler that an engine with these settings gets, for one group of one layer.
 
     Args:
         num_blocks: of the pool, the null block among them.
         chunk: most tokens of a step.
+        log_stats: whether it counts for `/metrics`.
     """
     arguments = EngineArgs(
         str(model),
@@ -71,6 +78,7 @@ def make_scheduler(
         structured_output_manager=StructuredOutputManager(config),
         block_size=block_size,
         hash_block_size=block_size,
+        log_stats=log_stats,
     )
 
 
@@ -96,6 +104,8 @@ class Simulation:
         self.stops_at: dict[str, int | None] = {}
         self.num_evictions = 0
         self.num_output_tokens: dict[str, int] = {}
+        # Of each step, where the scheduler counts for `/metrics`.
+        self.statistics: list[EvictionStatistics] = []
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(manager.block_size, hash_function)
@@ -164,6 +174,8 @@ class Simulation:
         given = self.scheduler.update_from_output(
             output, ModelRunnerOutput(request_ids, index, sampled)
         )
+        if 0 in given and (stats := given[0].scheduler_stats) is not None:
+            self.statistics.append(EvictionStatistics.take_from(stats))
         for of_request in given[0].outputs if 0 in given else ():
             length = self.num_output_tokens.get(of_request.request_id, 0)
             self.num_output_tokens[of_request.request_id] = length + len(of_request.new_token_ids)

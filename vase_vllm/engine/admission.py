@@ -9,6 +9,7 @@ run count as well, as longer than they are. Under eviction no sequence grows pas
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.request import Request
@@ -106,6 +107,19 @@ class AdmissionContext:
     def longest(self, request: Request) -> int:
         """Tokens that a sequence can come to have, prompt and output."""
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+
+
+class AdmissionAnswer(NamedTuple):
+    """What decides whether a waiting request is admitted, beside the blocks of its own tokens.
+
+    Attributes:
+        num_kept_free: blocks that must stay free beside those, for what it and the running requests
+            can, or probably will, come to need.
+        num_free: blocks that were free when it asked.
+    """
+
+    num_kept_free: int
+    num_free: int
 
 
 @dataclass

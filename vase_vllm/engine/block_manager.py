@@ -25,7 +25,12 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vase_vllm.engine.admission import AdmissionContext, Expectation, expected_peak
+from vase_vllm.engine.admission import (
+    AdmissionAnswer,
+    AdmissionContext,
+    Expectation,
+    expected_peak,
+)
 from vase_vllm.engine.prefix_cache import BlockPair, PrefixCache
 from vase_vllm.engine.row_header import SequenceNumbers, content_key, sequence_numbers
 from vase_vllm.engine.spec import EvictionSpec
@@ -47,6 +52,7 @@ class EvictionManager(FullAttentionManager):
         self._num_missing = 0
         self._num_released = 0
         self._latest_expectation = Expectation()
+        self.latest_admission: AdmissionAnswer | None = None
 
     def bind(self, context: AdmissionContext) -> None:
         """Learn what the scheduler knows; it calls this once, before there is any request."""
@@ -111,9 +117,15 @@ class EvictionManager(FullAttentionManager):
             num_held = self._get_num_evictable_blocks(new_computed_blocks)
             num_held -= self._num_shared(request_id, new_computed_blocks)
         num_own = self._num_missing_blocks(request_id, num_tokens)
-        if apply_admission_cap and self._context.config.admission != "optimistic":
-            num_own = max(num_own, self._num_blocks_promised(and_to=request_id))
-        return num_held + num_own
+        if not apply_admission_cap:
+            return num_held + num_own
+        num_kept_free = 0
+        if self._context.config.admission != "optimistic":
+            num_promised = self._num_blocks_promised(and_to=request_id)
+            num_kept_free = max(num_promised - num_own, 0)
+        num_free = self.block_pool.get_num_free_blocks()
+        self.latest_admission = AdmissionAnswer(num_kept_free, num_free)
+        return num_held + num_own + num_kept_free
 
     def _num_blocks_promised(self, and_to: str | None = None) -> int:
         """Blocks that the running sequences, and one more, can or probably will come to need."""
@@ -126,6 +138,11 @@ class EvictionManager(FullAttentionManager):
                 latest.set(and_to, self._num_blocks_expected(and_to))
             return min(latest.num_blocks, num_most)
         return num_most
+
+    @property
+    def num_outstanding(self) -> int:
+        """Blocks that the running sequences can still come to need, at most."""
+        return self._num_missing
 
     def _num_missing_at_most(self, request_id: str) -> int:
         """Blocks that a sequence can still come to need beside those that it holds."""

@@ -8,12 +8,15 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.admission import AdmissionContext
 from vase_vllm.engine.block_manager import EvictionManager
+from vase_vllm.engine.eviction_time import take_microseconds
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.engine.statistics import EvictionStatistics
 from vase_vllm.errors import EvictionError
@@ -48,6 +51,8 @@ class _EvictionMixin(Scheduler):
         self._manager = self._managers[0]
         self._eviction_schedule = config.schedule
         self._statistics = EvictionStatistics()
+        # The waiting request that was looked up last, its cached blocks, and their tokens.
+        self._asked: tuple[Request, KVCacheBlocks, int] | None = None
         self._log_capacity()
         if len(self.kv_cache_config.kv_cache_groups) > 1:
             self._check_longest_prompt()
@@ -112,31 +117,56 @@ class _EvictionMixin(Scheduler):
         And a hit is dropped where the pool has no room for it beside the copies that the sequence
         gets: computing the prompt beats waiting, perhaps for ever.
         """
+        for manager in self._managers:
+            manager.latest_admission = None
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
         most = self._eviction_schedule.first_query(self._manager.first_eviction(request.request_id))
         if num_hit > most:
             found, num_hit, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
             blocks, boundary = cache.create_kv_cache_blocks(found), 0
-        if num_hit == 0:
-            return blocks, 0, boundary, diverged
-        num_required = cache.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=min(request.num_tokens, self.max_model_len),
-            new_computed_blocks=blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=num_hit,
-            num_local_computed_tokens=num_hit,
-            num_tokens_main_model=request.num_tokens,
-            apply_admission_cap=True,
-        )
-        if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
-            return cache.empty_kv_cache_blocks, 0, 0, False
+        if num_hit > 0:
+            num_required = self._num_blocks_to_admit(request, blocks, num_hit)
+            if num_required + cache.watermark_blocks > cache.block_pool.get_num_free_blocks():
+                blocks, num_hit, boundary, diverged = cache.empty_kv_cache_blocks, 0, 0, False
+        self._asked = request, blocks, num_hit
         return blocks, num_hit, boundary, diverged
 
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """vLLM's hook on the end of scheduling: count the evictions in front of this step."""
+    def _num_blocks_to_admit(
+        self, request: Request, blocks: KVCacheBlocks, num_hit: int, keep_free: bool = True
+    ) -> int:
+        """Blocks that must be free to admit a request whose prompt begins with cached blocks.
+
+        Args:
+            keep_free: whether those count that are kept for running requests.
+        """
+        num_tokens = min(request.num_tokens, self.max_model_len)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return sum(
+            manager.get_num_blocks_to_allocate(
+                request_id=request.request_id,
+                num_tokens=num_tokens,
+                new_computed_blocks=of_group,
+                total_computed_tokens=num_hit,
+                num_local_computed_tokens=num_hit,
+                num_tokens_main_model=request.num_tokens,
+                apply_admission_cap=keep_free or manager not in self._managers,
+            )
+            for manager, of_group in zip(managers, blocks.blocks, strict=True)
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's hook on a preemption."""
         if self.log_stats:
+            num_computed = request.num_computed_tokens
+            has_evicted = num_computed > self._manager.first_eviction(request.request_id)
+            self._statistics.count_preemption(num_computed, has_evicted)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's hook on the end of scheduling: count admissions, and evictions before the step."""
+        if self.log_stats:
+            self._count_admissions(scheduler_output)
             for request_id in scheduler_output.num_scheduled_tokens:
                 position = self.requests[request_id].num_computed_tokens
                 first = self._manager.first_eviction(request_id)
@@ -147,6 +177,33 @@ class _EvictionMixin(Scheduler):
                     self._statistics.evictions += 1
                     self._statistics.evicted_tokens += own.num_cached(position, first) - own.budget
         super()._update_after_schedule(scheduler_output)
+
+    def _count_admissions(self, scheduler_output: SchedulerOutput) -> None:
+        """Count who begins to run, and why the request that asked last does not."""
+        counted = self._statistics
+        counted.admissions += len(scheduler_output.scheduled_new_reqs)
+        counted.admissions += len(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        asked, self._asked = self._asked, None
+        if asked is None or asked[0].request_id in scheduler_output.num_scheduled_tokens:
+            return
+        answers = [a for a in (manager.latest_admission for manager in self._managers) if a]
+        if not answers:
+            # It was not about memory.
+            return
+        num_required = self._num_blocks_to_admit(*asked, keep_free=False)
+        if self.running:
+            num_required += self.kv_cache_manager.watermark_blocks
+        if num_required > answers[0].num_free:
+            counted.deferrals_full += 1
+        elif num_required + sum(answer.num_kept_free for answer in answers) > answers[0].num_free:
+            counted.deferrals_promised += 1
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """What vLLM makes of a step's output; a CPU's worker says in it how long evictions took."""
+        self._statistics.eviction_microseconds += take_microseconds(model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics of a step, and ours."""
@@ -161,6 +218,7 @@ class _EvictionMixin(Scheduler):
         counted.held_tokens = int(held.sum())
         counted.logical_tokens = int(positions.sum())
         counted.evicting_requests = int((positions > first).sum())
+        counted.outstanding_blocks = sum(manager.num_outstanding for manager in self._managers)
         counted.released_blocks = sum(manager.take_num_released() for manager in self._managers)
         counted.put_into(stats)
         return stats

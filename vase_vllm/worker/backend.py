@@ -101,7 +101,8 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         **kwargs: Any,
     ) -> Any:
         """Evict from the due sequences, then build the wrapped backend's metadata."""
-        step = self._path.prepare(common_attn_metadata, self._capturing)
+        with self.context.counters.timed():
+            step = self._path.prepare(common_attn_metadata, self._capturing)
         remapped = common_attn_metadata.replace(
             seq_lens=step.seq_lens,
             seq_lens_cpu_upper_bound=step.seq_lens_cpu,

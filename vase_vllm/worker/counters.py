@@ -1,5 +1,8 @@
 """Counts what one worker evicts."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +20,28 @@ class EvictionCounters:
     num_cached: np.ndarray | None = None
     _layer_evictions: int = 0
     _layer_tokens: int = 0
+    _seconds: float = 0.0
 
     def add(self, num_layers: int, num_tokens: int) -> None:
         """Count one sequence's eviction of ``num_tokens`` per KV head from ``num_layers``."""
         self._layer_evictions += num_layers
         self._layer_tokens += num_layers * num_tokens
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what is done in here to the step's time, if sequences evict in it.
+
+        On a GPU that is the time of the launches, and nobody asks for it.
+        """
+        before, start = self._layer_evictions, time.perf_counter()
+        yield
+        if self._layer_evictions > before:
+            self._seconds += time.perf_counter() - start
+
+    def take_microseconds(self) -> int:
+        """How long the evictions took since the last call; 0 if there were none."""
+        seconds, self._seconds = self._seconds, 0.0
+        return round(seconds * 1e6)
 
     def as_dict(self) -> dict[str, int]:
         """Evictions of sequences, and tokens per layer and KV head: dropped so far, and cached.
