@@ -13,7 +13,7 @@ from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_
 from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
-from vase_vllm.policies.h2o import received_attention
+from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.tools.policy_label import parse_policy_label
@@ -170,12 +170,7 @@ def remembering(
     by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
     def rule(c: Candidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        received = received_attention(c)
-        asked = torch.full_like(received, c.limits.window)
-        asked[:, c.num :] = torch.arange(c.limits.window, 0, -1)
-        after = torch.stack([received, asked], dim=1)
-        if numbers is not None:
-            after[..., : c.num] += decay * numbers
+        after = mean_received_attention(c, numbers, decay)
         rest = after[:, 0] / after[:, 1] if per_query else after[:, 0]
         taken, _ = by_parts(c, None)
         return rest[:, : c.num].masked_fill(taken.isinf(), torch.inf), after
@@ -302,6 +297,12 @@ REMEMBERING: dict[str, Rule] = {
     "distinct .375, then received per query": remembering([(distinct, 0.375)], per_query=True),
     "distinct .375, then received, decay .9": remembering([(distinct, 0.375)], 0.9),
     "distinct .375, then received, decay .75": remembering([(distinct, 0.375)], 0.75),
+    **{
+        f"distinct {part}, then received per query, decay .9": remembering(
+            [(distinct, part)], 0.9, per_query=True
+        )
+        for part in (0.125, 0.25, 0.375)
+    },
     "range .25, then received": remembering([quarter_range]),
 }
 IN_ANOTHER_ORDER: dict[str, tuple[Rule, SlotOrder]] = {

@@ -217,11 +217,13 @@ def triattention_scores(
     return torch.stack(rows)
 
 
-def distinct(ridge: float) -> Ranking:
+def distinct(ridge: float, remembers: bool = False) -> Ranking:
     """The P tokens that are the least like the others and the window, then the largest attention.
 
     Args:
         ridge: See `distinctness`.
+        remembers: Whether the attention is the mean over all queries since a token came, of those
+            that count, in the place of the window's.
     """
 
     def view(candidates: Candidates) -> Candidates:
@@ -229,6 +231,11 @@ def distinct(ridge: float) -> Ranking:
         similarity = (units @ units.T).fill_diagonal_(0).mean(dim=-1)
         of_values = distinctness(candidates.values, candidates.window_values, ridge).sqrt()
         scores = (1 - similarity) * value_magnitudes(candidates.values, "range") * of_values
+        if remembers:
+            window = len(candidates.window_values)
+            first_query = candidates.step - window * (candidates.eviction_index + 1)
+            asked = candidates.step - candidates.positions.clamp_min(first_query)
+            candidates = replace(candidates, scores=candidates.received / asked)
         return replace(candidates, ranges=_infinite_at_sinks(candidates, scores))
 
     return Ranking(view)

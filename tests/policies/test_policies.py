@@ -26,6 +26,10 @@ RANKINGS = {
     "rkv": ({"policy": "rkv", "smoothing": 1}, policies.rkv(0.5)),
     "rkv-lambda": ({"policy": "rkv", "smoothing": 1, "lambda": 0.125}, policies.rkv(0.125)),
     "distinct": ({"policy": "distinct", "protected": 0.25}, policies.distinct(0.1)),
+    "distinct-remembers": (
+        {"policy": "distinct", "protected": 0.25, "memory": 1.0},
+        policies.distinct(0.1, remembers=True),
+    ),
     "h2o": ({"policy": "h2o"}, policies.h2o(64)),
     "h2o-recent": ({"policy": "h2o", "recent": 100}, policies.h2o(100)),
     "expected": ({"policy": "expected"}, policies.expected()),

@@ -50,6 +50,10 @@ RANKINGS = {
     "h2o": ({"policy": "h2o", "recent": 4}, policies.h2o(4)),
     "h2o-heavy-hitters": ({"policy": "h2o", "recent": 0}, policies.h2o(0)),
     "distinct": ({"policy": "distinct"}, policies.distinct(0.1)),
+    "distinct-remembers": (
+        {"policy": "distinct", "smoothing": 1, "temperature": 1.0, "memory": 0.5},
+        policies.distinct(0.1, remembers=True),
+    ),
     "distinct-ridge": ({"policy": "distinct", "ridge": 2.0}, policies.distinct(2.0)),
     "vase-range": (GREEDY, policies.vase_greedy("range")),
     "vase-variance": ({**GREEDY, "magnitude": "variance"}, policies.vase_greedy("variance")),

@@ -15,8 +15,10 @@ from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.token_state import TokenStateLayout
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.candidates import Candidates, DenseTokens
+from vase_vllm.policies.distinct import DistinctPolicy
 from vase_vllm.policies.draws import Draws
 from vase_vllm.policies.h2o import H2OPolicy
+from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import PlainPages
 from vase_vllm.worker.token_state import load_numbers, store_numbers
@@ -28,7 +30,7 @@ class LabellingPolicy(Policy):
     """Keeps tokens at random, and two numbers of each that its key says as well."""
 
     name: ClassVar[str] = "labelling"
-    num_numbers: ClassVar[int] = 2
+    num_numbers = property(lambda self: 2)
 
     def priority(self, candidates):
         raise AssertionError("the engine asks for the ranking and the numbers together")
@@ -114,38 +116,68 @@ def test_numbers_move_with_their_tokens(kept, dtype):
         assert evictor.evict(caches, row, header, first + index * window) == window
 
 
+LIMITS, NUM = EvictionLimits(budget=12, window=4, sinks=1), 12
+ORDER = [14, 0, 3, 15, 1, 2, 13, 4, 6, 12, 9, 10]
+"""Positions of the candidates of a second eviction, by slot."""
+
+
+def candidates(eviction_index: int) -> Candidates:
+    """Twelve of them, before evictions that leave as many of sixteen tokens."""
+    draws = Draws(LIMITS, 1, eviction_index, NUM, [0], torch.arange(NUM_HEADS))
+    keys, values = torch.randn(2, NUM_HEADS, NUM, HEAD_SIZE)
+    return Candidates(
+        num=NUM,
+        queries=torch.randn(NUM_HEADS, 4, HEAD_SIZE),
+        tokens=DenseTokens(
+            keys, values, dense_window_keys=keys[:, :4], dense_window_values=values[:, :4]
+        ),
+        scale=0.25,
+        limits=LIMITS,
+        first=16,
+        eviction_index=eviction_index,
+        draws=draws.of_layers([0]),
+    )
+
+
 def test_h2o_forgets_by_its_decay_and_knows_the_newest_tokens():
     """By slots at a first eviction, and by what it has kept at the next."""
-    limits = EvictionLimits(budget=12, window=4, sinks=1)
-    num = 12
-
-    def candidates(eviction_index):
-        draws = Draws(limits, 1, eviction_index, num, [0], torch.arange(NUM_HEADS))
-        keys, values = torch.randn(2, NUM_HEADS, num, HEAD_SIZE)
-        return Candidates(
-            num=num,
-            queries=torch.randn(NUM_HEADS, 4, HEAD_SIZE),
-            tokens=DenseTokens(keys, values, dense_window_keys=keys[:, :4]),
-            scale=0.25,
-            limits=limits,
-            first=16,
-            eviction_index=eviction_index,
-            draws=draws.of_layers([0]),
-        )
-
     policy = H2OPolicy(recent=6, decay=0.5)
     priority, numbers = policy.rank(candidates(0), None)
     # The next query is at position 16: of the newest six tokens four are the window.
     assert priority.isinf().nonzero()[:, 1].tolist() == [10, 11] * NUM_HEADS
-    assert numbers.shape == (NUM_HEADS, 2, num + 4)
+    assert numbers.shape == (NUM_HEADS, 2, NUM + 4)
     assert numbers[:, 1].tolist() == [list(range(16))] * NUM_HEADS
     # Each of four queries gives 1 in all, to candidates and window.
     torch.testing.assert_close(numbers[:, 0].sum(dim=-1), torch.full((NUM_HEADS,), 4.0))
 
-    order = torch.tensor([14, 0, 3, 15, 1, 2, 13, 4, 6, 12, 9, 10])
+    order = torch.tensor(ORDER)
     later = candidates(1)
     fresh, _ = H2OPolicy(recent=0).rank(later, None)
     priority, after = policy.rank(later, numbers[..., order])
-    torch.testing.assert_close(after[:, 0, :num], fresh + 0.5 * numbers[:, 0, order])
-    assert after[:, 1].tolist() == [[*order.tolist(), 16, 17, 18, 19]] * NUM_HEADS
+    torch.testing.assert_close(after[:, 0, :NUM], fresh + 0.5 * numbers[:, 0, order])
+    assert after[:, 1].tolist() == [[*ORDER, 16, 17, 18, 19]] * NUM_HEADS
     assert order[priority[0].isinf()].tolist() == [14, 15]
+
+
+def test_remembered_attention_is_a_mean_over_queries_that_fades():
+    first = mean_received_attention(candidates(0), None, 0.5)
+    received, asked = first.unbind(dim=1)
+    assert asked.tolist() == [[4.0] * NUM + [4, 3, 2, 1]] * NUM_HEADS
+    later = candidates(1)
+    after = mean_received_attention(later, first[..., ORDER], 0.5)
+    fresh = mean_received_attention(later, None, 0.5)
+    torch.testing.assert_close(after[..., :NUM], fresh[..., :NUM] + 0.5 * first[..., ORDER])
+    torch.testing.assert_close(after[..., NUM:], fresh[..., NUM:])
+    # Whoever came last has been seen by one query of the first window, and by four since.
+    assert after[0, 1, ORDER.index(15)] == 0.5 + 4
+
+
+def test_without_memory_nothing_is_kept():
+    later = candidates(1)
+    settings = {"protected": 3, "smoothing": 1}
+    forgets, remembers = DistinctPolicy(**settings), DistinctPolicy(**settings, memory=0.9)
+    assert (forgets.num_numbers, remembers.num_numbers) == (0, 2)
+    assert forgets.rank(later, None)[1] is None
+    assert remembers.rank(later, None)[1].shape == (NUM_HEADS, 2, NUM + 4)
+    with pytest.raises(ValueError, match="set smoothing 1 or memory 0"):
+        DistinctPolicy(memory=0.9, smoothing=5).check(LIMITS)

@@ -42,8 +42,11 @@ class Policy(BaseModel, ABC):
 
     name: ClassVar[str]
     """The name that ``--kv-eviction`` takes, and that of the entry point."""
-    num_numbers: ClassVar[int] = 0
-    """fp32 numbers that every token carries from one eviction to the next, for :meth:`rank`."""
+
+    @property
+    def num_numbers(self) -> int:
+        """fp32 numbers that every token carries from one eviction to the next, for :meth:`rank`."""
+        return 0
 
     @abstractmethod
     def priority(self, candidates: Candidates) -> torch.Tensor:

@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.torch_eviction import value_range, vase_priority
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.protecting import ProtectingPolicy
+from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.policies.rkv import mean_similarity
 
 
@@ -38,9 +40,40 @@ class DistinctPolicy(ProtectingPolicy):
     less. In multiples of the mean eigenvalue of their Gram matrix."""
     smoothing: int = Field(default=1, ge=1)
     """Width of the average pooling of the attention over slots; 1 is off."""
+    memory: float = Field(default=0.0, ge=0, le=1)
+    """How much the attention of earlier windows counts: what is left of it at each eviction. Above
+    0 the rest is kept for the mean attention that a token has received since it came."""
+
+    @property
+    def num_numbers(self) -> int:
+        """See :class:`Policy`: the attention received, and the queries that it is of."""
+        return 2 if self.memory else 0
+
+    def check(self, limits: EvictionLimits) -> None:
+        """See :meth:`Policy.check`."""
+        super().check(limits)
+        if self.memory and self.smoothing > 1:
+            raise ValueError(
+                f"smoothing ({self.smoothing}) pools the attention of the last window alone: set "
+                "smoothing 1 or memory 0"
+            )
 
     def priority(self, candidates: Candidates) -> torch.Tensor:
-        """See :meth:`Policy.priority`."""
+        """See :meth:`Policy.priority`; of tokens of which nothing has been kept so far."""
+        return self.rank(candidates, None)[0]
+
+    def rank(
+        self, candidates: Candidates, numbers: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See :meth:`Policy.rank`."""
+        if not self.memory:
+            return self._priority(candidates, self.attention(candidates)), None
+        after = mean_received_attention(candidates, numbers, self.memory, self.temperature)
+        received, asked = after[..., : candidates.num].unbind(dim=1)
+        return self._priority(candidates, received / asked), after
+
+    def _priority(self, candidates: Candidates, attention: torch.Tensor) -> torch.Tensor:
+        """The protected tokens, then the largest ``attention``: [H, n]."""
         limits = candidates.limits
         length = whitened_length(candidates.window_values, self.ridge)
         # All values at once: on packed pages the products with parts take twice the time.
@@ -48,7 +81,7 @@ class DistinctPolicy(ProtectingPolicy):
         of_values = value_range(values) * length(values)
         of_keys = 1 - mean_similarity(candidates.keys)
         return vase_priority(
-            self.attention(candidates),
+            attention,
             of_keys * of_values,
             None,
             limits.fixed,

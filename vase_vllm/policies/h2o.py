@@ -8,6 +8,7 @@ from pydantic import Field
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.received import received_attention
 
 
 class H2OPolicy(Policy):
@@ -19,7 +20,6 @@ class H2OPolicy(Policy):
     """
 
     name: ClassVar[str] = "h2o"
-    num_numbers: ClassVar[int] = 2
 
     recent: int | float = Field(default=0.5, ge=0)
     """Newest tokens that are kept whatever attention they receive, the window included: a fraction
@@ -27,6 +27,11 @@ class H2OPolicy(Policy):
     decay: float = Field(default=1.0, ge=0, le=1)
     """What is left at an eviction of the attention received before the last one; 1 forgets nothing,
     which is H2O, and 0 everything."""
+
+    @property
+    def num_numbers(self) -> int:
+        """See :class:`Policy`: the attention received, and the position."""
+        return 2
 
     def num_recent(self, limits: EvictionLimits) -> int:
         """``recent`` as a count of tokens.
@@ -69,26 +74,3 @@ class H2OPolicy(Policy):
             after[:, 1, :num] = numbers[:, 1]
         is_recent = after[:, 1, :num] >= candidates.position - self.num_recent(limits)
         return after[:, 0, :num].masked_fill(is_recent, torch.inf), after
-
-
-def received_attention(candidates: Candidates) -> torch.Tensor:
-    """Attention that the window's queries have paid to each token, summed.
-
-    ``a[j] = sum over w, g of softmax_j(q_wg . k_j * scale)`` over all tokens that the sequence held
-    then, candidates and those of the window up to the query's own.
-
-    Returns:
-        [H, n + W] fp32: of the candidates in slot order, and of the window.
-    """
-    window, device = candidates.limits.window, candidates.queries.device
-    keys = torch.cat([candidates.keys, candidates.window_keys], dim=-1)
-    # The query at position p is ring entry p mod W: rolled, they come in order of position.
-    queries = candidates.queries.unflatten(1, (window, -1)).roll(-candidates.position % window, 1)
-    age = torch.arange(window, device=device)
-    is_later = torch.zeros(window, 1, keys.shape[-1], dtype=torch.bool, device=device)
-    is_later[:, 0, -window:] = age[None, :] > age[:, None]
-    received = queries.new_empty(len(keys), keys.shape[-1])
-    for head, (of_head, to) in enumerate(zip(queries, keys, strict=True)):
-        logits = (of_head @ to * candidates.scale).masked_fill_(is_later, -torch.inf)
-        received[head] = logits.softmax(dim=-1).sum(dim=(0, 1))
-    return received
