@@ -161,8 +161,7 @@ def test_h2o_forgets_by_its_decay_and_knows_the_newest_tokens():
 
 def test_remembered_attention_is_a_mean_over_queries_that_fades():
     first = mean_received_attention(candidates(0), None, 0.5)
-    received, asked = first.unbind(dim=1)
-    assert asked.tolist() == [[4.0] * NUM + [4, 3, 2, 1]] * NUM_HEADS
+    assert first[:, 1].tolist() == [[4.0] * NUM + [4, 3, 2, 1]] * NUM_HEADS
     later = candidates(1)
     after = mean_received_attention(later, first[..., ORDER], 0.5)
     fresh = mean_received_attention(later, None, 0.5)
