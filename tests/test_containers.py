@@ -33,6 +33,20 @@ def test_images_do_not_run_as_root(kind):
     assert re.search(r":v?\d", image), "the base image's version is pinned"
 
 
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_the_user_owns_every_folder_that_is_made_in_its_home(kind):
+    """``install -d -o`` gives away the folders that it is told, and leaves those above to root.
+
+    A server writes compiled code to ``.cache/vllm``, beside the folder of downloaded models.
+    """
+    (given,) = re.findall("install -d -o server (.*)", (DOCKER / f"Dockerfile.{kind}").read_text())
+    folders = {Path(folder) for folder in given.split()}
+    home = Path("/home/server")
+    above = {parent for folder in folders for parent in folder.parents if home in parent.parents}
+    assert above
+    assert above <= folders
+
+
 def test_compose_files_name_what_is_there():
     services = load("compose.yaml")["services"]
     for service in services.values():

@@ -31,6 +31,7 @@ EXTRA_OF = {
     "benchmarks/": ["bench"],
     "benchmarks/accuracy/": ["bench", "accuracy"],
     "benchmarks/reasoning/": ["bench", "accuracy"],
+    "benchmarks/stress/any_request.py": ["fuzz"],
 }
 """Folders and files that need more than the base; the longest that fits is meant."""
 REQUIREMENTS_OF = {
@@ -114,7 +115,7 @@ def test_what_is_imported_is_declared(folder):
 def test_what_is_declared_is_imported():
     paths = [*sources("vase_vllm"), *sources("benchmarks")]
     used = {name for path in paths for name in distributions(path)}
-    extras = ("plan", "inspect", "evaluate", "demo", "bench", "accuracy")
+    extras = ("plan", "inspect", "evaluate", "demo", "bench", "accuracy", "fuzz")
     everything = [requirement for extra in extras for requirement in EXTRAS[extra]]
     assert (BASE | declared(everything)) - used == NOT_IMPORTED
 
