@@ -20,7 +20,13 @@ TESTBED = RESULTS / "accuracy.json"
 TIMES = paths.RESULTS / "decode_step" / "policies.json"
 PUBLISHED = Path(__file__).with_name("published.json")
 
-VARIANTS = {"vase:smoothing=1": "`vase`, smoothing 1", "rkv:smoothing=1": "`rkv`, smoothing 1"}
+VARIANTS = {
+    "vase:smoothing=1": "`vase`, smoothing 1",
+    "rkv:smoothing=1": "`rkv`, smoothing 1",
+    "h2o:recent=0.125": "`h2o`, recent 0.125",
+    "distinct:memory=0.9": "`distinct`, memory 0.9",
+    "distinct:protected=0.25,memory=0.9": "`distinct`, protected 0.25, memory 0.9",
+}
 ON_THE_TESTBED = {"cur": "cur-redrawn"}
 """Names of the testbed's methods where they are not the policy's."""
 NONE = "–"

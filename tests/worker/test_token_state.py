@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
+from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
@@ -169,6 +170,17 @@ def test_remembered_attention_is_a_mean_over_queries_that_fades():
     torch.testing.assert_close(after[..., NUM:], fresh[..., NUM:])
     # Whoever came last has been seen by one query of the first window, and by four since.
     assert after[0, 1, ORDER.index(15)] == 0.5 + 4
+
+
+def test_numbers_of_a_wrong_shape_are_refused(monkeypatch):
+    config = EvictionConfig(policy=LabellingPolicy(), budget=12, window=4, sinks=1)
+    evictor = TorchEvictor(config, None, None, None, 1.0, None)
+    wrong = torch.zeros(NUM_HEADS, 2, NUM)
+    monkeypatch.setattr(
+        LabellingPolicy, "rank", lambda self, c, numbers: (c.draws.uniform(), wrong)
+    )
+    with pytest.raises(EvictionError, match=r"labelling: numbers must have the shape \(2, 2, 16\)"):
+        evictor.survivors(candidates(0))
 
 
 def test_without_memory_nothing_is_kept():

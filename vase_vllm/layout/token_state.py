@@ -3,7 +3,8 @@
 A policy may carry numbers with a token from one eviction to the next, such as the attention that it
 has received so far. They are fp32, and exist of the tokens that an eviction leaves: one row of
 ``budget`` numbers after the other, in slot order and without the slots of a kept prompt, through
-the pages of each KV head like text through lines.
+the pages of each KV head like text through lines. Their bits may be NaN in the cache's dtype; when
+another sequence gets the block, attention masks them like anything behind that sequence's length.
 """
 
 from dataclasses import dataclass

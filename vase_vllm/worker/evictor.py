@@ -138,10 +138,14 @@ class TorchEvictor:
             if self.policy.num_numbers and eviction_index:
                 numbers = self._load_numbers(caches, number_blocks, limits)
             keep, numbers = self.survivors(candidates, numbers, observer)
-            for cache, of_layer in zip(caches, keep.chunk(len(caches)), strict=True):
-                self._move(cache, blocks, limits, of_layer)
+            moves = plan_moves(limits.budget, limits.window, keep)
+            self._move(caches, blocks, *moves)
             if numbers is not None:
-                self._store_numbers(caches, number_blocks, limits, keep, numbers)
+                head, source, destination = moves
+                moved = numbers.clone()
+                moved[head, :, destination] = numbers[head, :, source]
+                left = moved[..., limits.kept : limits.budget]
+                self._store_numbers(caches, number_blocks, left)
         self.nan_warnings.poll()
         return num_cached - limits.budget
 
@@ -176,6 +180,12 @@ class TorchEvictor:
                 f"--kv-eviction {self.policy.name}: priority must have the shape "
                 f"{(len(candidates.queries), candidates.num)}, got {tuple(priority.shape)}"
             )
+        shape = len(priority), self.policy.num_numbers, candidates.num + limits.window
+        if numbers is not None and numbers.shape != shape:
+            raise EvictionError(
+                f"--kv-eviction {self.policy.name}: numbers must have the shape {shape}, got "
+                f"{tuple(numbers.shape)}"
+            )
         self._watch_for_nan(candidates, priority)
         priority[:, : limits.fixed] = torch.inf
         keep = largest(priority, limits.budget - limits.window)
@@ -201,24 +211,11 @@ class TorchEvictor:
         return pad(numbers, (limits.kept, 0))
 
     def _store_numbers(
-        self,
-        kv_caches: list[torch.Tensor],
-        state_blocks: torch.Tensor,
-        limits: EvictionLimits,
-        keep: torch.Tensor,
-        numbers: torch.Tensor,
+        self, kv_caches: list[torch.Tensor], state_blocks: torch.Tensor, numbers: torch.Tensor
     ) -> None:
-        """Let the numbers go where their tokens go.
-
-        Args:
-            keep: [H, n] bool.
-            numbers: [H, num_numbers, n + W] fp32, before the moves.
-        """
-        head, source, destination = plan_moves(limits.budget, limits.window, keep)
-        moved = numbers.clone()
-        moved[head, :, destination] = numbers[head, :, source]
+        """Keep [H, num_numbers, tokens] fp32 of the survivors, in slot order."""
         layout = self._token_state
-        of_layers = moved[..., limits.kept : limits.budget].chunk(len(kv_caches))
+        of_layers = numbers.chunk(len(kv_caches))
         for cache, of_layer in zip(kv_caches, of_layers, strict=True):
             store_numbers(layout, cache, state_blocks[: layout.num_blocks], of_layer)
 
@@ -230,22 +227,29 @@ class TorchEvictor:
 
     def _move(
         self,
-        kv_cache: torch.Tensor,
+        kv_caches: list[torch.Tensor],
         blocks: torch.Tensor,
-        limits: EvictionLimits,
-        keep: torch.Tensor,
+        head: torch.Tensor,
+        source: torch.Tensor,
+        destination: torch.Tensor,
     ) -> None:
         """Move the survivors above the budget into freed slots.
 
         Args:
+            kv_caches: of layers that are ranked together.
             blocks: [n] int64, the blocks of the sequence's slots.
-            keep: [H, candidates] bool.
+            head, source, destination: see :func:`plan_moves`; the heads of the layers count on.
         """
-        head, source, destination = plan_moves(limits.budget, limits.window, keep)
-        block_size = self.spec.block_size
-        self.page_layout.copy(
-            kv_cache,
-            head,
-            (blocks[source // block_size], source % block_size),
-            (blocks[destination // block_size], destination % block_size),
+        block_size, num_layers = self.spec.block_size, len(kv_caches)
+        parts = (
+            head % len(self.kv_heads),
+            blocks[source // block_size],
+            source % block_size,
+            blocks[destination // block_size],
+            destination % block_size,
         )
+        # As many moves for each head.
+        of_layers = zip(*(part.chunk(num_layers) for part in parts), strict=True)
+        for cache, moves in zip(kv_caches, of_layers, strict=True):
+            own_head, *places = moves
+            self.page_layout.copy(cache, own_head, tuple(places[:2]), tuple(places[2:]))
