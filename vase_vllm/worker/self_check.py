@@ -179,8 +179,8 @@ class _DummySequence:
         found = {}
         for path in self._context.paths:
             for index, layer in path.layers.items():
-                own = torch.tensor(blocks[layer.layer_name], device=layer.kv_cache.device)
-                parts = path.page_layout.keys(layer.kv_cache, own)
+                of_layer = torch.tensor(blocks[layer.layer_name], device=layer.kv_cache.device)
+                parts = path.page_layout.keys(layer.kv_cache, of_layer)
                 keys = torch.cat([part.cpu() for part in parts], dim=1)
                 found[index] = keys[:, : self.schedule.bound]
         return found
