@@ -114,7 +114,8 @@ class Outcome:
 
 def operations(server: Server, routes: Sequence[str]) -> Iterator[Any]:
     """The operations of a server's own description that are tested."""
-    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    # The server describes itself when it is asked for the first time, which may take a while.
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json", timeout=TIMEOUT)
     found = {}
     for result in schema.get_all_operations():
         operation = result.ok()
