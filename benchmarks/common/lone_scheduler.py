@@ -73,6 +73,8 @@ class LoneScheduler:
             structured_output_manager=StructuredOutputManager(engine),
             block_size=BLOCK_SIZE,
             hash_block_size=BLOCK_SIZE,
+            # As a server has it: what it counts is part of a step.
+            log_stats=True,
         )
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
