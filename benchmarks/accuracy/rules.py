@@ -13,6 +13,7 @@ from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_
 from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.distinct import whitened_length
 from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.policies.rkv import mean_similarity
@@ -102,7 +103,7 @@ def unlike_the_mean(c: Candidates) -> Tensor:
 
 def novelty_with(ridge: float) -> Score:
     """Squared length of the value after the whitening of the window's values."""
-    return lambda c: (c.values @ whitening(c.window_values, ridge)).square().sum(dim=-1)
+    return lambda c: whitened_length(c.window_values, ridge)(c.values).square()
 
 
 def square_root(score: Score) -> Score:
