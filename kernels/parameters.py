@@ -31,6 +31,18 @@ class EvictionLimits:
         """First slots of the sequence whose tokens always stay: its sinks, its kept prompt."""
         return max(self.sinks, self.kept)
 
+    def tokens(self, share: int | float) -> int:
+        """A fraction of the budget, without a prompt that is kept beside it, as a count of tokens.
+
+        >>> limits = EvictionLimits(budget=4096 + 300, window=64, kept=300)
+        >>> limits.tokens(0.25), limits.tokens(100)
+        (1024, 100)
+
+        Args:
+            share: a float is a fraction; an int is a count already.
+        """
+        return int(share * (self.budget - self.kept)) if isinstance(share, float) else share
+
 
 @dataclass(frozen=True)
 class EvictionParameters:

@@ -12,7 +12,6 @@ import pytest
         "candidates",
         "distinct",
         "expected",
-        "h2o",
         "protecting",
         "query_statistics",
         "rkv",

@@ -33,21 +33,11 @@ class H2OPolicy(Policy):
         """See :class:`Policy`: the attention received, and the position."""
         return 2
 
-    def num_recent(self, limits: EvictionLimits) -> int:
-        """``recent`` as a count of tokens.
-
-        >>> H2OPolicy(recent=0.5).num_recent(EvictionLimits(budget=4096, window=64))
-        2048
-        """
-        if isinstance(self.recent, float):
-            return int(self.recent * (limits.budget - limits.kept))
-        return self.recent
-
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
         if isinstance(self.recent, float) and self.recent > 1:
             raise ValueError(f"recent ({self.recent}) must be a fraction up to 1 or a count")
-        num_recent = max(self.num_recent(limits), limits.window)
+        num_recent = max(limits.tokens(self.recent), limits.window)
         if num_recent + limits.sinks > limits.budget:
             raise ValueError(
                 f"recent ({num_recent} tokens) and sinks ({limits.sinks}) must be at most budget "
@@ -72,5 +62,5 @@ class H2OPolicy(Policy):
         if numbers is not None:
             after[:, 0, :num] += self.decay * numbers[:, 0]
             after[:, 1, :num] = numbers[:, 1]
-        is_recent = after[:, 1, :num] >= candidates.position - self.num_recent(limits)
+        is_recent = after[:, 1, :num] >= candidates.position - limits.tokens(self.recent)
         return after[:, 0, :num].masked_fill(is_recent, torch.inf), after

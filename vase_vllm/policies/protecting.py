@@ -23,10 +23,7 @@ class ProtectingPolicy(AttentionPolicy):
         >>> VasePolicy(protected=0.25).num_protected(limits)
         1320
         """
-        num_protected = self.protected
-        if isinstance(num_protected, float):
-            num_protected = int(num_protected * (limits.budget - limits.kept))
-        return limits.fixed + num_protected - limits.sinks
+        return limits.fixed + limits.tokens(self.protected) - limits.sinks
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
