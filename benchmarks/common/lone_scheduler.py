@@ -3,10 +3,12 @@
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -25,6 +27,59 @@ TOKEN, STOP_TOKEN = 7, 8
 def state_blocks(config: EvictionConfig) -> int:
     """Blocks of a sequence beside those of its tokens, in bf16."""
     return config.num_state_blocks(GROUP_SIZE, BLOCK_SIZE, 4 * HEAD_SIZE)
+
+
+def scheduler_of(
+    engine: VllmConfig, spec: FullAttentionSpec, num_blocks: int, log_stats: bool
+) -> Scheduler:
+    """The scheduler that an engine of this config gets, for one group of one layer.
+
+    Args:
+        spec: of the layer.
+        num_blocks: of the pool, the null block among them.
+        log_stats: whether it counts for ``/metrics``.
+    """
+    engine.cache_config.num_gpu_blocks = num_blocks
+    return engine.scheduler_config.get_scheduler_cls()(
+        vllm_config=engine,
+        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(engine),
+        block_size=spec.block_size,
+        hash_block_size=spec.block_size,
+        log_stats=log_stats,
+    )
+
+
+class Requests:
+    """Makes requests as an engine's front end does.
+
+    Args:
+        block_size: token slots of a block, by which prompts are hashed.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        hash_function = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(block_size, hash_function)
+
+    def make(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        stop_token: int,
+        own: dict[str, Any] | None = None,
+    ) -> Request:
+        """A request that ends after ``max_tokens`` or with the stop token.
+
+        Args:
+            own: its own settings of eviction.
+        """
+        parameters = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[stop_token], extra_args=own
+        )
+        parameters.update_from_generation_config({}, None)
+        return Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
 
 
 class LoneScheduler:
@@ -66,39 +121,24 @@ class LoneScheduler:
             spec = EvictionSpec(
                 **shape, schedule=config.schedule, num_state_blocks=state_blocks(config)
             )
-        engine.cache_config.num_gpu_blocks = 1 + num_blocks
-        self.scheduler = engine.scheduler_config.get_scheduler_cls()(
-            vllm_config=engine,
-            kv_cache_config=KVCacheConfig(1 + num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
-            structured_output_manager=StructuredOutputManager(engine),
-            block_size=BLOCK_SIZE,
-            hash_block_size=BLOCK_SIZE,
-            # As a server has it: what it counts is part of a step.
-            log_stats=True,
-        )
-        hash_function = get_hash_fn_by_name("sha256")
-        init_none_hash(hash_function)
-        self._hasher = get_request_block_hasher(BLOCK_SIZE, hash_function)
+        # Statistics as a server has them: what it counts is part of a step.
+        self.scheduler = scheduler_of(engine, spec, 1 + num_blocks, log_stats=True)
+        self._requests = Requests(BLOCK_SIZE)
         self._ends_after: dict[str, int] = {}
 
     def add(
         self, request_id: str, prompt: list[int], max_tokens: int, ends_after: int | None = None
-    ) -> Request:
+    ) -> None:
         """Queue a request.
 
         Args:
             max_tokens: what the scheduler is told.
             ends_after: tokens after which the output ends by itself; None is never.
         """
-        parameters = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN]
-        )
-        parameters.update_from_generation_config({}, None)
-        request = Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
         if ends_after is not None:
             self._ends_after[request_id] = ends_after
+        request = self._requests.make(request_id, prompt, max_tokens, STOP_TOKEN)
         self.scheduler.add_request(request)
-        return request
 
     def step(self) -> SchedulerOutput:
         """One step of the scheduler and of the worker."""

@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
 
+from benchmarks.common.lone_scheduler import Requests, scheduler_of
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.block_manager import EvictionManager
 from vase_vllm.engine.row_header import content_key
@@ -61,7 +56,6 @@ def make_scheduler(
         additional_config={"kv_eviction": eviction},
     )
     config = arguments.create_engine_config()
-    config.cache_config.num_gpu_blocks = num_blocks
     schedule = EvictionConfig.parse(eviction).schedule
     spec = EvictionSpec(
         block_size=block_size,
@@ -71,15 +65,7 @@ def make_scheduler(
         schedule=schedule,
         num_state_blocks=RingLayout(schedule.window, GROUP_SIZE, block_size).num_blocks,
     )
-    groups = [KVCacheGroupSpec(["layer"], spec)]
-    return resolve_obj_by_qualname(config.scheduler_config.scheduler_cls)(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(num_blocks, [], groups),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=block_size,
-        hash_block_size=block_size,
-        log_stats=log_stats,
-    )
+    return scheduler_of(config, spec, num_blocks, log_stats)
 
 
 class Simulation:
@@ -106,9 +92,7 @@ class Simulation:
         self.num_output_tokens: dict[str, int] = {}
         # Of each step, where the scheduler counts for `/metrics`.
         self.statistics: list[EvictionStatistics] = []
-        hash_function = get_hash_fn_by_name("sha256")
-        init_none_hash(hash_function)
-        self._hasher = get_request_block_hasher(manager.block_size, hash_function)
+        self._requests = Requests(manager.block_size)
 
     def add(
         self,
@@ -123,12 +107,8 @@ class Simulation:
         Args:
             own: its own settings of eviction.
         """
-        parameters = SamplingParams(
-            max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[STOP_TOKEN], extra_args=own
-        )
         self.stops_at[request_id] = stops_at
-        parameters.update_from_generation_config({}, None)
-        request = Request(request_id, prompt, parameters, None, block_hasher=self._hasher)
+        request = self._requests.make(request_id, prompt, max_tokens, STOP_TOKEN, own)
         self.scheduler.add_request(request)
 
     def abort(self, request_id: str) -> None:
