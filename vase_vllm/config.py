@@ -25,6 +25,7 @@ from vase_vllm.policies.base import Policy
 from vase_vllm.policies.registry import DEFAULT_POLICY, find_policy
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 
@@ -114,20 +115,26 @@ class EvictionConfig(BaseModel):
             self.budget, self.window, self.prefill == "bounded", self.prompt == "keep"
         )
 
-    def token_state(self, block_size: int, cell_bytes: int) -> TokenStateLayout:
-        """Where the policy's numbers of each token lie; see there for the arguments."""
+    def token_state(
+        self, block_size: int, head_size: int, dtype: "torch.dtype"
+    ) -> TokenStateLayout:
+        """Where the policy's numbers of each token lie; see :meth:`num_state_blocks`."""
+        cell_bytes = 2 * head_size * dtype.itemsize
         return TokenStateLayout(self.policy.num_numbers, self.budget, block_size, cell_bytes)
 
-    def num_state_blocks(self, group_size: int, block_size: int, cell_bytes: int) -> int:
+    def num_state_blocks(
+        self, group_size: int, block_size: int, head_size: int, dtype: "torch.dtype"
+    ) -> int:
         """Blocks of a sequence beside those of its tokens.
 
         Args:
             group_size: query heads per KV head.
             block_size: token slots of a block.
-            cell_bytes: of a key and a value of one KV head.
+            head_size: D of keys and values.
+            dtype: of the cache.
         """
         ring = RingLayout(self.window, group_size, block_size)
-        return ring.num_blocks + self.token_state(block_size, cell_bytes).num_blocks
+        return ring.num_blocks + self.token_state(block_size, head_size, dtype).num_blocks
 
     @cached_property
     def fused(self) -> EvictionParameters | None:

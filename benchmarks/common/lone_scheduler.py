@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -26,7 +27,7 @@ TOKEN, STOP_TOKEN = 7, 8
 
 def state_blocks(config: EvictionConfig) -> int:
     """Blocks of a sequence beside those of its tokens, in bf16."""
-    return config.num_state_blocks(GROUP_SIZE, BLOCK_SIZE, 4 * HEAD_SIZE)
+    return config.num_state_blocks(GROUP_SIZE, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16)
 
 
 def scheduler_of(

@@ -40,8 +40,7 @@ class Case:
     def __init__(self, policy: str, budget: int, dtype: torch.dtype) -> None:
         config = EvictionConfig.parse({"policy": policy, "budget": budget, "window": WINDOW})
         ring = RingLayout(WINDOW, GROUP, BLOCK_SIZE)
-        cell_bytes = 2 * HEAD_SIZE * dtype.itemsize
-        num_state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, cell_bytes)
+        num_state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, HEAD_SIZE, dtype)
         spec = EvictionSpec(
             block_size=BLOCK_SIZE,
             num_kv_heads=HEADS,

@@ -41,9 +41,7 @@ class Paged:
         self.config, self.first, self.num_cached = config, first, num_cached
         self.parameters = parameters = config.fused or config.limits
         self.ring = RingLayout(parameters.window, group, BLOCK_SIZE)
-        num_state_blocks = config.num_state_blocks(
-            group, BLOCK_SIZE, 2 * head_size * dtype.itemsize
-        )
+        num_state_blocks = config.num_state_blocks(group, BLOCK_SIZE, head_size, dtype)
         self.spec = EvictionSpec(
             block_size=BLOCK_SIZE,
             num_kv_heads=NUM_HEADS,

@@ -58,7 +58,7 @@ def statistics():
 def evict(settings, eviction_index, first):
     """One eviction of a sequence, of several layers at once."""
     config = EvictionConfig.parse({"budget": BUDGET, "window": WINDOW, **settings})
-    state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, 4 * HEAD_SIZE)
+    state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, HEAD_SIZE, torch.bfloat16)
     spec = EvictionSpec(
         block_size=BLOCK_SIZE,
         num_kv_heads=HEADS,

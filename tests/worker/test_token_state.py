@@ -83,7 +83,7 @@ def test_numbers_move_with_their_tokens(kept, dtype):
     """Over a long first eviction and many later ones, in two layers at once."""
     budget, window, block_size, first = 40 + kept, 8, 16, 96 + kept
     config = EvictionConfig(policy=LabellingPolicy(), budget=40, window=window, sinks=2)
-    num_state_blocks = config.num_state_blocks(1, block_size, 2 * HEAD_SIZE * dtype.itemsize)
+    num_state_blocks = config.num_state_blocks(1, block_size, HEAD_SIZE, dtype)
     ring = RingLayout(window, 1, block_size)
     assert num_state_blocks > ring.num_blocks
     spec = EvictionSpec(

@@ -73,8 +73,9 @@ def _reason_not_to_fit(
     longest = model.max_model_len
     if max_tokens is not None:
         longest = min(longest, prompt_len + max_tokens)
-    cell_bytes = 2 * model.get_head_size() * model.dtype.itemsize
-    num_state_blocks = config.num_state_blocks(group_size, block_size, cell_bytes)
+    num_state_blocks = config.num_state_blocks(
+        group_size, block_size, model.get_head_size(), model.dtype
+    )
     num_required = config.schedule.num_row_blocks(longest, first, block_size, num_state_blocks)
     # vLLM adds up the blocks of the engines behind this API server: all of them, or its own behind
     # an external or hybrid load balancer. Block 0 of each engine's pool is the null block.

@@ -236,13 +236,12 @@ def _eviction_backend(
 
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> EvictionSpec:
-            cell_bytes = 2 * spec.head_size * spec.dtype.itemsize
             return replace_as(
                 super().customize_spec(spec),
                 EvictionSpec,
                 schedule=config.schedule,
                 num_state_blocks=config.num_state_blocks(
-                    largest_group, spec.block_size, cell_bytes
+                    largest_group, spec.block_size, spec.head_size, spec.dtype
                 ),
             )
 

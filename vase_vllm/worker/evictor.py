@@ -196,8 +196,8 @@ class TorchEvictor:
     @cached_property
     def _token_state(self) -> TokenStateLayout:
         """Where the policy's numbers lie."""
-        cell_bytes = 2 * self.spec.head_size * self.spec.dtype.itemsize
-        return self.config.token_state(self.spec.block_size, cell_bytes)
+        spec = self.spec
+        return self.config.token_state(spec.block_size, spec.head_size, spec.dtype)
 
     def _load_numbers(
         self, kv_caches: list[torch.Tensor], state_blocks: torch.Tensor, limits: EvictionLimits
