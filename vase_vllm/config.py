@@ -62,10 +62,11 @@ class EvictionConfig(BaseModel):
     """Whether a prompt's tokens are evicted like others: ``evict``, they are; ``keep``, never, and
     the budget is that of the output alone. A sequence then holds its prompt and ``budget +
     window`` tokens, and prompts that begin alike share their blocks."""
-    admission: Admission = "reserve"
-    """When a request is admitted: ``reserve``, when all running ones can grow to their bound beside
-    it, so that none is preempted; ``expected``, when they probably can, judged by the lengths of
-    the last outputs; ``optimistic``, as soon as its prompt fits, which is vLLM's own rule."""
+    admission: Admission = "expected"
+    """When a request is admitted: ``expected``, when all running ones can probably grow beside it,
+    judged by the lengths of the last outputs; ``reserve``, when they certainly can grow to their
+    bound, so that none is preempted; ``optimistic``, as soon as its prompt fits, which is vLLM's
+    own rule."""
     self_check: bool = True
     """Whether a start-up proves on a dummy sequence that evictions happen on this model, attention
     backend and model runner, and refuses to serve if they do not."""

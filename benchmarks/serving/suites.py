@@ -68,7 +68,7 @@ CPU_WORKLOADS = (
         input_len=32,
         output_len=2560,
         spread=0.6,
-        policies=("full", "vase-256", "vase-512", "vase-512-expected"),
+        policies=("full", "vase-256", "vase-512", "vase-512-reserve"),
     ),
     Workload(
         "pressure-16k",
@@ -116,7 +116,7 @@ CPU_WORKLOADS = (
         concurrency=32,
         input_len=64,
         output_len=192,
-        policies=("full", "vase-512", "vase-512-optimistic"),
+        policies=("full", "vase-512", "vase-512-reserve", "vase-512-optimistic"),
     ),
     Workload(
         "chat",
@@ -129,7 +129,7 @@ CPU_WORKLOADS = (
         output_len=1500,
         # Three letters of a vocabulary of bytes.
         stops=(65, 66, 67),
-        policies=("full", "vase-512", "vase-512-expected", "vase-512-optimistic"),
+        policies=("full", "vase-512", "vase-512-reserve", "vase-512-optimistic"),
     ),
     Workload(
         "shared-prefix",
@@ -181,7 +181,7 @@ MIXED = replace(
     input_len=338,
     output_len=476,
     mixture=(AGENTS, QUESTIONS, REASONING),
-    policies=("full", "vase-512", "vase-512-expected"),
+    policies=("full", "vase-512", "vase-512-reserve"),
 )
 
 
@@ -259,7 +259,7 @@ SUITES = {
             *(Policy(f"{name}-512", 512, name) for name in ("snapkv", "rkv", "cur")),
             *(
                 Policy(f"vase-512-{rule}", 512, settings=(("admission", rule),))
-                for rule in ("expected", "optimistic")
+                for rule in ("reserve", "optimistic")
             ),
         ),
         workloads=(*CPU_WORKLOADS, AGENTS, MIXED),

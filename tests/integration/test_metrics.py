@@ -111,7 +111,7 @@ def test_settings_are_labels():
     (family,) = [f for f in REGISTRY.collect() if f.name == "vllm:kv_eviction_config_info"]
     labels = family.samples[1].labels
     assert (labels["engine"], labels["policy"], labels["budget"]) == ("1", "vase", "96")
-    assert "admission=reserve" in labels["settings"]
+    assert "admission=expected" in labels["settings"]
     assert "protected=7" in labels["settings"]
 
 

@@ -38,7 +38,7 @@ def print_plan(
         "[dim]The maximum concurrency is the value that vLLM logs at start-up, for sequences of "
         f"{workload.max_model_len:,} tokens.\nThe batch is the number of sequences per step when "
         f"memory is full, at {workload.mean_prompt_len:,} + {workload.mean_output_len:,} tokens "
-        "each;\nunder eviction it is what admission: reserve admits, which never preempts.[/]"
+        "each;\nunder eviction it is what fits without a preemption, as with admission: reserve.[/]"
     )
     if gpu is not None:
         console.print(_gpu_note(gpu, tensor_parallel_size))
