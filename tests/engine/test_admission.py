@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.simulated_worker import Simulation, make_scheduler
+from vase_vllm.engine import block_manager
 from vase_vllm.engine.admission import (
     MARGIN,
     NUM_NEEDED,
@@ -155,3 +156,32 @@ def test_room_kept_for_long_outputs_is_all(models, outputs):
 def test_outputs_that_become_longer_are_all_served(models):
     _, preemptions = serve(models, "expected", SHORT[:40] + [60] * 40)
     assert preemptions > 0
+
+
+def test_what_was_expected_of_an_admitted_request_is_not_worked_out_again(models, monkeypatch):
+    """Its prompt's blocks go into the prefix cache if there is room beside what is expected."""
+    eviction = {"budget": 24, "window": 8, "sinks": 1, "admission": "expected"}
+    scheduler = make_scheduler(models.qwen3(), eviction, 4, 6 * 9 + 1, chunk=64)
+    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+    num_calls = 0
+
+    def counted(*args, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        return expected_peak(*args, **kwargs)
+
+    monkeypatch.setattr(block_manager, "expected_peak", counted)
+    simulation = Simulation(scheduler)
+    for number in range(1, 4):
+        simulation.add(str(number), [10 + number] * 9, max_tokens=400, stops_at=20)
+        simulation.step()
+        assert num_calls == number
+        answer = manager._num_blocks_promised()
+        assert num_calls == number
+        manager._latest_expectation.forget()
+        assert answer == manager._num_blocks_promised()
+        num_calls = number
+    # The one that asks next is another one.
+    manager._latest_expectation.admitted("other", 1)
+    manager._num_blocks_promised()
+    assert num_calls == 4

@@ -130,7 +130,7 @@ class Expectation:
     have been expected to. It is worked out again when one comes or ends, and now and then.
 
     Attributes:
-        request_id: who asked.
+        request_id: who asked; None: it is for the running requests alone.
         num_blocks: the answer.
         num_left: how often it may still be given.
     """
@@ -147,6 +147,17 @@ class Expectation:
     def set(self, request_id: str | None, num_blocks: int) -> None:
         """Take note of an answer."""
         self.request_id, self.num_blocks, self.num_left = request_id, num_blocks, NUM_REPEATS
+
+    def admitted(self, request_id: str, num_blocks: int) -> None:
+        """A request has begun to run, with so many blocks.
+
+        If it is the one that asked last, what was expected of it and the others has come true as
+        far as it goes, and is the answer for the running ones: :attr:`request_id` is None.
+        """
+        if self.request_id == request_id:
+            self.set(None, max(self.num_blocks - num_blocks, 0))
+        else:
+            self.forget()
 
     def forget(self) -> None:
         """Other requests run."""

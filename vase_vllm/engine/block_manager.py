@@ -217,9 +217,9 @@ class EvictionManager(FullAttentionManager):
             row.extend(blocks)
             self._set_missing(request_id, self._num_missing_at_most(request_id))
             return blocks
-        self._latest_expectation.forget()
         held = self._prefix_cache.held(request_id)
         shared = held[: self._num_shared(request_id, held)]
+        self._latest_expectation.admitted(request_id, len(shared) + len(blocks))
         first, budget, kept = self.numbers(request_id)
         key = content_key(self._context.requests[request_id])
         header = RowHeader(first, key, budget, kept)
