@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from benchmarks.accuracy.tasks import Problem
 from benchmarks.common.policy import Policy
@@ -12,6 +14,8 @@ WINDOW = 16
 COMPRESSIONS = (2, 4, 8)
 PROMPT = 85
 """Tokens of a prompt, ``<bos>`` included; all have the same length."""
+STATISTICS = Path(__file__).with_name("query_statistics.safetensors")
+"""What ``vase-vllm calibrate`` found of the testbed's model on other problems; see README.md."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,14 @@ class Method:
     ablation: bool = False
 
     @property
+    def keeps_prompt(self) -> bool:
+        """Whether a prompt's tokens are never evicted."""
+        return self.settings.get("prompt") == "keep"
+
+    @property
     def _prompt(self) -> int:
         """Tokens of the budget that a kept prompt takes."""
-        return PROMPT if self.settings.get("prompt") == "keep" else 0
+        return PROMPT if self.keeps_prompt else 0
 
     def fits(self, budget: int) -> bool:
         """Whether a budget leaves two windows at least beside a kept prompt."""
@@ -57,19 +66,33 @@ def _ablation(name: str, draws: bool, **settings: str) -> Method:
     return Method(f"vase-{name}", "vase", settings, draws, ablation=True)
 
 
-METHODS = (
-    Method("full", None),
+def _prompt_kept(*methods: Method) -> tuple[Method, ...]:
+    return tuple(
+        replace(
+            method, name=f"{method.name}-prompt-kept", settings=method.settings | {"prompt": "keep"}
+        )
+        for method in methods
+    )
+
+
+POLICIES = (
     Method("vase", "vase", draws=True),
     Method("snapkv", "snapkv"),
     Method("rkv", "rkv"),
-    Method("cur-fixed", "cur", {"gaussian": "fixed"}, draws=True),
     Method("cur-redrawn", "cur", {"gaussian": "redrawn"}, draws=True),
+    Method("expected", "expected"),
+    Method("triattention", "triattention", {"statistics": os.path.relpath(STATISTICS)}),
+    Method("h2o", "h2o"),
     Method("streaming", "streaming"),
     Method("random", "random", draws=True),
     Method("distinct", "distinct"),
-    Method("vase-prompt-kept", "vase", {"prompt": "keep"}, draws=True),
-    Method("random-prompt-kept", "random", {"prompt": "keep"}, draws=True),
-    Method("distinct-prompt-kept", "distinct", {"prompt": "keep"}),
+    Method("distinct-remembering", "distinct", {"memory": "0.9"}),
+)
+METHODS = (
+    Method("full", None),
+    *POLICIES,
+    Method("cur-fixed", "cur", {"gaussian": "fixed"}, draws=True),
+    *_prompt_kept(*POLICIES),
     _ablation("no-protection", draws=True, protect="none"),
     _ablation("no-randomness", draws=False, sampling="greedy"),
     # As in the paper: tokens drawn at random in place of the large ones, beside the top-k.

@@ -1,4 +1,4 @@
-"""Accuracy over compression: a line for each method, a panel for the methods and the ablations."""
+"""Accuracy over compression: a line for each method, panels for kinds of methods."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from benchmarks.common.figures import pyplot, save
 
 Points = dict[str, dict[str, list[tuple[int, float, float, float]]]]
 COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#666666")
-MARKERS = "osD^vPX"
+COLORS += ("#1f78b4", "#a6761d", "#17becf", "#b2182b", "#000000")
+MARKERS = "osD^vPX<>*ph"
 TITLES = {"questions_right": "questions right, %", "look_ups_right": "look-ups right, %"}
 SPREAD = 1.025
 """Factor between the positions of two methods, so that their intervals do not hide each other."""
@@ -44,7 +45,7 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
         free: compression to the share of questions that are answered before any eviction.
     """
     figure, panels = pyplot.subplots(
-        len(TITLES), 2, figsize=(12, 4 * len(TITLES)), sharex=True, sharey=True, squeeze=False
+        len(TITLES), 3, figsize=(18, 4 * len(TITLES)), sharex=True, sharey=True, squeeze=False
     )
     for (mark, title), axes in zip(TITLES.items(), panels, strict=True):
         own = points.get(mark, {})
@@ -53,8 +54,10 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
             return {m.name: own[m.name] for m in methods if m.name in own and m.policy}
 
         axes[0].set_ylabel(title)
-        _panel(axes[0], chosen([m for m in METHODS if not m.ablation]))
-        _panel(axes[1], chosen([m for m in METHODS if m.ablation or m.name == "vase"]))
+        methods = [m for m in METHODS if not m.ablation]
+        _panel(axes[0], chosen([m for m in methods if not m.keeps_prompt]))
+        _panel(axes[1], chosen([m for m in methods if m.keeps_prompt or m.name == "vase"]))
+        _panel(axes[2], chosen([m for m in METHODS if m.ablation or m.name == "vase"]))
         for axis in axes:
             for _, mean, _, _ in own.get("full", []):
                 axis.axhline(100 * mean, color="black", linestyle="--", label="full cache")
@@ -66,7 +69,8 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
     compressions = sorted(
         {c for own in points.values() for line in own.values() for c, *_ in line if c > 1}
     )
-    for axis, title in zip(panels[0], ("methods", "ablations of vase"), strict=True):
+    titles = "methods", "with the prompt kept, equal memory", "ablations of vase"
+    for axis, title in zip(panels[0], titles, strict=True):
         axis.set_title(title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(compressions, [f"{c}x" for c in compressions])

@@ -30,7 +30,7 @@ def compare(
         orders = [order_of(name) for name in rules]
         evicting = Reader(model, list(rules.values()), limits, index, orders)
         readers = (Reader(model, [], None), evicting)
-        nll, is_top = (
+        nll, is_top, _ = (
             torch.cat(found)
             for found in zip(
                 *(reader.nll(case.token_ids, case.value_positions) for reader in readers),

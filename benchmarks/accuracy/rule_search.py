@@ -52,10 +52,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Measured:
-    """What reading one passage gave: NLL [rules, positions]; of the facts, at both times, the mean
-    NLL of a digit and whether all digits are the most probable: [times * facts, rules]."""
+    """What reading one passage gave: NLL and most probable token, [rules, positions]; of the facts,
+    at both times, the mean NLL of a digit and whether all digits are the most probable:
+    [times * facts, rules]."""
 
     nll: torch.Tensor
+    top: torch.Tensor
     fact_nll: torch.Tensor
     recalled: torch.Tensor
 
@@ -87,18 +89,19 @@ def passages(tokenizer: PreTrainedTokenizerBase, half: str, length: int) -> list
 
 def measure(reader: Reader, passage: Passage, first_scored: int) -> Measured:
     """Read a passage and ask for its facts."""
-    nll, fact_nll, recalled = [], [], []
+    read, fact_nll, recalled = [], [], []
     done = 0
     for until in (ASKED_AT, len(passage.token_ids)):
         scored = [p - done for p in range(max(done, first_scored) + 1, until)]
-        nll.append(reader.nll(passage.token_ids[done:until], scored)[0])
+        read.append(reader.nll(passage.token_ids[done:until], scored))
         done = until
         for question in passage.questions:
             digits = range(len(question) - VALUE_TOKENS, len(question))
-            of_digits, is_top = reader.ask(question, digits)
-            fact_nll.append(of_digits.mean(dim=-1))
-            recalled.append(is_top.all(dim=-1))
-    return Measured(torch.cat(nll, dim=-1), torch.stack(fact_nll), torch.stack(recalled))
+            of_digits = reader.ask(question, digits)
+            fact_nll.append(of_digits.nll.mean(dim=-1))
+            recalled.append(of_digits.is_top.all(dim=-1))
+    nll, top = (torch.cat(parts, dim=-1) for parts in ([s.nll for s in read], [s.top for s in read]))
+    return Measured(nll, top, torch.stack(fact_nll), torch.stack(recalled))
 
 
 def compare(
@@ -114,11 +117,13 @@ def compare(
     """
     limits = EvictionLimits(budget=budget, window=WINDOW)
     times = (ASKED_AT, len(found[0].token_ids))
-    rises, fact_nll, recalled = [], [], []
+    rises, same_top, fact_nll, recalled = [], [], [], []
     for index, (passage, full) in enumerate(zip(found, of_full_cache, strict=True)):
         reader = Reader(model, list(rules.values()), limits, index, [order_of(n) for n in rules])
         own = measure(reader, passage, budget + WINDOW)
-        rises.append((own.nll - full.nll[:, -own.nll.shape[1] :]).mean(dim=-1))
+        after = slice(full.nll.shape[1] - own.nll.shape[1], None)
+        rises.append((own.nll - full.nll[:, after]).mean(dim=-1))
+        same_top.append((own.top == full.top[:, after]).float().mean(dim=-1))
         counts = full.recalled[:, 0].view(len(times), -1)
         for kept, of in ((fact_nll, own.fact_nll), (recalled, own.recalled.float())):
             rows = of.view(*counts.shape, -1)
@@ -128,6 +133,7 @@ def compare(
         row: dict[str, object] = {"rule": name, "budget": budget}
         row["rise"] = round(float(torch.stack(rises)[:, column].mean()), 4)
         row["rise of each passage"] = [round(float(rise[column]), 4) for rise in rises]
+        row["same top token"] = round(float(torch.stack(same_top)[:, column].mean()), 4)
         for time, at in enumerate(times):
             nlls, oks = (
                 torch.cat([x[time] for x in kept])[:, column] for kept in (fact_nll, recalled)
@@ -166,6 +172,7 @@ def page(results: dict[str, Any]) -> str:
             [
                 row["rule"],
                 f"{row['rise']:+.4f}",
+                f"{row['same top token']:.1%}" if "same top token" in row else "–",
                 ", ".join(f"{rise:.3f}" for rise in row["rise of each passage"]),
                 *(
                     cell
@@ -178,7 +185,7 @@ def page(results: dict[str, Any]) -> str:
             ]
             for row in sorted(rows, key=lambda row: float(row["rise"]))
         ]
-        lines += ["", f"## Budget {budget}", "", *table(["rule", "rise", "each", *columns], cells)]
+        lines += ["", f"## Budget {budget}", "", *table(["rule", "rise", "same top token", "each", *columns], cells)]
     return "\n".join(lines) + "\n"
 
 

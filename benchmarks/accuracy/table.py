@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import paths
-from vase_vllm.policies.registry import policy_names
+from vase_vllm.policies.registry import find_policy, policy_names
 from vase_vllm.tools.markdown import table
+from vase_vllm.tools.policy_label import parse_policy_label
 
 RESULTS = paths.RESULTS / "accuracy"
 RULES = RESULTS / "smollm2-135m-instruct" / "policies.json"
@@ -27,7 +28,7 @@ VARIANTS = {
     "distinct:memory=0.9": "`distinct`, memory 0.9",
     "distinct:protected=0.25,memory=0.9": "`distinct`, protected 0.25, memory 0.9",
 }
-ON_THE_TESTBED = {"cur": "cur-redrawn"}
+ON_THE_TESTBED = {"cur": "cur-redrawn", "distinct:memory=0.9": "distinct-remembering"}
 """Names of the testbed's methods where they are not the policy's."""
 NONE = "–"
 
@@ -42,6 +43,7 @@ def likelihood(rules: dict[str, Any]) -> str:
         times = f"{rules['length'] // budget}x"
         heads += [
             f"{times}: rise of the NLL",
+            f"{times}: same top token, %",
             f"{times}: facts recalled, at 640 and at the end",
             f"{times}: NLL of a digit",
         ]
@@ -54,6 +56,7 @@ def likelihood(rules: dict[str, Any]) -> str:
             each = row["rise of each passage"]
             cells += [
                 f"{row['rise']:+.3f} ({min(each):+.3f} to {max(each):+.3f})",
+                f"{100 * row['same top token']:.1f}",
                 f"{row['recalled at 640']} and {row[f'recalled at {last}']} "
                 f"of {row[f'facts at {last}']}",
                 f"{row['NLL at 640']:.2f} and {row[f'NLL at {last}']:.2f}",
@@ -84,12 +87,12 @@ def questions_and_times(questions: dict[tuple[str, float], float], times: dict[s
     """Of each policy: the testbed, the prompt evicted and kept; milliseconds of an eviction."""
     milliseconds = times["milliseconds_per_layer"]
     compressions = sorted({compression for _, compression in questions})
-    heads = ["policy"]
+    heads = ["policy", "bytes of state"]
     heads += [f"{c:g}x: questions right, the prompt evicted / kept" for c in compressions]
     heads += [f"eviction at budget {budget}: ms a layer" for budget in milliseconds]
     rows = []
-    for name in sorted(policy_names()):
-        cells = [f"`{name}`"]
+    for name in sorted({*policy_names(), *ON_THE_TESTBED}):
+        cells = [_label(name), str(state_bytes(name))]
         for compression in compressions:
             method = ON_THE_TESTBED.get(name, name)
             pair = [questions.get((of, compression)) for of in (method, f"{method}-prompt-kept")]
@@ -97,6 +100,13 @@ def questions_and_times(questions: dict[tuple[str, float], float], times: dict[s
         cells += [str(of_budget.get(name, NONE)) for of_budget in milliseconds.values()]
         rows.append(cells)
     return "\n".join(table(heads, rows))
+
+
+def state_bytes(label: str) -> int:
+    """Bytes that a policy carries with each token, for each layer and KV head."""
+    name, settings = parse_policy_label(label)
+    # triattention cannot be made without its file, which a default has not.
+    return 4 * find_policy(name).model_construct(**settings).num_numbers
 
 
 def published() -> str:
@@ -125,7 +135,8 @@ def page() -> str:
 SmolLM2-135M-Instruct; passages of {rules["length"]} tokens, which no choice of a policy or of its
 settings has seen; `triattention` was calibrated on other texts. The rise of the negative
 log-likelihood over the full cache is in nats per token; in brackets the passages with the smallest
-and the largest rise. Three facts are stated in each passage, and asked for at token 640 and at its
+and the largest rise. The same top token: the share of positions at which the most probable token
+is the full cache's. Three facts are stated in each passage, and asked for at token 640 and at its
 end; counted are those that the full cache recalls.
 `{rules["command"]}`, {rules["date"][:10]}.
 
@@ -136,8 +147,9 @@ end; counted are those that the full cache recalls.
 Percent of questions right ([testbed](accuracy.md)); with a kept prompt at equal total memory. Times
 are those of one layer of one sequence with 8 KV heads of size 128 and 4 query heads each, in plain
 torch on one core of {times["machine"]["processor"]} (`{times["command"]}`, {times["date"][:10]}).
-No policy keeps anything beside the cache, the window's queries and, for `triattention`, its file of
-statistics.
+The bytes of state are those that a policy carries with each token of the budget, for each layer and
+KV head. `triattention` has a file of statistics beside, which are random numbers in the measurement of
+time.
 
 {questions_and_times(testbed(results), times)}
 

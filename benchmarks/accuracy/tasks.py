@@ -131,9 +131,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HELD_OUT_FILE)
     parser.add_argument("--problems", type=int, default=HELD_OUT_PROBLEMS)
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
+    parser.add_argument(
+        "--texts", type=Path, help="a directory for each problem as a text, in place of --out"
+    )
     args = parser.parse_args()
+    problems = held_out(args.problems, args.seed)
+    if args.texts:
+        args.texts.mkdir(parents=True, exist_ok=True)
+        for number, problem in enumerate(problems):
+            text = f"{problem.prompt} {problem.completion}"
+            (args.texts / f"{number}.txt").write_text(text, encoding="utf-8")
+        return
     with args.out.open("w", encoding="utf-8") as file:
-        for problem in held_out(args.problems, args.seed):
+        for problem in problems:
             file.write(json.dumps(asdict(problem)) + "\n")
 
 

@@ -8,6 +8,7 @@ they are a batch: the matrix products of all of them are one.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,20 @@ from vase_vllm.policies.draws import Draws
 
 Rule = Callable[[Candidates, Tensor | None], tuple[Tensor, Tensor | None]]
 """Ranks candidates as a policy's ``rank`` does."""
+
+
+class Scores(NamedTuple):
+    """What a reader says of tokens, each [rules, scored].
+
+    Attributes:
+        nll: the negative log-likelihood in nats.
+        is_top: whether the token is the most probable one.
+        top: which token is.
+    """
+
+    nll: Tensor
+    is_top: Tensor
+    top: Tensor
 
 
 class Llama:
@@ -114,32 +129,27 @@ class Reader:
         self.read = self.evictions = 0
 
     @torch.inference_mode()
-    def nll(self, token_ids: Sequence[int], scored: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def nll(self, token_ids: Sequence[int], scored: Sequence[int] = ()) -> Scores:
         """Read a text; every call but the last reads whole chunks.
 
         Args:
             token_ids: what comes next.
             scored: indices in it of the tokens whose probability is wanted; 0 cannot be.
-
-        Returns:
-            (negative log-likelihood in nats, whether the token is the most probable one), each
-            [rules, scored].
         """
         ids = torch.tensor(token_ids)
         chunk = self.limits.window if self.limits else 512
         empty = torch.empty(max(1, len(self.rules)), 0)
-        found = [(empty, empty.bool())]
+        found = [Scores(empty, empty.bool(), empty.long())]
         for start in range(0, len(ids), chunk):
             end = start + chunk
             hidden = self._forward(ids[start:end])
             found.append(self._scores(hidden, ids, start, [p for p in scored if start < p <= end]))
             if self.limits and self.keys[0].shape[-2] == self.limits.budget + self.limits.window:
                 self._evict()
-        nlls, tops = zip(*found, strict=True)
-        return torch.cat(nlls, dim=-1), torch.cat(tops, dim=-1)
+        return Scores(*(torch.cat(parts, dim=-1) for parts in zip(*found, strict=True)))
 
     @torch.inference_mode()
-    def ask(self, token_ids: Sequence[int], scored: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def ask(self, token_ids: Sequence[int], scored: Sequence[int]) -> Scores:
         """What :meth:`nll` would return for one chunk, which is forgotten afterwards."""
         before = list(self.keys), list(self.values), list(self.queries), self.read
         ids = torch.tensor(token_ids)
@@ -147,14 +157,13 @@ class Reader:
         self.keys, self.values, self.queries, self.read = before
         return found
 
-    def _scores(
-        self, hidden: Tensor, ids: Tensor, start: int, scored: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _scores(self, hidden: Tensor, ids: Tensor, start: int, scored: Sequence[int]) -> Scores:
         index = torch.tensor(scored, dtype=torch.long)
         logprobs = self.model.logprobs(hidden[:, index - 1 - start])
         own = logprobs.gather(-1, ids[index].expand(len(hidden), -1)[..., None])[..., 0]
+        most, top = logprobs.max(dim=-1)
         rows = max(1, len(self.rules))
-        return (-own).expand(rows, -1), (own == logprobs.amax(dim=-1)).expand(rows, -1)
+        return Scores(*(of.expand(rows, -1) for of in (-own, own == most, top)))
 
     def _forward(self, ids: Tensor) -> Tensor:
         model, start = self.model, self.read

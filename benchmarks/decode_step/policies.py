@@ -3,12 +3,14 @@
     python -m benchmarks.decode_step.policies [--budgets 512 4096] [--output FILE.json]
 
 In plain torch on one thread, on packed pages as vLLM's CPU backend has them. The policies take
-turns, so that a machine that slows down slows all of them.
+turns, so that a machine that slows down slows all of them. The statistics of ``triattention`` are
+random numbers.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,22 +25,36 @@ from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.policies.query_statistics import QueryStatistics, rotation_pairs
 from vase_vllm.policies.registry import policy_names
 from vase_vllm.tools.markdown import table
+from vase_vllm.tools.policy_label import parse_policy_label
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import cpu_page_layout
 
 HEADS, GROUP, HEAD_SIZE, WINDOW, BLOCK_SIZE = 8, 4, 128, 64, 32
 """Of Qwen3-8B."""
 INSTRUCTION_SET = "vec"
+REMEMBERING = "distinct:memory=0.9"
 RESULTS = paths.RESULTS / "decode_step" / "policies.json"
 
 
 class Case:
-    """One sequence in the pages of one layer, of random numbers, that evicts again and again."""
+    """One sequence in the pages of one layer, of random numbers, that evicts again and again.
 
-    def __init__(self, policy: str, budget: int, dtype: torch.dtype) -> None:
-        config = EvictionConfig.parse({"policy": policy, "budget": budget, "window": WINDOW})
+    Args:
+        label: of the policy, ``NAME`` or ``NAME:KEY=VALUE,...``.
+        query_statistics: a file, for ``triattention``.
+    """
+
+    def __init__(
+        self, label: str, budget: int, dtype: torch.dtype, query_statistics: Path
+    ) -> None:
+        policy, settings = parse_policy_label(label)
+        if policy == "triattention":
+            settings["statistics"] = str(query_statistics)
+        common = {"policy": policy, "budget": budget, "window": WINDOW}
+        config = EvictionConfig.parse({**common, **settings})
         ring = RingLayout(WINDOW, GROUP, BLOCK_SIZE)
         num_state_blocks = config.num_state_blocks(GROUP, BLOCK_SIZE, HEAD_SIZE, dtype)
         spec = EvictionSpec(
@@ -72,10 +88,25 @@ class Case:
         return 1e3 * (time.perf_counter() - start)
 
 
+def random_statistics() -> QueryStatistics:
+    """Of the queries of one layer."""
+    mean = torch.randn(1, HEADS * GROUP, HEAD_SIZE // 2, dtype=torch.complex64)
+    return QueryStatistics(
+        mean=mean,
+        mean_length=2 * mean.abs(),
+        frequencies=torch.rand(1, HEAD_SIZE // 2, dtype=torch.float64),
+        pairs=rotation_pairs(HEAD_SIZE, HEAD_SIZE, is_neox_style=True),
+        num_kv_heads=HEADS,
+    )
+
+
 def measure(policies: list[str], budget: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
     """The median of each policy, after an eviction that is not counted."""
-    cases = {name: Case(name, budget, dtype) for name in policies}
-    times: dict[str, list[float]] = {name: [] for name in policies}
+    with tempfile.TemporaryDirectory(prefix="query-statistics-") as directory:
+        file = Path(directory) / "random.safetensors"
+        random_statistics().save(file)
+        cases = {label: Case(label, budget, dtype, file) for label in policies}
+    times: dict[str, list[float]] = {label: [] for label in policies}
     for _ in track(range(1 + repeats), f"budget {budget}", transient=True):
         for name, case in cases.items():
             times[name].append(case.milliseconds())
@@ -84,9 +115,7 @@ def measure(policies: list[str], budget: int, repeats: int, dtype: torch.dtype) 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    # Without a model there are no statistics of its queries for triattention.
-    names = sorted(set(policy_names()) - {"triattention"})
-    parser.add_argument("--policies", nargs="+", choices=names, default=names)
+    parser.add_argument("--policies", nargs="+", default=sorted([*policy_names(), REMEMBERING]))
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

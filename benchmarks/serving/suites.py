@@ -135,13 +135,14 @@ CPU_WORKLOADS = (
         "shared-prefix",
         "a long prompt that all requests share, short outputs: prefix caching does the work",
         kv_tokens=16384,
-        max_model_len=1600,
+        max_model_len=2304,
         num_requests=48,
         concurrency=8,
         input_len=64,
         output_len=64,
         prefix_len=1024,
-        policies=("full", "vase-512", "vase-512-keep"),
+        # Under a budget of 2048 the outputs end before they could evict.
+        policies=("full", "vase-512", "vase-512-keep", "vase-2048"),
     ),
 )
 
@@ -254,7 +255,7 @@ SUITES = {
     "cpu": Suite(
         model=CPU_MODEL,
         policies=(
-            *budget_policies(256, 512, 1024),
+            *budget_policies(256, 512, 1024, 2048),
             Policy("vase-512-keep", 512, settings=(("prompt", "keep"),)),
             *(Policy(f"{name}-512", 512, name) for name in ("snapkv", "rkv", "cur")),
             *(

@@ -111,21 +111,32 @@ def test_a_pool_for_two_sequences_serves_many_and_never_hangs(models, admission)
             assert [results[str(index)]] == generate(llm, [prompts[index]], greedy(150))
 
 
-@pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(87, 0), (89, 1)])
-def test_only_a_sequence_whose_queries_are_kept_has_a_ring(llm, num_tokens, num_state_blocks):
-    """The first eviction, at 112, asks for the queries from 96 on."""
+@pytest.mark.parametrize(("num_tokens", "num_state_blocks"), [(103, 0), (104, NUM_STATE_BLOCKS)])
+def test_only_a_sequence_that_can_come_to_evict_has_a_ring(llm, num_tokens, num_state_blocks):
+    """The first eviction precedes the step of position 112, and the last token has no such step."""
     used = used_per_step(llm, random_prompt(10, 0), num_tokens)
     assert used[0] == (10, 1)
-    # 96 tokens and fewer are in 3 blocks, those of the first eviction in 4.
-    assert max(blocks for _, blocks in used) == 3 + num_state_blocks * (1 + NUM_STATE_BLOCKS)
+    # Both have 112 tokens in 4 blocks.
+    assert max(blocks for _, blocks in used) == 4 + num_state_blocks
+
+
+@pytest.mark.parametrize(("stop", "num_blocks"), [(87, 3), (89, 4 + NUM_STATE_BLOCKS)])
+def test_the_ring_comes_with_the_first_query_that_is_kept(llm, stop, num_blocks):
+    """The first eviction, at 112, asks for the queries from 96 on; the request may write 300."""
+    add_request(llm, "r", random_prompt(10, 0), greedy(300))
+    while scheduler(llm).requests["r"].num_computed_tokens < 9 + stop:
+        llm.llm_engine.step()
+    assert num_used_blocks(llm) == num_blocks
+    llm.llm_engine.abort_request(["r"])
+    drain(llm)
 
 
 def test_reservation_knows_how_long_a_request_can_become(models):
     """Outputs that cannot reach the bound reserve no more than they can fill."""
     pool = {"kv_cache_memory_bytes": 13 * BLOCK_BYTES}
     with engine(models.qwen3(), EVICTION, **pool) as llm:
-        # 12 usable blocks, two for each: queries are kept from position 112 - 16 on, and none of
-        # these comes that far, so that they need no block of state.
+        # 12 usable blocks, two for each: none of these comes to evict, so that they need no block
+        # of state.
         for index in range(8):
             add_request(llm, str(index), random_prompt(10, index), greedy(50))
         llm.llm_engine.step()
@@ -144,7 +155,7 @@ def test_a_prompt_that_can_never_fit_is_refused_and_nothing_else_lost(llm):
     llm.llm_engine.step()
     fits = 96 + 16 * 14 - 1
     with pytest.raises(VLLMValidationError, match="needs 12 KV cache blocks") as error:
-        add_request(llm, "huge", random_prompt(fits + 1, 1), greedy(5))
+        add_request(llm, "huge", random_prompt(fits + 1, 1), greedy(30))
     assert "\n" not in str(error.value)
     assert "--kv-cache-memory-bytes" in str(error.value)
     add_request(llm, "largest", random_prompt(fits, 2), greedy(30))

@@ -66,9 +66,9 @@ def test_a_copy_that_has_not_been_made_yet_is_copied_from_its_source(simulation)
 
 def test_the_queries_that_score_the_first_eviction_are_computed(simulation):
     """A prompt of 52 evicts first at 56, for which the queries from 48 on are needed."""
-    simulation.add("first", prompt(52, []), 5)
+    simulation.add("first", prompt(52, []), 20)
     finish(simulation)
-    simulation.add("again", prompt(52, []), 5)
+    simulation.add("again", prompt(52, []), 20)
     finish(simulation)
     assert simulation.num_cached_tokens["again"] == 48
 
@@ -115,6 +115,22 @@ def test_kept_prompts_share_their_blocks(simulation):
     assert simulation.num_used_blocks == 0
 
 
+def test_requests_that_end_before_they_could_evict_share_their_blocks(simulation):
+    """A prompt of 22 tokens evicts first at 32; 33 tokens never do, and 34 do."""
+    for name, own, max_tokens in (("first", 50, 11), ("second", 60, 11), ("third", 70, 12)):
+        simulation.add(name, prompt(20, [own, own]), max_tokens)
+        simulation.step()
+        simulation.step()
+    rows = [row[BlockTableRow.NUM_HEADER :] for row in simulation.manager.req_to_blocks.values()]
+    assert rows[0][:5] == rows[1][:5]
+    # The third one's are copies.
+    assert not {block.block_id for block in rows[2]} & {block.block_id for block in rows[0]}
+    finish(simulation)
+    assert simulation.num_evictions == 1
+    assert simulation.num_cached_tokens == {"first": 0, "second": 20, "third": 20}
+    assert simulation.num_used_blocks == 0
+
+
 def test_a_follow_up_shares_the_prompt_and_its_output_is_not_found(simulation):
     """The second turn's prompt holds the first one's output, which had evicted from it."""
     keep = {"kv_eviction_prompt": "keep"}
@@ -133,8 +149,8 @@ def test_a_hit_that_the_pool_has_no_room_for_is_dropped(models, num_blocks, num_
     eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1}
     simulation = Simulation(make_scheduler(models.qwen3(), eviction, 4, num_blocks, chunk=24))
     for name, length in (("first", 30), ("second", 59)):
-        simulation.add(name, prompt(length, []), 2)
-        for _ in range(20):
+        simulation.add(name, prompt(length, []), 20)
+        for _ in range(30):
             simulation.step()
     assert not simulation.scheduler.has_unfinished_requests()
     assert simulation.num_cached_tokens["second"] == num_hit

@@ -54,6 +54,13 @@ def test_a_prompt_that_can_never_fit(prompt_len, num_required):
     assert "\n" not in reason
 
 
+def test_a_request_that_cannot_come_to_evict_keeps_no_queries():
+    """A prompt of 200 evicts first at 208: not with 209 tokens, the last of which is not read."""
+    config = engine_config(7 + 1)
+    assert reason_to_reject(config, request(200, max_tokens=9)) is None
+    assert "needs 8 KV cache blocks" in reason_to_reject(config, request(200, max_tokens=10))
+
+
 def test_no_opting_out_where_nobody_knows_whether_it_fits():
     bounded = {"kv_eviction": {**EVICTION["kv_eviction"], "prefill": "bounded"}}
     opts_out = request(30, kv_eviction="none")

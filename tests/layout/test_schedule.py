@@ -58,6 +58,15 @@ def test_what_never_evicts_is_known(shape, longest):
     assert (schedule.never_evicts(longest, "--budget") is None) == any(counts)
 
 
+@both
+@given(shape=shapes, num_output=st.integers(1, 400))
+def test_which_sequence_comes_to_evict_is_known(shape, num_output, bounded):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window, bounded)
+    num_evictions, _ = schedule.evictions(num_prompt, num_output)
+    assert schedule.comes_to_evict(num_prompt, num_prompt + num_output) == (num_evictions > 0)
+
+
 @given(shapes)
 def test_slots_stay_below_the_bound_after_the_first_eviction(shape):
     budget, window, num_prompt = shape

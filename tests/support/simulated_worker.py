@@ -188,10 +188,13 @@ class Simulation:
         own, config = request.sampling_params.extra_args or {}, self.config
         num_prompt, budget = request.num_prompt_tokens, own.get("kv_eviction_budget", config.budget)
         never = own.get("kv_eviction") == "none"
-        keeps = never or own.get("kv_eviction_prompt", config.prompt) == "keep"
+        keeps = own.get("kv_eviction_prompt", config.prompt) == "keep"
         kept = num_prompt if keeps else 0
-        schedule = self.spec.schedule.with_budget(budget + kept)
-        first = NEVER if never else schedule.first_eviction(num_prompt)
+        first = self.spec.schedule.with_budget(budget + kept).first_eviction(num_prompt)
+        longest = min(num_prompt + request.max_tokens, self.scheduler.max_model_len)
+        # An eviction precedes the step of position `first`, and the last token has no such step.
+        if never or longest < first + 2:
+            first, kept, budget = NEVER, num_prompt, config.budget
         return RowHeader(first, content_key(request), budget + kept, kept)
 
     def _store_queries(self, request: Request, row: list[int], start: int, stop: int) -> None:

@@ -63,7 +63,8 @@ class EvictionManager(FullAttentionManager):
         if row := self.req_to_blocks.get(request_id):
             columns = BlockTableRow.FIRST, BlockTableRow.BUDGET, BlockTableRow.KEPT
             return SequenceNumbers(*(row[column].block_id for column in columns))
-        return sequence_numbers(self._context.config, self._context.requests[request_id])
+        request = self._context.requests[request_id]
+        return sequence_numbers(self._context.config, request, self._context.longest(request))
 
     def first_eviction(self, request_id: str) -> int:
         """Position of a sequence's first eviction."""

@@ -19,16 +19,20 @@ class SequenceNumbers(NamedTuple):
     kept: int
 
 
-def sequence_numbers(server: EvictionConfig, request: Request) -> SequenceNumbers:
+def sequence_numbers(server: EvictionConfig, request: Request, longest: int) -> SequenceNumbers:
     """Those of a request: a function of it alone, also after a preemption.
 
-    A request that opts out of eviction keeps all of its prompt, and never evicts. While a request
-    waits this is asked for in every step, and the key, which reads the whole prompt, is not.
+    A request that opts out of eviction, or that ends before it could evict, keeps all of its
+    prompt, and never evicts. While a request waits this is asked for in every step, and the key,
+    which reads the whole prompt, is not.
+
+    Args:
+        longest: tokens that it can come to have, prompt and output.
     """
     sampling = request.sampling_params
     own = settings_of_request(server, sampling.extra_args if sampling is not None else None)
     num_prompt = request.num_prompt_tokens
-    if own is None:
+    if own is None or not own.schedule.comes_to_evict(num_prompt, longest):
         return SequenceNumbers(NEVER, server.budget + num_prompt, kept=num_prompt)
     kept = num_prompt if own.prompt == "keep" else 0
     return SequenceNumbers(own.schedule.first_eviction(num_prompt), own.budget + kept, kept)

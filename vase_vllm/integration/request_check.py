@@ -55,7 +55,7 @@ def _reason_not_to_fit(
 
     Until its first eviction a sequence needs a block for every token, with a dense prefill for all
     of its prompt; if the whole pool has fewer, the request would wait for ever. One that opts out
-    of eviction needs a block for every token of its longest output, too.
+    of eviction, or ends before it could evict, needs a block for every token of its longest output.
 
     Args:
         config: of the server.
@@ -69,10 +69,12 @@ def _reason_not_to_fit(
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     group_size = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    first = NEVER if own is None else own.schedule.first_eviction(prompt_len)
     longest = model.max_model_len
     if max_tokens is not None:
         longest = min(longest, prompt_len + max_tokens)
+    first = NEVER
+    if own is not None and own.schedule.comes_to_evict(prompt_len, longest):
+        first = own.schedule.first_eviction(prompt_len)
     num_state_blocks = config.num_state_blocks(
         group_size, block_size, model.get_head_size(), model.dtype
     )

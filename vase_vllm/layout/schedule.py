@@ -89,6 +89,11 @@ class EvictionSchedule:
         surplus = max(num_prompt_tokens, self.budget) + 1 - self.budget
         return self.budget + self.window * cdiv(surplus, self.window)
 
+    def comes_to_evict(self, num_prompt_tokens: int, longest: int) -> bool:
+        """Whether a sequence of at most ``longest`` tokens, prompt and output, can ever evict."""
+        # The last token of an output is never fed back to the model.
+        return longest - 1 > self.first_eviction(num_prompt_tokens)
+
     def first_query(self, first: Array) -> Array:
         """Position of the earliest query that an eviction asks for: the first uses the last W."""
         return first - self.window
