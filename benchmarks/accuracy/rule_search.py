@@ -100,7 +100,9 @@ def measure(reader: Reader, passage: Passage, first_scored: int) -> Measured:
             of_digits = reader.ask(question, digits)
             fact_nll.append(of_digits.nll.mean(dim=-1))
             recalled.append(of_digits.is_top.all(dim=-1))
-    nll, top = (torch.cat(parts, dim=-1) for parts in ([s.nll for s in read], [s.top for s in read]))
+    nll, top = (
+        torch.cat(parts, dim=-1) for parts in ([s.nll for s in read], [s.top for s in read])
+    )
     return Measured(nll, top, torch.stack(fact_nll), torch.stack(recalled))
 
 
@@ -185,7 +187,12 @@ def page(results: dict[str, Any]) -> str:
             ]
             for row in sorted(rows, key=lambda row: float(row["rise"]))
         ]
-        lines += ["", f"## Budget {budget}", "", *table(["rule", "rise", "same top token", "each", *columns], cells)]
+        lines += [
+            "",
+            f"## Budget {budget}",
+            "",
+            *table(["rule", "rise", "same top token", "each", *columns], cells),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -147,9 +147,9 @@ end; counted are those that the full cache recalls.
 Percent of questions right ([testbed](accuracy.md)); with a kept prompt at equal total memory. Times
 are those of one layer of one sequence with 8 KV heads of size 128 and 4 query heads each, in plain
 torch on one core of {times["machine"]["processor"]} (`{times["command"]}`, {times["date"][:10]}).
-The bytes of state are those that a policy carries with each token of the budget, for each layer and
-KV head. `triattention` has a file of statistics beside, which are random numbers in the measurement of
-time.
+The bytes of state are those that a policy carries with each token of the budget, for each layer
+and KV head. `triattention` has a file of statistics beside them, random numbers where times were
+measured.
 
 {questions_and_times(testbed(results), times)}
 

@@ -47,9 +47,7 @@ class Case:
         query_statistics: a file, for ``triattention``.
     """
 
-    def __init__(
-        self, label: str, budget: int, dtype: torch.dtype, query_statistics: Path
-    ) -> None:
+    def __init__(self, label: str, budget: int, dtype: torch.dtype, query_statistics: Path) -> None:
         policy, settings = parse_policy_label(label)
         if policy == "triattention":
             settings["statistics"] = str(query_statistics)

@@ -115,6 +115,40 @@ def test_kept_prompts_share_their_blocks(simulation):
     assert simulation.num_used_blocks == 0
 
 
+def test_what_a_step_computes_is_shared_in_that_step_and_copied_later(models):
+    """As in vLLM, whose requests share a prompt that comes with all of them at once."""
+    eviction = {"budget": BUDGET, "window": WINDOW, "sinks": 1}
+    simulation = Simulation(make_scheduler(models.qwen3(), eviction, 4, 200, chunk=100))
+    keep = {"kv_eviction_prompt": "keep"}
+    simulation.add("first", prompt(20, [50, 51]), 60, own=keep)
+    simulation.add("shares", prompt(20, [60, 61]), 60, own=keep)
+    simulation.add("would copy", prompt(20, [70, 71]), 60)
+    simulation.step()
+    assert simulation.num_cached_tokens == {"first": 0, "shares": 20, "would copy": 0}
+    simulation.add("copies", prompt(20, [80, 81]), 60)
+    finish(simulation)
+    assert simulation.num_cached_tokens["copies"] == 20
+    assert simulation.num_used_blocks == 0
+
+
+def test_what_is_not_computed_after_all_is_not_found(simulation):
+    """A running request can be preempted in the step that has just scheduled it."""
+    simulation.add("r", prompt(20, []), 60, own={"kv_eviction_prompt": "keep"})
+    request, pool = simulation.scheduler.requests["r"], simulation.pool
+    cache = simulation.manager._prefix_cache
+    own = pool.get_new_blocks(5)
+    cache.publish_own(request, own, 0, 5)
+    assert pool.get_cached_block(request.block_hashes[4], [0]) == [own[4]]
+    assert cache.num_computed(own) == 0
+    cache.withdraw(own[3:])
+    found = [pool.get_cached_block(of_block, [0]) for of_block in request.block_hashes[:5]]
+    assert found == [[own[0]], [own[1]], [own[2]], None, None]
+    cache.start_step()
+    cache.withdraw(own[:3])
+    assert pool.get_cached_block(request.block_hashes[0], [0]) == [own[0]]
+    assert cache.num_computed(own) == 5
+
+
 def test_requests_that_end_before_they_could_evict_share_their_blocks(simulation):
     """A prompt of 22 tokens evicts first at 32; 33 tokens never do, and 34 do."""
     for name, own, max_tokens in (("first", 50, 11), ("second", 60, 11), ("third", 70, 12)):

@@ -243,35 +243,42 @@ class EvictionManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Put the blocks of the prompt that earlier steps have computed into the prefix cache.
+        """Put the blocks of the prompt into the prefix cache.
+
+        The blocks of a kept prompt are themselves put there as soon as they will be computed, as
+        vLLM does; of others copies, of what earlier steps have computed.
 
         Outputs are not cached: their end is evicted, and copying the rest would cost every step.
         Nor is what a bounded prefill computes after its first eviction, which rearranges the blocks
-        once this step's copies are made. The blocks of a kept prompt are themselves put there, of
-        others copies.
+        once this step's copies are made.
         """
-        num_computed = min(
-            request.num_computed_tokens,
-            request.num_prompt_tokens,
-            self.first_eviction(request.request_id),
-        )
+        first, _, kept = self.numbers(request.request_id)
+        num_computed = num_tokens if kept else min(request.num_computed_tokens, first)
         start = self.num_cached_block.get(request.request_id, 0)
-        stop = num_computed // self.block_size
+        stop = min(num_computed, request.num_prompt_tokens) // self.block_size
         if start >= stop:
             return
         # Where there is no room now there is no second try: it would be asked for in every step.
         self.num_cached_block[request.request_id] = stop
         own = self.req_to_blocks[request.request_id][BlockTableRow.NUM_HEADER :]
-        if self.numbers(request.request_id).kept:
-            self.block_pool.cache_full_blocks(
-                request, own, start, stop, self.block_size, self.kv_cache_group_id
-            )
+        if kept:
+            self._prefix_cache.publish_own(request, own, start, stop)
             return
         num_spare = self.block_pool.get_num_free_blocks() - self._num_blocks_promised()
         self._prefix_cache.publish(request, own, start, stop, num_spare)
 
+    def num_ready(self, request_id: str, cached_blocks: Sequence[KVCacheBlock]) -> int:
+        """Tokens of a hit that a sequence may take in this step.
+
+        What it shares may be computed in the same step; of what it gets copies must be there.
+        """
+        num_shared = self._num_shared(request_id, cached_blocks)
+        num_copied = self._prefix_cache.num_computed(cached_blocks[num_shared:])
+        return (num_shared + num_copied) * self.block_size
+
     def take_pending_cow_copies(self) -> list[BlockPair]:
         """Block copies that the workers make before the step."""
+        self._prefix_cache.start_step()
         return self._prefix_cache.copies.take()
 
     def remove_skipped_blocks(
@@ -311,7 +318,9 @@ class EvictionManager(FullAttentionManager):
         """The sequence's real blocks; the header is no block and must not reach the pool."""
         self._set_missing(request_id, 0)
         self._latest_expectation.forget()
-        return super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
+        blocks = super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]
+        self._prefix_cache.withdraw(blocks)
+        return blocks
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """Nothing that attention could read once for all sequences: rows differ in their front."""

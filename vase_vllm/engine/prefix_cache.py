@@ -10,6 +10,8 @@ Memory is what it is without: a sequence never holds more than its own static nu
 cached copies lie in blocks that count as free.
 """
 
+from collections.abc import Sequence
+
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.request import Request
@@ -63,6 +65,8 @@ class PrefixCache:
         self._group = group
         self._block_size = block_size
         self._hits: dict[str, list[KVCacheBlock]] = {}
+        # Ids of the blocks in the cache that this step will compute.
+        self._to_compute: set[int] = set()
 
     def hold(self, request_id: str, blocks: list[KVCacheBlock]) -> None:
         """Keep the cached blocks that a prompt begins with until its own blocks are there."""
@@ -83,6 +87,32 @@ class PrefixCache:
         for source, destination in list(zip(held, own, strict=False))[num_shared:]:
             self.copies.add(source, destination)
         self._block_pool.free_blocks(held[num_shared:])
+
+    def publish_own(self, request: Request, own: list[KVCacheBlock], start: int, stop: int) -> None:
+        """Put the blocks of a kept prompt into the cache, which this step will compute.
+
+        Args:
+            own: the sequence's token blocks, those from ``start`` to ``stop`` are put there.
+        """
+        self._to_compute |= {block.block_id for block in own[start:stop]}
+        self._block_pool.cache_full_blocks(request, own, start, stop, self._block_size, self._group)
+
+    def num_computed(self, blocks: Sequence[KVCacheBlock]) -> int:
+        """How many of cached blocks can be copied before this step, up to the first that cannot."""
+        for index, block in enumerate(blocks):
+            if block.block_id in self._to_compute:
+                return index
+        return len(blocks)
+
+    def withdraw(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Take what will not be computed after all out of the cache: its sequence is preempted."""
+        withdrawn = self._to_compute.intersection(block.block_id for block in blocks)
+        self._block_pool.evict_blocks(withdrawn)
+        self._to_compute -= withdrawn
+
+    def start_step(self) -> None:
+        """The workers compute what has been scheduled."""
+        self._to_compute.clear()
 
     def publish(
         self, request: Request, own: list[KVCacheBlock], start: int, stop: int, num_spare: int

@@ -114,14 +114,18 @@ class _EvictionMixin(Scheduler):
         """vLLM's look into the prefix cache, for a request that waits.
 
         The last ``window`` queries in front of the first eviction must be computed: they score it.
-        And a hit is dropped where the pool has no room for it beside the copies that the sequence
-        gets: computing the prompt beats waiting, perhaps for ever.
+        What this very step computes for another request can be shared, but not be copied. And a hit
+        is dropped where the pool has no room for it beside the copies that the sequence gets:
+        computing the prompt beats waiting, perhaps for ever.
         """
         for manager in self._managers:
             manager.latest_admission = None
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         cache = self.kv_cache_manager
         most = self._eviction_schedule.first_query(self._manager.first_eviction(request.request_id))
+        for manager in self._managers if num_hit > 0 else ():
+            of_group = blocks.blocks[manager.kv_cache_group_id]
+            most = min(most, manager.num_ready(request.request_id, of_group))
         if num_hit > most:
             found, num_hit, _ = cache.coordinator.find_longest_cache_hit(request.block_hashes, most)
             blocks, boundary = cache.create_kv_cache_blocks(found), 0
