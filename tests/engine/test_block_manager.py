@@ -124,7 +124,9 @@ def test_only_a_sequence_that_can_come_to_evict_has_a_ring(llm, num_tokens, num_
 def test_the_ring_comes_with_the_first_query_that_is_kept(llm, stop, num_blocks):
     """The first eviction, at 112, asks for the queries from 96 on; the request may write 300."""
     add_request(llm, "r", random_prompt(10, 0), greedy(300))
-    while scheduler(llm).requests["r"].num_computed_tokens < 9 + stop:
+    llm.llm_engine.step()
+    (request,) = scheduler(llm).requests.values()
+    while request.num_computed_tokens < 9 + stop:
         llm.llm_engine.step()
     assert num_used_blocks(llm) == num_blocks
     llm.llm_engine.abort_request(["r"])
