@@ -56,7 +56,7 @@ def likelihood(rules: dict[str, Any]) -> str:
             each = row["rise of each passage"]
             cells += [
                 f"{row['rise']:+.3f} ({min(each):+.3f} to {max(each):+.3f})",
-                f"{100 * row['same top token']:.1f}",
+                f"{100 * row['same top token']:.1f}" if "same top token" in row else NONE,
                 f"{row['recalled at 640']} and {row[f'recalled at {last}']} "
                 f"of {row[f'facts at {last}']}",
                 f"{row['NLL at 640']:.2f} and {row[f'NLL at {last}']:.2f}",
