@@ -18,8 +18,8 @@ from tests.oracle.selection import Candidates as OracleCandidates
 from tests.support.dense_eviction import DenseEviction
 from tests.support.query_statistics import query_means, statistics_file
 from vase_vllm.config import EvictionConfig
+from vase_vllm.kernels.torch_distinctness import mean_similarity
 from vase_vllm.kernels.torch_eviction import value_range
-from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.worker.evictor import TorchEvictor
 
 
