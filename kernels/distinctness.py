@@ -142,11 +142,11 @@ def key_statistics(
             gram = multiply(vectors, tl.trans(vectors), EXACT)
             basis = whitening_basis(gram, sample, floor, WINDOW, SAMPLE_ROWS)
             sample_rows = tl.arange(0, SAMPLE_ROWS)
-            out = bases + local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
+            bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
             mask = (sample_rows < WINDOW)[:, None] & (dims < HEAD_SIZE)[None, :]
-            tl.store(out + sample_rows[:, None] * HEAD_SIZE + dims[None, :], basis, mask=mask)
+            tl.store(bases + sample_rows[:, None] * HEAD_SIZE + dims[None, :], basis, mask=mask)
             tl.store(floors + local_task, floor)
-        out = key_scales + local_task.to(tl.int64) * capacity
+        key_scales += local_task.to(tl.int64) * capacity
         unit_sum = tl.zeros([KEY_TILE, triton.next_power_of_2(HEAD_SIZE)], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         for start in tl.range(begin, end, KEY_TILE, num_stages=3):
@@ -155,10 +155,10 @@ def key_statistics(
             cells = slot_pointers(pages, slots, live)
             keys = load_vectors(cells, live, 0, HEAD_SIZE).to(tl.float32)
             scale = 1.0 / (tl.sqrt(tl.sum(keys * keys, axis=1)) + LEAST_LENGTH)
-            tl.store(out + slots, scale, mask=live)
+            tl.store(key_scales + slots, scale, mask=live)
             unit_sum += keys * scale[:, None]
-        out = key_sums + (local_task.to(tl.int64) * num_splits + split) * HEAD_SIZE
-        tl.store(out + dims, tl.sum(unit_sum, axis=0), mask=dims < HEAD_SIZE)
+        key_sums += (local_task.to(tl.int64) * num_splits + split) * HEAD_SIZE
+        tl.store(key_sums + dims, tl.sum(unit_sum, axis=0), mask=dims < HEAD_SIZE)
 
 
 @triton.jit

@@ -50,6 +50,11 @@ class Configuration:
         num_rows = self.group_size * WINDOW
         return scoring_tile(num_rows, self.head_size, self.dtype.itemsize, limits)
 
+    @property
+    def is_distinct(self) -> bool:
+        """Whether it is the policy ``distinct``'s."""
+        return self.protect_by == "distinctness"
+
     def repeats(self) -> bool:
         """Whether one before it differs in the query heads per KV head alone.
 
@@ -60,7 +65,7 @@ class Configuration:
 
     def __str__(self) -> str:
         kind = self.sampling if self.scoring == "attention" else self.scoring
-        if self.protect_by == "distinctness":
+        if self.is_distinct:
             kind = "distinct"
         return (
             f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
@@ -115,6 +120,8 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         WINDOW,
         1024 if attention else sinks,
         sinks,
+        # The policies' own: distinct alone does not smooth.
+        smoothing=1 if configuration.is_distinct else 5,
         sampling=configuration.sampling,
         scoring=configuration.scoring,
         protect_by=configuration.protect_by,
