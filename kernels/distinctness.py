@@ -1,4 +1,4 @@
-"""How unlike the others the candidates are: the two kernels that ``distinctness`` adds to a scoring.
+"""How unlike the others the candidates are: two kernels that ``distinctness`` adds to the scoring.
 
 Per head, with n candidates, the values of the window as the rows of Y [W, D], and a floor r, which
 is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
@@ -8,23 +8,23 @@ is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
     length[j]^2 = (|v[j]|^2 - |B v[j]|^2) / r,  B = L^-1 Y with L L^T = Y Y^T + r I
     distinctness[j] = (1 - similarity[j]) * (max_d v[j] - min_d v[j]) * length[j]
 
-``torch_distinctness.py`` is the same in plain torch, and says where it comes from. The sum u must be
-complete before the first product with it, so a third pass over K comes first:
+``torch_distinctness.py`` is the same in plain torch, and says where it comes from. The sum u must
+be complete before the first product with it, so a third pass over K comes first:
 
-1. ``key_statistics``: s, and of every split of the candidates its part of u. The first split's
-   program also makes B, which is a chain of W short steps, while the others read K.
-2. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone, and writes ``k[j] . u`` beside the
-   scores: it has K in shared memory.
-3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the distinctness
-   in the place of the value range.
+1. ``key_statistics``: s, and of every split of the candidates its part of u. The program of the
+   first split also makes B, a chain of W short steps, while the others read K.
+2. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone, and writes ``k[j] . u`` beside
+   the scores, for it has K in shared memory.
+3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
+   distinctness in the place of the value range.
 
 Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py``: 1 MiB of K,
-2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v, and for B 2 * 64 * 64 * 192 = 1.6 MFLOP in 64 steps that
-wait for one another.
+2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v, and for B 64 steps that wait for one another, of
+2 * 64 * 192 operations each.
 
-B is multiplied as the sum of two numbers of the cache's dtype, of which V is already: 16 bits of it
-count in bf16 and 22 in fp16. One bf16 number would not do. The difference of the squares loses the
-digits of ``(largest eigenvalue + r) / r``, which is up to ``D / ridge + 1``: 1281.
+V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
+count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the squares
+loses the digits of ``(largest eigenvalue + r) / r``, which is up to ``D / ridge + 1``: 1281.
 """
 
 from collections.abc import Iterator
@@ -261,7 +261,7 @@ def key_launch(
     own = dict(
         ridge=ridge,
         SAMPLE_ROWS=padded_window(arguments["WINDOW"]),
-        KEY_TILE=KEY_TILE,
+        KEY_TILE=KEY_TILE if element_size(arguments) == 2 else KEY_TILE // 2,
         num_warps=8,
     )
     parts = some(scratch, "key_scales", "key_sums", "bases", "floors")
@@ -280,9 +280,15 @@ def value_launches(
         num_programs, arguments, scratch: see :func:`key_launch`.
         limits: of the device.
     """
-    window, element_size = arguments["WINDOW"], arguments["KV_TYPE"].primitive_bitwidth // 8
-    tile = distinctness_tile(window, arguments["HEAD_SIZE"], element_size, limits)
+    window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
+    tile = distinctness_tile(window, head_size, element_size(arguments), limits)
     own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps)
     parts = some(scratch, "key_scales", "key_products", "bases", "floors", "ordered")
     for chunk in range(cdiv(window, tile.rows)):
         yield Launch(value_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
+
+
+def element_size(arguments: dict[str, Any]) -> int:
+    """Bytes of an element of the cache that the arguments of a kernel are for."""
+    num_bits: int = arguments["KV_TYPE"].primitive_bitwidth
+    return num_bits // 8

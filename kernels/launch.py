@@ -198,7 +198,7 @@ def distinctness_tile(
 
 
 def padded_window(window: int) -> int:
-    """Rows of a tile that holds one vector for each token of a window: at least 16 for a product."""
+    """Rows of a tile with a vector for each token of a window: at least 16, for a product."""
     return max(16, triton.next_power_of_2(window))
 
 

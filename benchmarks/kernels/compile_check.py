@@ -15,8 +15,8 @@ says what it takes of an SM, and of the loop over K tiles what a warp issues for
 - such a loop has more instructions than were recorded in benchmarks/results/kernels/; with --device
   not where they were recorded with another version of Triton.
 
-A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``), under
-the policies ``vase`` and ``distinct``.
+A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``) under
+``vase`` and under ``distinct``.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def test_the_numbers_are_those_of_the_definition(data):
 
 
 def test_a_basis_of_one_bf16_number_each_would_not_do():
-    """In two parts it has the digits that the difference of squares needs, and in one it has not."""
+    """In two parts it has the digits that the difference of squares needs, in one it has not."""
 
     def fill(keys, values, queries):
         # Nearly all of every value lies along a direction that the window has.
@@ -167,7 +167,7 @@ def test_group_size(group_size):
 
 @pytest.mark.parametrize("window", [1, 5, 13, 32, 70], ids="W={}".format)
 def test_odd_window(window):
-    """Of 70 the whitening's basis is read in several tiles: what is left goes from one to the next."""
+    """Of 70 the basis is read in two tiles: what the first leaves over goes on to the second."""
     check(case(EvictionParameters(**fields(budget=100, window=window)), num_kv_heads=1))
 
 
@@ -232,8 +232,8 @@ def test_sequences_with_budgets_of_their_own():
 
 def test_more_heads_than_the_scratch_memory_holds():
     sequences = tuple(due(DISTINCT, key=key) for key in (1, 2, 3))
-    # 12 heads in room for 5: three parts. A head has 4 numbers for each of 48 candidates, 2 for each
-    # of 16 query rows, the sum of the keys, the whitening's basis and its floor.
+    # 12 heads in room for 5: three parts. A head has 4 numbers for each of 48 candidates, 2 for
+    # each of 16 query rows, the sum of the keys, the whitening's basis and its floor.
     words = 4 * 48 + 2 * 16 + 64 + 8 * 64 + 1
     changes = dict(scratch_bytes=5 * 4 * words + 16, num_splits=1)
     check(Case(DISTINCT, sequences, layers=(1, 2), **changes))
