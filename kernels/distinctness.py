@@ -23,8 +23,9 @@ Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scorin
 2 * 64 * 192 operations each.
 
 V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
-count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the squares
-loses the digits of ``(largest eigenvalue + r) / r``, which is up to ``D / ridge + 1``: 1281.
+count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the
+squares loses the digits of ``(largest eigenvalue + r) / r``, which is up to ``D / ridge + 1``:
+1281 with a ridge of 0.1.
 """
 
 from collections.abc import Iterator
