@@ -42,7 +42,15 @@ from vase_vllm.kernels.launch import (
     distinctness_tile,
     padded_window,
 )
-from vase_vllm.kernels.paged import Batch, load_task, load_vectors, slot_pointers, task_pages
+from vase_vllm.kernels.paged import (
+    Batch,
+    cell_pointers,
+    load_task,
+    load_vectors,
+    slot_blocks,
+    slot_pointers,
+    task_pages,
+)
 from vase_vllm.kernels.scoring import multiply, row_range, split_range
 from vase_vllm.kernels.scratch import some
 from vase_vllm.kernels.selection import HIGHEST, ordered_bits
@@ -135,9 +143,7 @@ def key_statistics(
         )
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         if split == 0:
-            sample, squares = window_sample(
-                pages, task.candidates, WINDOW, SAMPLE_ROWS, HEAD_SIZE
-            )
+            sample, squares = window_sample(pages, task.candidates, WINDOW, SAMPLE_ROWS, HEAD_SIZE)
             floor = tl.maximum(ridge * tl.sum(squares, axis=0) / HEAD_SIZE, LEAST_FLOOR)
             vectors = sample.to(KV_TYPE)
             gram = multiply(vectors, tl.trans(vectors), EXACT)
@@ -150,10 +156,15 @@ def key_statistics(
         key_scales += local_task.to(tl.int64) * capacity
         unit_sum = tl.zeros([KEY_TILE, triton.next_power_of_2(HEAD_SIZE)], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in tl.range(begin, end, KEY_TILE, num_stages=3):
-            slots = start + tl.arange(0, KEY_TILE)
+            slots = start + lanes
             live = slots < end
-            cells = slot_pointers(pages, slots, live)
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that two tiles can be on their way while this one is worked on.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end)
             keys = load_vectors(cells, live, 0, HEAD_SIZE).to(tl.float32)
             scale = 1.0 / (tl.sqrt(tl.sum(keys * keys, axis=1)) + LEAST_LENGTH)
             tl.store(key_scales + slots, scale, mask=live)
@@ -220,13 +231,18 @@ def value_distinctness(
         low = (basis - high.to(tl.float32)).to(KV_TYPE)
         floor = tl.load(floors + local_task)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in tl.range(begin, end, KEY_TILE, num_stages=3):
-            slots = start + tl.arange(0, KEY_TILE)
+            slots = start + lanes
             live = slots < end
-            cells = slot_pointers(pages, slots, live)
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that two tiles can be on their way while this one is worked on.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end)
             vectors = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
             parts = multiply(vectors, tl.trans(high), EXACT)
-            if KV_TYPE != tl.float32:
+            if tl.float32 != KV_TYPE:
                 parts += multiply(vectors, tl.trans(low), EXACT)
             values = vectors.to(tl.float32)
             left = tl.sum(values * values, axis=1)
@@ -249,7 +265,11 @@ def value_distinctness(
 
 
 def key_launch(
-    num_programs: int, arguments: dict[str, Any], scratch: dict[str, torch.Tensor], ridge: float
+    num_programs: int,
+    arguments: dict[str, Any],
+    scratch: dict[str, torch.Tensor],
+    limits: DeviceLimits,
+    ridge: float,
 ) -> Launch:
     """The launch of ``key_statistics``.
 
@@ -257,6 +277,7 @@ def key_launch(
         num_programs: heads times splits.
         arguments: those that all kernels have which read K or V.
         scratch: the parts of the scratch memory by name.
+        limits: of the device.
         ridge: see ``EvictionParameters``.
     """
     own = dict(
@@ -264,6 +285,8 @@ def key_launch(
         SAMPLE_ROWS=padded_window(arguments["WINDOW"]),
         KEY_TILE=KEY_TILE if element_size(arguments) == 2 else KEY_TILE // 2,
         num_warps=8,
+        # Two programs share an SM, where this causes no spills.
+        maxnreg=255 if limits.capability == 10 else 128,
     )
     parts = some(scratch, "key_scales", "key_sums", "bases", "floors")
     return Launch(key_statistics, num_programs, arguments | parts | own)
@@ -278,8 +301,7 @@ def value_launches(
     """The launches of ``value_distinctness``, one tile of the basis after the other.
 
     Args:
-        num_programs, arguments, scratch: see :func:`key_launch`.
-        limits: of the device.
+        num_programs, arguments, scratch, limits: see :func:`key_launch`.
     """
     window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
     tile = distinctness_tile(window, head_size, element_size(arguments), limits)

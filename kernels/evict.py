@@ -217,7 +217,7 @@ class PagedEviction:
             part = dict(task_offset=offset, **common)
             if self._by_distinctness:
                 ridge = self.parameters.ridge
-                yield key_launch(num * num_splits, part | streaming, scratch, ridge)
+                yield key_launch(num * num_splits, part | streaming, scratch, limits, ridge)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
@@ -275,9 +275,7 @@ class PagedEviction:
         """The parts of the scratch memory, by the kernels' names for them."""
         memory = self.scratch
         if memory is None:
-            memory = torch.empty(
-                plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device
-            )
+            memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device)
         return self._head.divide(memory, plan.tasks_per_launch, plan.capacity, plan.num_splits)
 
     def _common_arguments(self, plan: LaunchPlan) -> dict[str, Any]:

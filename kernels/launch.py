@@ -189,7 +189,7 @@ def distinctness_tile(
         # fp32 products run on the FMA units, whose operands are registers.
         return DistinctnessTile(rows=min(rows, 32), keys=32, num_warps=8)
     vector = triton.next_power_of_2(head_size) * element_size
-    while (2 * rows + V_TILES * keys) * vector + 1024 > limits.shared_memory and rows > 16:
+    while (2 * rows + V_TILES * keys) * vector + 1024 > limits.shared_memory:
         if keys > 32:
             keys = 32
         else:

@@ -25,9 +25,7 @@ class HeadScratch:
     sample_shape: tuple[int, int] | None = None
 
     @classmethod
-    def of(
-        cls, parameters: EvictionParameters, group_size: int, head_size: int
-    ) -> "HeadScratch":
+    def of(cls, parameters: EvictionParameters, group_size: int, head_size: int) -> "HeadScratch":
         """What these parameters need of a layer with G query heads to a KV head, of size D."""
         window = parameters.window
         return cls(

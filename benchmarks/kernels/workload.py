@@ -171,7 +171,6 @@ class Workload:
         queries = self.queries(layer, row).cpu().float()
         return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
 
-
     def magnitudes(self, layer: int, row: int) -> torch.Tensor:
         """The reference's numbers that protect the candidates, on the CPU: [H, n] fp32."""
         shape, parameters = self.shape, self.shape.parameters

@@ -78,9 +78,7 @@ class DistinctPolicy(ProtectingPolicy):
         unlike = distinctness(
             candidates.keys, candidates.values, candidates.window_values, self.ridge
         )
-        return vase_priority(
-            attention, unlike, None, limits.fixed, self.num_protected(limits)
-        )
+        return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
         """See :meth:`Policy.fused`; the kernel keeps no numbers from one eviction to the next."""
