@@ -226,9 +226,12 @@ def value_distinctness(
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         out = local_task.to(tl.int64) * capacity
         bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
-        basis = load_basis(bases, chunk * ROW_TILE, WINDOW, ROW_TILE, HEAD_SIZE)
-        high = basis.to(KV_TYPE)
-        low = (basis - high.to(tl.float32)).to(KV_TYPE)
+        if tl.float32 != KV_TYPE:
+            basis = load_basis(bases, chunk * ROW_TILE, WINDOW, ROW_TILE, HEAD_SIZE)
+            high = basis.to(KV_TYPE)
+            low = (basis - high.to(tl.float32)).to(KV_TYPE)
+            # Transposed here, they are copied to shared memory once, and not in every round.
+            high, low = tl.trans(high), tl.trans(low)
         floor = tl.load(floors + local_task)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         lanes = tl.arange(0, KEY_TILE)
@@ -241,9 +244,13 @@ def value_distinctness(
             ahead = slots + KEY_TILE
             blocks = slot_blocks(pages, ahead, ahead < end)
             vectors = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
-            parts = multiply(vectors, tl.trans(high), EXACT)
-            if tl.float32 != KV_TYPE:
-                parts += multiply(vectors, tl.trans(low), EXACT)
+            if tl.float32 == KV_TYPE:
+                # In the loop: operands of fp32 products that outlive it would fill the registers.
+                basis = load_basis(bases, chunk * ROW_TILE, WINDOW, ROW_TILE, HEAD_SIZE)
+                parts = multiply(vectors, tl.trans(basis), EXACT)
+            else:
+                parts = multiply(vectors, high, EXACT)
+                parts += multiply(vectors, low, EXACT)
             values = vectors.to(tl.float32)
             left = tl.sum(values * values, axis=1)
             if NUM_CHUNKS > 1:
@@ -280,13 +287,15 @@ def key_launch(
         limits: of the device.
         ridge: see ``EvictionParameters``.
     """
+    is_half, is_large = element_size(arguments) == 2, arguments["HEAD_SIZE"] > 128
+    # Two programs share an SM, where this causes no spills; an fp32 product takes many registers.
+    paired = is_half and not is_large and limits.capability != 10
     own = dict(
         ridge=ridge,
         SAMPLE_ROWS=padded_window(arguments["WINDOW"]),
-        KEY_TILE=KEY_TILE if element_size(arguments) == 2 else KEY_TILE // 2,
-        num_warps=8,
-        # Two programs share an SM, where this causes no spills.
-        maxnreg=255 if limits.capability == 10 else 128,
+        KEY_TILE=KEY_TILE if is_half else KEY_TILE // 2,
+        num_warps=8 if is_half else 16,
+        maxnreg=128 if paired or not is_half else 255,
     )
     parts = some(scratch, "key_scales", "key_sums", "bases", "floors")
     return Launch(key_statistics, num_programs, arguments | parts | own)
@@ -305,7 +314,7 @@ def value_launches(
     """
     window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
     tile = distinctness_tile(window, head_size, element_size(arguments), limits)
-    own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps)
+    own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps, maxnreg=255)
     parts = some(scratch, "key_scales", "key_products", "bases", "floors", "ordered")
     for chunk in range(cdiv(window, tile.rows)):
         yield Launch(value_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))

@@ -22,8 +22,6 @@ from vase_vllm.layout.arithmetic import cdiv
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
 KEY_TILE = 64
-V_TILES = 3
-"""Tiles of V that are in shared memory at once where its loop has three stages."""
 SPLIT_OVERHEAD = 2
 """Cost of starting a program and loading its queries, in K tiles of work: an estimate."""
 
@@ -173,10 +171,11 @@ def scoring_tile(
 def distinctness_tile(
     window: int, head_size: int, element_size: int, limits: DeviceLimits
 ) -> DistinctnessTile:
-    """The largest tile of a whitening's basis that fits beside the tiles of V.
+    """The largest tiles of a whitening's basis and of V that fit beside each other.
 
-    The rows of the basis stay in shared memory, in two parts where V is not fp32; V is read once
-    for each tile of them. The rows of a window of 64 fit at once for every GPU up to D = 128.
+    There are two of each: the basis has two parts, or is read anew for each tile of an fp32 V, and
+    one tile of V is on its way. V is read once for each tile of the basis, which has all rows of a
+    window of 64 at once for every GPU up to D = 128.
 
     Args:
         window: W, the rows of the basis.
@@ -184,17 +183,16 @@ def distinctness_tile(
         element_size: bytes of an element of the cache.
         limits: of the device.
     """
-    rows, keys = min(64, padded_window(window)), KEY_TILE
-    if element_size == 4:
-        # fp32 products run on the FMA units, whose operands are registers.
-        return DistinctnessTile(rows=min(rows, 32), keys=32, num_warps=8)
-    vector = triton.next_power_of_2(head_size) * element_size
-    while (2 * rows + V_TILES * keys) * vector + 1024 > limits.shared_memory:
-        if keys > 32:
-            keys = 32
+    padded = triton.next_power_of_2(head_size)
+    # Products in fp32 run on the FMA units, whose operands are registers.
+    largest = 32 if element_size == 4 else 64
+    rows, keys = min(largest, padded_window(window)), largest
+    while 2 * (rows + keys) * padded * element_size + 2048 > limits.shared_memory:
+        if keys > 32 or rows == 16:
+            keys //= 2
         else:
             rows //= 2
-    return DistinctnessTile(rows, keys, num_warps=4)
+    return DistinctnessTile(rows, keys, 8 if padded > 128 or element_size == 4 else 4)
 
 
 def padded_window(window: int) -> int:

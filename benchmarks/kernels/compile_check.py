@@ -102,7 +102,7 @@ def key_loop(launch: Launch, code: MachineCode) -> Loop | None:
         return None
     if launch.kernel is key_statistics:
         # It multiplies nothing, and another of its loops, the whitening, has more additions.
-        return code.loop_of(WIDE_ASYNC_LOAD)
+        return code.loop_of(WIDE_ASYNC_LOAD, shortest=True)
     return code.loop_of(FUSED_MULTIPLY_ADD if launch.arguments["EXACT"] else TENSOR_CORE)
 
 

@@ -101,10 +101,8 @@ CONFIGURATIONS = (
         replace(shape, sampling="greedy", protect_by="distinctness")
         for shape in (
             Configuration(64, 8),
-            Configuration(96, 1),
             Configuration(128, 4, torch.float32),
             Configuration(256, 4),
-            Configuration(256, 2, torch.float32),
         )
     ),
 )

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from tests.kernels.paged_case import Case, Pool, Sequence, check
 from tests.oracle.policies import distinctness as squared_length
-from vase_vllm.kernels.launch import HEAD_SIZES, INTERPRETER_LIMITS, V_TILES, DeviceLimits
+from vase_vllm.kernels.launch import HEAD_SIZES, INTERPRETER_LIMITS, DeviceLimits
 from vase_vllm.kernels.launch import distinctness_tile as tile_of
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.torch_distinctness import distinctness
@@ -301,7 +301,7 @@ def test_the_basis_and_the_tiles_of_v_fit(window, head_size, shared_memory):
     limits = DeviceLimits(132, shared_memory * 1024, 9)
     tile = tile_of(window, head_size, 2, limits)
     padded = 1 << (head_size - 1).bit_length()
-    # The basis in two parts.
-    needed = (2 * tile.rows + V_TILES * tile.keys) * padded * 2
+    # The basis in two parts, and two tiles of V.
+    needed = 2 * (tile.rows + tile.keys) * padded * 2
     assert needed <= limits.shared_memory
     assert tile.rows >= min(window, 64) or padded == 256
