@@ -20,6 +20,9 @@ queries and need the third kernel alone: ``uniform`` gives every candidate a sco
 Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
+Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
+more kernels, which ``distinctness.py`` describes.
+
 What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
 ``launch.py``. No launch has been timed yet; ``benchmarks/kernels/eviction.py`` does that.
 """
@@ -27,6 +30,7 @@ What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads b
 import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,20 +44,20 @@ from vase_vllm.kernels.checks import (
     check_slot_priority,
     check_tensor,
 )
+from vase_vllm.kernels.distinctness import key_launch, value_launches
 from vase_vllm.kernels.launch import (
-    SCRATCH_BYTES,
     DeviceLimits,
     Launch,
     LaunchPlan,
     ScoringTile,
     device_limits,
-    padded_words,
     plan_launch,
     run_launches,
     scoring_tile,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
+from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch, some
 from vase_vllm.kernels.selection import select_and_move
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
@@ -198,25 +202,32 @@ class PagedEviction:
         Scratch memory is allocated here, unless it was given.
         """
         tile = scoring_tile(
-            self._num_query_rows, self._head_size, self.kv_cache.element_size(), limits
+            self._head.num_rows, self._head_size, self.kv_cache.element_size(), limits
         )
         plan = self._plan(tile, limits)
-        num_splits = plan.num_splits
-        scores, ordered, maxima, sums = self._scratch_rows(plan)
+        num_splits, num_chunks = plan.num_splits, cdiv(self._head.num_rows, tile.queries)
+        scratch = self._scratch(plan)
         common = self._common_arguments(plan)
-        results = dict(scores=scores.view(torch.float32), ordered=ordered)
-        statistics = dict(maxima=maxima.view(torch.float32), sums=sums.view(torch.float32))
-        scoring = statistics | self._scoring_arguments(tile, num_splits)
+        streaming = dict(num_splits=num_splits, EXACT=self._is_exact)
+        scoring = streaming | self._scoring_arguments(tile) | some(scratch, "maxima", "sums")
+        results = some(scratch, "scores", "ordered")
         selecting = results | self._selecting_arguments()
-        num_chunks = cdiv(self._num_query_rows, tile.queries)
         for offset in range(0, self._num_tasks, plan.tasks_per_launch):
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
+            if self._by_distinctness:
+                ridge = self.parameters.ridge
+                yield key_launch(num * num_splits, part | streaming, scratch, limits, ridge)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
-                chunked = part | scoring | results | dict(chunk=chunk)
+                # The keys are multiplied with their sum once, not with every tile of the queries.
+                of_keys = scratch if chunk == 0 else {}
+                products = {name: of_keys.get(name) for name in ("key_sums", "key_products")}
+                chunked = part | scoring | results | products | dict(chunk=chunk)
                 yield Launch(candidate_scores, num * num_splits, chunked)
+            if self._by_distinctness:
+                yield from value_launches(num * num_splits, part | streaming, scratch, limits)
             yield Launch(select_and_move, num, part | selecting)
 
     @property
@@ -224,9 +235,17 @@ class PagedEviction:
         return self.parameters.scoring == "attention"
 
     @property
-    def _num_query_rows(self) -> int:
-        """Query rows of a KV head, G * W; 0 if no attention is scored."""
-        return self.group_size * self.parameters.window if self._scores_attention else 0
+    def _by_distinctness(self) -> bool:
+        return self.parameters.protect_by == "distinctness"
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether products have fp32 operands: the interpreter multiplies bf16 wrongly."""
+        return self.kv_cache.dtype == torch.float32 or self.kv_cache.device.type == "cpu"
+
+    @cached_property
+    def _head(self) -> HeadScratch:
+        return HeadScratch.of(self.parameters, self.group_size, self._head_size)
 
     @property
     def _head_size(self) -> int:
@@ -245,27 +264,22 @@ class PagedEviction:
         return plan_launch(
             self._num_tasks,
             self._max_candidates,
-            self._num_query_rows,
+            self._head,
             SCRATCH_BYTES if self.scratch is None else len(self.scratch),
             tile,
             limits,
             self.num_splits,
         )
 
-    def _scratch_rows(self, plan: LaunchPlan) -> tuple[torch.Tensor, ...]:
-        """Scores, ordered bits, maxima and sums of one launch's tasks: four int32 tensors."""
-        scratch = self.scratch
-        if scratch is None:
-            scratch = torch.empty(
-                plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device
-            )
-        per_candidate = plan.tasks_per_launch * plan.capacity
-        per_split = plan.tasks_per_launch * padded_words(plan.num_splits * self._num_query_rows)
-        words = scratch[: plan.scratch_bytes].view(torch.int32)
-        return words.split([per_candidate, per_candidate, per_split, per_split])
+    def _scratch(self, plan: LaunchPlan) -> dict[str, torch.Tensor]:
+        """The parts of the scratch memory, by the kernels' names for them."""
+        memory = self.scratch
+        if memory is None:
+            memory = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=self.kv_cache.device)
+        return self._head.divide(memory, plan.tasks_per_launch, plan.capacity, plan.num_splits)
 
     def _common_arguments(self, plan: LaunchPlan) -> dict[str, Any]:
-        """Arguments of all three kernels."""
+        """Arguments of all kernels."""
         counts = self.counts
         if counts is None:
             of_row = torch.tensor(self.parameters.counts, dtype=torch.int32)
@@ -285,19 +299,15 @@ class PagedEviction:
             slot_stride=self.kv_cache.stride(2),
             KV_TYPE=TRITON_TYPES[self.kv_cache.dtype],
             WINDOW=self.parameters.window,
-            GROUP=self.group_size,
             HEAD_SIZE=self._head_size,
             BLOCK_SIZE=self.kv_cache.shape[2],
         )
 
-    def _scoring_arguments(self, tile: ScoringTile, num_splits: int) -> dict[str, Any]:
+    def _scoring_arguments(self, tile: ScoringTile) -> dict[str, Any]:
         """Arguments of the two kernels that score attention."""
-        dtype, device = self.kv_cache.dtype, self.kv_cache.device
         return dict(
-            num_splits=num_splits,
             scale=self.softmax_scale / self.parameters.temperature * math.log2(math.e),
-            # The interpreter multiplies bf16 wrongly.
-            EXACT=dtype == torch.float32 or device.type == "cpu",
+            GROUP=self.group_size,
             QUERY_TILE=tile.queries,
             KEY_TILE=tile.keys,
             num_warps=tile.num_warps,
@@ -318,6 +328,7 @@ class PagedEviction:
             seed_high=_signed(parameters.seed >> 32),
             first_kv_head=self.first_kv_head,
             SCORING=parameters.scoring,
+            GROUP=self.group_size,
             GUMBEL=parameters.sampling == "gumbel",
             SMOOTHING=parameters.smoothing,
             TILE=SELECT_TILE,

@@ -17,12 +17,11 @@ import torch
 import triton
 
 from vase_vllm.kernels.scoring import MAX_SPLITS
+from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch, padded_words
 from vase_vllm.layout.arithmetic import cdiv
 
 HEAD_SIZES = (64, 96, 128, 192, 256)
 KEY_TILE = 64
-SCRATCH_BYTES = 64 * 2**20
-"""The most scratch memory of a launch that is worth having."""
 SPLIT_OVERHEAD = 2
 """Cost of starting a program and loading its queries, in K tiles of work: an estimate."""
 
@@ -64,6 +63,21 @@ class ScoringTile:
     num_stages: int
     programs_per_sm: int
     max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class DistinctnessTile:
+    """Tile of the launch that measures the distinctness of the values.
+
+    Attributes:
+        rows: of the whitening's basis; they stay in shared memory.
+        keys: candidates per step.
+        num_warps: warps of a program.
+    """
+
+    rows: int
+    keys: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -153,21 +167,40 @@ def scoring_tile(
         queries //= 2
 
 
-def scratch_per_task(capacity: int, num_rows: int, num_splits: int) -> int:
-    """Bytes of scratch memory of a task: 8 per candidate, and 8 per query row and split."""
-    return 8 * (capacity + padded_words(num_splits * num_rows))
+@lru_cache
+def distinctness_tile(
+    window: int, head_size: int, element_size: int, limits: DeviceLimits
+) -> DistinctnessTile:
+    """The largest tiles of a whitening's basis and of V that fit beside each other.
 
+    There are two of each: the basis has two parts, or is read anew for each tile of an fp32 V, and
+    one tile of V is on its way. V is read once for each tile of the basis, which has all rows of a
+    window of 64 at once for every GPU up to D = 128.
 
-def padded_words(num_words: int) -> int:
-    """Words of a task's row of scratch memory.
-
-    They are so many that every part of the memory is aligned, however many tasks there are: Triton
-    compiles a kernel anew for an address that is not.
+    Args:
+        window: W, the rows of the basis.
+        head_size: D.
+        element_size: bytes of an element of the cache.
+        limits: of the device.
     """
-    return cdiv(num_words, 16) * 16
+    padded = triton.next_power_of_2(head_size)
+    # Products in fp32 run on the FMA units, whose operands are registers.
+    largest = 32 if element_size == 4 else 64
+    rows, keys = min(largest, padded_window(window)), largest
+    while 2 * (rows + keys) * padded * element_size + 2048 > limits.shared_memory:
+        if keys > 32 or rows == 16:
+            keys //= 2
+        else:
+            rows //= 2
+    return DistinctnessTile(rows, keys, 8 if padded > 128 or element_size == 4 else 4)
 
 
-def scratch_size(num_tasks: int, max_candidates: int, num_rows: int) -> int:
+def padded_window(window: int) -> int:
+    """Rows of a tile with a vector for each token of a window: at least 16, for a product."""
+    return max(16, triton.next_power_of_2(window))
+
+
+def scratch_size(num_tasks: int, max_candidates: int, head: HeadScratch) -> int:
     """Bytes of scratch memory that are worth having for evictions of up to this size.
 
     What all tasks need at once with every split that there may be, but no more than
@@ -176,17 +209,17 @@ def scratch_size(num_tasks: int, max_candidates: int, num_rows: int) -> int:
     Args:
         num_tasks: due sequences * layers * KV heads, at most.
         max_candidates: candidates of a head, at most.
-        num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
+        head: what else decides how much a head needs.
     """
     capacity = padded_words(max_candidates)
-    all_tasks = num_tasks * scratch_per_task(capacity, num_rows, MAX_SPLITS)
-    return max(min(all_tasks, SCRATCH_BYTES), scratch_per_task(capacity, num_rows, 1))
+    all_tasks = num_tasks * head.num_bytes(capacity, MAX_SPLITS)
+    return max(min(all_tasks, SCRATCH_BYTES), head.num_bytes(capacity, 1))
 
 
 def plan_launch(
     num_tasks: int,
     max_candidates: int,
-    num_rows: int,
+    head: HeadScratch,
     scratch_bytes: int,
     tile: ScoringTile,
     limits: DeviceLimits,
@@ -204,7 +237,8 @@ def plan_launch(
     >>> h200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
     >>> tile = scoring_tile(num_rows=256, head_size=128, element_size=2, limits=h200)
     >>> for num_due in (1, 4, 64):
-    ...     plan = plan_launch(num_due * 36 * 8, 4096, 256, SCRATCH_BYTES, tile, h200)
+    ...     num_heads, head = num_due * 36 * 8, HeadScratch(num_rows=256)
+    ...     plan = plan_launch(num_heads, 4096, head, SCRATCH_BYTES, tile, h200)
     ...     print(plan.tasks_per_launch, plan.num_splits)
     288 4
     1152 2
@@ -213,7 +247,7 @@ def plan_launch(
     Args:
         num_tasks: due sequences * layers * KV heads.
         max_candidates: candidates of the head that has most.
-        num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
+        head: what else decides how much scratch memory a head needs.
         scratch_bytes: bound on the scratch memory.
         tile: of the scoring launches.
         limits: of the device.
@@ -224,10 +258,10 @@ def plan_launch(
     """
     capacity = padded_words(max_candidates)
     num_tiles, num_slots = cdiv(capacity, tile.keys), limits.num_sms * tile.programs_per_sm
-    choices = range(1, min(MAX_SPLITS, num_tiles) + 1) if num_rows else (1,)
+    choices = range(1, min(MAX_SPLITS, num_tiles) + 1) if head.num_rows else (1,)
     best: tuple[int, LaunchPlan] | None = None
     for splits in choices if num_splits is None else (num_splits,):
-        per_task = scratch_per_task(capacity, num_rows, splits)
+        per_task = head.num_bytes(capacity, splits)
         if per_task > scratch_bytes:
             break
         num_launches = cdiv(num_tasks, min(num_tasks, scratch_bytes // per_task))
@@ -239,6 +273,6 @@ def plan_launch(
     if best is None:
         raise ValueError(
             f"scratch of {scratch_bytes} bytes is too small for {max_candidates} candidates: "
-            f"{scratch_per_task(capacity, num_rows, num_splits or 1)} are needed"
+            f"{head.num_bytes(capacity, num_splits or 1)} are needed"
         )
     return best[1]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 Sampling = Literal["gumbel", "greedy"]
 Scoring = Literal["attention", "uniform", "age"]
+ProtectBy = Literal["value_range", "distinctness"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class EvictionParameters:
     Attributes:
         budget: tokens that a sequence holds right after an eviction, the window included.
         window: newest tokens; never evicted, their queries score the rest. Also the period.
-        protected: candidates kept for their large value range; the sinks count among them.
+        protected: candidates kept for the largest number that ``protect_by`` names; the sinks
+            count among them.
         sinks: first slots of the sequence, a kept prompt among them; always protected.
         smoothing: odd width of the average pooling over slots; 1 is off.
         temperature: divides the attention logits before the softmax.
@@ -61,6 +63,11 @@ class EvictionParameters:
             the window's queries pay them. ``uniform``: all have score 1, so that the draw is
             uniform. ``age``: a number that the caller gives for each slot, such as the position of
             its token; the largest survive. The last two protect the sinks alone.
+        protect_by: ``value_range``: the range of the value over its elements. ``distinctness``: how
+            unlike the others the key and the value are (``torch_distinctness.py``); with scoring
+            ``attention`` alone.
+        ridge: of the distinctness, above 0: how much a value counts in directions that the window's
+            values do not have.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.
@@ -75,6 +82,8 @@ class EvictionParameters:
     sampling: Sampling = "gumbel"
     seed: int = 0
     scoring: Scoring = "attention"
+    protect_by: ProtectBy = "value_range"
+    ridge: float = 0.1
 
     @classmethod
     def of(
@@ -112,8 +121,15 @@ class EvictionParameters:
             raise ValueError(f"protected must be in [sinks, budget - window], got {self.protected}")
         if self.smoothing < 1 or self.smoothing % 2 == 0:
             raise ValueError(f"smoothing must be odd and positive, got {self.smoothing}")
+        if self.ridge <= 0:
+            raise ValueError(f"ridge must be above 0, got {self.ridge}")
         if self.scoring == "attention":
             return
+        if self.protect_by != "value_range":
+            raise ValueError(
+                f"protect_by must be 'value_range' with scoring {self.scoring!r}, "
+                f"got {self.protect_by!r}"
+            )
         if self.protected != self.sinks:
             raise ValueError(
                 f"protected must equal sinks ({self.sinks}) with scoring {self.scoring!r}, "

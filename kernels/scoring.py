@@ -161,6 +161,17 @@ def merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS: tl.constex
 
 
 @triton.jit
+def merged_key_sum(key_sums, task, num_splits, HEAD_SIZE: tl.constexpr):
+    """The sum of the unit keys over all splits of a task: [D] fp32, padded with zeros."""
+    splits = tl.arange(0, _MAX_SPLITS)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+    vectors = task.to(tl.int64) * num_splits + splits
+    live = (splits < num_splits)[:, None] & (dims < HEAD_SIZE)[None, :]
+    parts = tl.load(key_sums + vectors[:, None] * HEAD_SIZE + dims[None, :], mask=live, other=0.0)
+    return tl.sum(parts, axis=0)
+
+
+@triton.jit
 def row_range(x, live):
     """``max - min`` of each row of ``x`` over its live columns."""
     highest = tl.max(tl.where(live[None, :], x, float("-inf")), axis=1)
@@ -176,8 +187,10 @@ def candidate_scores(
     positions,  # [R] int32 or int64
     maxima,  # [tasks, splits, G * W] fp32
     sums,  # [tasks, splits, G * W] fp32
+    key_sums,  # [tasks, splits, D] fp32; None where the value range protects
     scores,  # [tasks, capacity] fp32, out: sum over the query rows, before pooling
-    ordered,  # [tasks, capacity] int32, out: ordered bits of the value range
+    ordered,  # [tasks, capacity] int32, out without key_sums: ordered bits of the value range
+    key_products,  # [tasks, capacity] fp32, out with key_sums: products of the keys with their sum
     task_offset,
     num_splits,
     capacity,
@@ -198,7 +211,10 @@ def candidate_scores(
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
 ):
-    """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split."""
+    """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
+
+    With ``key_sums`` V is left to ``value_distinctness``, and ``k . key_sum`` is written.
+    """
     ROWS: tl.constexpr = GROUP * WINDOW
     NUM_CHUNKS: tl.constexpr = (ROWS + QUERY_TILE - 1) // QUERY_TILE
     program = tl.program_id(0)
@@ -213,7 +229,9 @@ def candidate_scores(
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         out = local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
-        if chunk == 0:
+        if key_sums is not None:
+            key_sum = merged_key_sum(key_sums, local_task, num_splits, HEAD_SIZE)
+        elif chunk == 0:
             for start in tl.range(begin, end, KEY_TILE, num_stages=3):
                 slots = start + tl.arange(0, KEY_TILE)
                 live = slots < end
@@ -237,7 +255,11 @@ def candidate_scores(
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
             blocks = slot_blocks(pages, ahead, ahead < end)
-            logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
+            keys = load_vectors(cells, live, 0, HEAD_SIZE)
+            if key_sums is not None:
+                product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
+                tl.store(key_products + out + slots, product, mask=live)
+            logits = multiply(queries, tl.trans(keys), EXACT) * scale
             score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
             if NUM_CHUNKS > 1:
                 score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)

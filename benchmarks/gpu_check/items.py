@@ -57,7 +57,7 @@ ITEMS = (
     ),
     Item(
         "engine-plain-torch",
-        module("gpu_check.engine", "--backend", "TRITON_ATTN", "--policy", "distinct"),
+        module("gpu_check.engine", "--backend", "TRITON_ATTN", "--policy", "h2o"),
         4,
         1,
         ("vllm",),

@@ -15,7 +15,8 @@ says what it takes of an SM, and of the loop over K tiles what a warp issues for
 - such a loop has more instructions than were recorded in benchmarks/results/kernels/; with --device
   not where they were recorded with another version of Triton.
 
-A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``).
+A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``) under
+``vase`` and under ``distinct``.
 """
 
 import argparse
@@ -66,17 +67,21 @@ from benchmarks.kernels.shipped import (  # noqa: E402
     NUM_LAYERS,
     QUICK,
     QWEN3_8B,
+    QWEN3_8B_DISTINCT,
     Configuration,
     shipped_launches,
     source_of,
 )
+from vase_vllm.kernels.distinctness import key_statistics, value_distinctness  # noqa: E402
 from vase_vllm.kernels.launch import DeviceLimits, Launch  # noqa: E402
 from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
+from vase_vllm.kernels.ring import store_ring  # noqa: E402
 from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: E402
 from vase_vllm.kernels.selection import select_and_move  # noqa: E402
 from vase_vllm.layout.arithmetic import cdiv  # noqa: E402
 
-SCORING = (row_statistics, candidate_scores)
+SCORING = (row_statistics, candidate_scores, key_statistics, value_distinctness)
+PREDICTED = {QWEN3_8B: "vase", QWEN3_8B_DISTINCT: "distinct"}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """The tensor-core instruction of each architecture."""
 
@@ -92,9 +97,12 @@ def compile_launch(launch: Launch, architecture: int) -> tuple[MachineCode, int,
 
 
 def key_loop(launch: Launch, code: MachineCode) -> Loop | None:
-    """The loop over K tiles of a kernel that scores."""
+    """The loop over tiles of K, or of V, of a kernel that scores."""
     if launch.kernel not in SCORING:
         return None
+    if launch.kernel is key_statistics:
+        # It multiplies nothing, and another of its loops, the whitening, has more additions.
+        return code.loop_of(WIDE_ASYNC_LOAD, shortest=True)
     return code.loop_of(FUSED_MULTIPLY_ADD if launch.arguments["EXACT"] else TENSOR_CORE)
 
 
@@ -110,9 +118,16 @@ def look_at(
     limits, gpu = ARCHITECTURES[architecture], GPUS[architecture]
     launches = list(shipped_launches(configuration, limits))
     rows, wrong, predictions = [], [], []
-    # Launches that differ in numbers alone are one kernel.
-    for launch in {launch.kernel: launch for launch in launches}.values():
+    # Launches that differ in numbers alone are one kernel. Where distinctness protects, the later
+    # tiles of the query rows are scored as under vase.
+    kernels: dict[Any, Launch] = {}
+    for launch in launches:
+        kernels.setdefault(launch.kernel, launch)
+    for launch in kernels.values():
         if launch.kernel in (select_and_move, remap_sequences) and configuration.repeats():
+            continue
+        if launch.kernel in (store_ring, remap_sequences) and configuration.is_distinct:
+            # Those of another configuration.
             continue
         code, shared, num_warps = compile_launch(launch, architecture)
         loop = key_loop(launch, code)
@@ -133,8 +148,9 @@ def look_at(
             tile = configuration.tile(limits)
             reasons += loop_reasons(row, launch, architecture, tile.programs_per_sm)
         wrong += [f"{' '.join(row.key)}: {reason}" for reason in reasons]
-        if configuration == QWEN3_8B and loop is not None:
-            predictions += predict(launch, launches, code, loop, row, architecture)
+        if configuration in PREDICTED and loop is not None:
+            policy = PREDICTED[configuration]
+            predictions += predict(policy, launch, launches, code, loop, row, architecture)
     return rows, wrong, predictions
 
 
@@ -168,7 +184,7 @@ def loop_reasons(
     if launch.arguments["EXACT"]:
         # Products in fp32 have no tensor cores, and their tiles are small.
         return
-    if row.tensor != TENSOR_CORES[architecture]:
+    if launch.kernel is not key_statistics and row.tensor != TENSOR_CORES[architecture]:
         yield f"{row.tensor or 'no'} tensor cores instead of {TENSOR_CORES[architecture]}"
     if not row.loads:
         yield "no asynchronous load of 128 bits"
@@ -177,6 +193,7 @@ def loop_reasons(
 
 
 def predict(
+    policy: str,
     launch: Launch,
     launches: list[Launch],
     code: MachineCode,
@@ -188,20 +205,31 @@ def predict(
     gpu, arguments = GPUS[architecture], launch.arguments
     same = [other for other in launches if other.kernel is launch.kernel]
     num_tiles = cdiv(cdiv(BUDGET, arguments["KEY_TILE"]), arguments["num_splits"])
+    num_rows = rows_multiplied(launch)
     of_keys = LoopCost(
         num_programs=sum(other.num_programs for other in same),
         rounds=num_tiles,
-        operations=2 * arguments["QUERY_TILE"] * arguments["KEY_TILE"] * arguments["HEAD_SIZE"],
+        operations=2 * num_rows * arguments["KEY_TILE"] * arguments["HEAD_SIZE"],
         num_bytes=NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2,
         num_warps=row.warps,
         programs_per_sm=row.programs,
     )
-    name = f"sm_{architecture}", gpu.name
-    yield Prediction(*name, f"{row.kernel}: keys", of_keys.microseconds(loop, gpu))
-    of_values = code.loop_of(VALUE_EXTREME) if launch.kernel is candidate_scores else None
+    name = f"sm_{architecture}", gpu.name, policy
+    streamed = "values" if launch.kernel is value_distinctness else "keys"
+    yield Prediction(*name, f"{row.kernel}: {streamed}", of_keys.microseconds(loop, gpu))
+    ranges_here = launch.kernel is candidate_scores and policy == "vase"
+    of_values = code.loop_of(VALUE_EXTREME) if ranges_here else None
     if of_values is not None:
         cost = replace(of_keys, num_programs=same[0].num_programs, operations=0)
         yield Prediction(*name, f"{row.kernel}: values", cost.microseconds(of_values, gpu))
+
+
+def rows_multiplied(launch: Launch) -> int:
+    """Vectors that a program multiplies every key or value of its tile with."""
+    if launch.kernel is value_distinctness:
+        # The rows of a basis in two parts.
+        return 2 * launch.arguments["ROW_TILE"]
+    return launch.arguments.get("QUERY_TILE", 0)
 
 
 def device_architecture() -> int:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.common.clock import Clock
 from benchmarks.common.results import Rows
-from benchmarks.kernels.policies import parameters_of, snapkv, unscored
+from benchmarks.kernels.policies import distinct, parameters_of, snapkv, unscored
 from benchmarks.kernels.workload import Shape, ring_is_right, wrong_heads
 from vase_vllm.kernels.checks import interpreted
 from vase_vllm.kernels.parameters import EvictionParameters
@@ -24,6 +24,7 @@ def correctness_shapes() -> dict[str, Shape]:
         base = replace(base, parameters=EvictionParameters(40, 8, 10), num_layers=1)
         shapes = {"vase": base, "fp32, long": replace(base, dtype=torch.float32, extra=40)}
         shapes["snapkv"] = replace(base, parameters=snapkv(base.parameters))
+        shapes["distinct"] = replace(base, parameters=distinct(base.parameters))
         for name, parameters in unscored(base.parameters).items():
             shapes[name] = replace(base, parameters=parameters)
         return {f"smoke, {name}": shape for name, shape in shapes.items()}
@@ -41,12 +42,32 @@ def correctness_shapes() -> dict[str, Shape]:
     shapes["HND"] = replace(base, layout="HND")
     shapes["greedy"] = replace(base, parameters=greedy)
     shapes["snapkv"] = replace(qwen3, parameters=snapkv(qwen3.parameters))
+    shapes |= distinct_shapes(base, qwen3)
     for name, parameters in unscored(parameters_of(4096)).items():
         shapes[name] = replace(qwen3, parameters=parameters)
     long = replace(base, dtype=torch.float32, extra=4000)
     for name, parameters in unscored(base.parameters).items():
         shapes[f"{name}, fp32, extra=4000"] = replace(long, parameters=parameters)
     shapes["odd budget"] = replace(base, parameters=EvictionParameters(501, 13, 77))
+    return shapes
+
+
+def distinct_shapes(base: Shape, qwen3: Shape) -> dict[str, Shape]:
+    """Those of the policy ``distinct``, one for each shape of its whitening's tiles."""
+    small = replace(base, parameters=distinct(base.parameters))
+    shapes = {
+        "distinct": replace(qwen3, parameters=distinct(qwen3.parameters)),
+        "distinct, budget 4096": replace(qwen3, parameters=distinct(parameters_of(4096))),
+        "distinct, G=8": replace(qwen3, parameters=distinct(qwen3.parameters), group_size=8),
+        "distinct, extra=4000": replace(small, extra=4000),
+    }
+    for dtype in (torch.float16, torch.float32):
+        shapes[f"distinct, {dtype}"] = replace(small, dtype=dtype)
+    for size in (96, 192, 256):
+        shapes[f"distinct, D={size}"] = replace(small, head_size=size)
+    for window in (13, 100):
+        parameters = distinct(replace(base.parameters, window=window))
+        shapes[f"distinct, W={window}"] = replace(small, parameters=parameters, group_size=1)
     return shapes
 
 

@@ -9,7 +9,8 @@ Correctness comes first: unless every head agrees with the reference, nothing is
 shape of Qwen3-8B (36 layers, 8 KV heads, D = 128, G = 4, W = 64, bf16), the fused eviction is timed
 beside the authors' method in PyTorch, the same under torch.compile, R-KV's rule, and the floor: the
 bytes at measured copy bandwidth or the operations at measured matmul rate, whichever takes longer.
-The policies random and streaming, which score no attention, are timed on the same pages.
+The policies random and streaming, which score no attention, and distinct, which takes two launches
+more, are timed on the same pages.
 
 Each row is written to benchmarks/results/kernels/ as soon as it is measured. What is there of the
 same device, versions, settings and kernels is not measured again.
@@ -44,7 +45,7 @@ from benchmarks.common.results import Rows  # noqa: E402
 from benchmarks.kernels import baselines, xformers_attention  # noqa: E402
 from benchmarks.kernels.correctness import check  # noqa: E402
 from benchmarks.kernels.eviction_report import markdown, number  # noqa: E402
-from benchmarks.kernels.policies import parameters_of, unscored  # noqa: E402
+from benchmarks.kernels.policies import distinct, parameters_of, unscored  # noqa: E402
 from benchmarks.kernels.timing import (  # noqa: E402
     fits,
     machine_rates,
@@ -52,14 +53,10 @@ from benchmarks.kernels.timing import (  # noqa: E402
     time_baselines,
 )
 from benchmarks.kernels.workload import Shape, Workload  # noqa: E402
-from vase_vllm.kernels.launch import (  # noqa: E402
-    SCRATCH_BYTES,
-    device_limits,
-    plan_launch,
-    scoring_tile,
-)
+from vase_vllm.kernels.launch import device_limits, plan_launch, scoring_tile  # noqa: E402
 from vase_vllm.kernels.parameters import EvictionParameters  # noqa: E402
 from vase_vllm.kernels.ring import TritonRingWrite  # noqa: E402
+from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels"
 BUDGETS = (4096, 1024, 2048, 8192)
@@ -80,6 +77,7 @@ def time_eviction(shape: Shape, device: torch.device, rates: dict[str, float]) -
     )
     result: dict[str, Any] = {
         "fused": None,
+        "distinct": None,
         "random": None,
         "streaming": None,
         "floor": max(floors),
@@ -90,7 +88,8 @@ def time_eviction(shape: Shape, device: torch.device, rates: dict[str, float]) -
     if fits(shape.cache_bytes + 2**28, device):
         workload = Workload(shape, device)
         result["fused"] = milliseconds(workload.evict)
-        for name, parameters in unscored(shape.parameters).items():
+        others = {"distinct": distinct(shape.parameters), **unscored(shape.parameters)}
+        for name, parameters in others.items():
             result[name] = milliseconds(lambda policy=parameters: workload.evict(parameters=policy))
         if num_due <= 2:
             result["splits"] = {
@@ -106,9 +105,9 @@ def counted_splits(shape: Shape, device: torch.device) -> int:
     """The splits of a head that the launcher chooses."""
     limits, num_query_rows = device_limits(device), shape.num_query_rows
     tile = scoring_tile(num_query_rows, shape.head_size, shape.dtype.itemsize, limits)
+    head = HeadScratch.of(shape.parameters, shape.group_size, shape.head_size)
     budget = shape.parameters.budget
-    plan = plan_launch(shape.num_heads, budget, num_query_rows, SCRATCH_BYTES, tile, limits)
-    return plan.num_splits
+    return plan_launch(shape.num_heads, budget, head, SCRATCH_BYTES, tile, limits).num_splits
 
 
 def time_step(shape: Shape, batch: int, device: torch.device) -> dict[str, Any]:

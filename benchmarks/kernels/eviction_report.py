@@ -44,7 +44,7 @@ def correctness(rows: list[Row]) -> str:
 def evictions(rows: list[Row]) -> list[str]:
     """The table of evictions, one row for each budget and number of due sequences."""
     header = ["budget", "due", "fused", "floor", "of floor", "authors", "ratio", "compiled"]
-    header += ["R-KV's rule", "random, fused", "streaming, fused"]
+    header += ["R-KV's rule", "distinct, fused", "random, fused", "streaming, fused"]
     cells = []
     for row in rows:
         share = ratio(row["floor"], row["fused"])
@@ -61,6 +61,7 @@ def evictions(rows: list[Row]) -> list[str]:
                 "-" if times is None else number(times, "x"),
                 number(compiled),
                 number(row["R-KV's rule"]),
+                number(row["distinct"]),
                 number(row["random"]),
                 number(row["streaming"]),
             ]

@@ -87,8 +87,12 @@ class MachineCode:
         """Loads from and stores to local memory."""
         return Loop(self.instructions).count(LOCAL_ACCESS)
 
-    def loop_of(self, pattern: re.Pattern[str]) -> Loop | None:
-        """The loop with most instructions of a pattern, and of several the shortest."""
+    def loop_of(self, pattern: re.Pattern[str], shortest: bool = False) -> Loop | None:
+        """The loop with most instructions of a pattern, and of several the shortest.
+
+        Args:
+            shortest: of all loops that have any such instruction.
+        """
         best: tuple[tuple[int, int], Loop] | None = None
         for end, instruction in enumerate(self.instructions):
             target = instruction.jumps_to
@@ -96,8 +100,9 @@ class MachineCode:
                 continue
             begin = next(i for i, other in enumerate(self.instructions) if other.address >= target)
             loop = Loop(self.instructions[begin : end + 1])
-            rank = loop.count(pattern), -len(loop.instructions)
-            if rank[0] and (best is None or rank > best[0]):
+            count = loop.count(pattern)
+            rank = 0 if shortest else count, -len(loop.instructions)
+            if count and (best is None or rank > best[0]):
                 best = rank, loop
         return best[1] if best else None
 

@@ -52,16 +52,17 @@ class Row:
         return TABLE.format(*cells).rstrip()
 
 
-TABLE = "{:17} {:33} {:7} {:>5} {:>9} {:>7} {:>7} {:>8} {:>7} {:>5} {:>5} {:>6}"
+TABLE = "{:18} {:33} {:7} {:>5} {:>9} {:>7} {:>7} {:>8} {:>7} {:>5} {:>5} {:>6}"
 HEADINGS = [field.name for field in fields(Row)]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of the loops of one launch, and of which architecture."""
+    """Microseconds of the loops of one launch, of which architecture and policy."""
 
     arch: str
     gpu: str
+    policy: str
     launch: str
     microseconds: float
 
@@ -79,12 +80,12 @@ def over_budget(rows: list[Row], recorded: dict[tuple[str, ...], int]) -> Iterat
 
 
 def prediction_lines(predictions: list[Prediction]) -> Iterator[str]:
-    """The table of predictions, with the sum of each architecture."""
-    for arch in dict.fromkeys(prediction.arch for prediction in predictions):
-        of_arch = [prediction for prediction in predictions if prediction.arch == arch]
-        parts = ", ".join(f"{part.launch} {part.microseconds:.0f}" for part in of_arch)
-        total = sum(part.microseconds for part in of_arch)
-        yield f"{arch:7} {of_arch[0].gpu:10} {total:5.0f} us: {parts}"
+    """The table of predictions, with the sum of each policy on each architecture."""
+    for policy, arch in dict.fromkeys((one.policy, one.arch) for one in predictions):
+        alike = [one for one in predictions if (one.policy, one.arch) == (policy, arch)]
+        parts = ", ".join(f"{part.launch} {part.microseconds:.0f}" for part in alike)
+        total = sum(part.microseconds for part in alike)
+        yield f"{policy:8} {arch:7} {alike[0].gpu:10} {total:5.0f} us: {parts}"
 
 
 def recorded_lengths() -> dict[tuple[str, ...], int]:

@@ -15,6 +15,17 @@ def snapkv(parameters: EvictionParameters) -> EvictionParameters:
     return replace(parameters, protected=parameters.sinks, sampling="greedy")
 
 
+def distinct(parameters: EvictionParameters) -> EvictionParameters:
+    """The policy ``distinct``, with the same budget, window and sinks."""
+    return replace(
+        parameters,
+        protected=int(0.375 * parameters.budget),
+        smoothing=1,
+        sampling="greedy",
+        protect_by="distinctness",
+    )
+
+
 def unscored(parameters: EvictionParameters) -> dict[str, EvictionParameters]:
     """The policies that score no attention, with the same budget, window and sinks."""
     sinks = parameters.sinks

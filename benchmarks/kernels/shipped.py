@@ -9,7 +9,7 @@ from triton.compiler import ASTSource
 
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import DeviceLimits, Launch, ScoringTile, scoring_tile
-from vase_vllm.kernels.parameters import EvictionParameters, Sampling, Scoring
+from vase_vllm.kernels.parameters import EvictionParameters, ProtectBy, Sampling, Scoring
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.block_table_row import BlockTableRow
@@ -43,11 +43,17 @@ class Configuration:
     block_size: int = 16
     sampling: Sampling = "gumbel"
     scoring: Scoring = "attention"
+    protect_by: ProtectBy = "value_range"
 
     def tile(self, limits: DeviceLimits) -> ScoringTile:
         """The tile of its two scoring launches."""
         num_rows = self.group_size * WINDOW
         return scoring_tile(num_rows, self.head_size, self.dtype.itemsize, limits)
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether it is the policy ``distinct``'s."""
+        return self.protect_by == "distinctness"
 
     def repeats(self) -> bool:
         """Whether one before it differs in the query heads per KV head alone.
@@ -59,6 +65,8 @@ class Configuration:
 
     def __str__(self) -> str:
         kind = self.sampling if self.scoring == "attention" else self.scoring
+        if self.is_distinct:
+            kind = "distinct"
         return (
             f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
             f"block={self.block_size} {kind}"
@@ -66,8 +74,10 @@ class Configuration:
 
 
 QWEN3_8B = Configuration(128, 4)
+QWEN3_8B_DISTINCT = Configuration(128, 4, sampling="greedy", protect_by="distinctness")
 QUICK = (
     QWEN3_8B,
+    QWEN3_8B_DISTINCT,
     Configuration(128, 4, scoring="uniform"),
     Configuration(128, 4, sampling="greedy", scoring="age"),
 )
@@ -87,6 +97,14 @@ CONFIGURATIONS = (
     Configuration(256, 2, torch.float32),
     Configuration(256, 2, torch.float32, scoring="uniform"),
     Configuration(256, 2, torch.float32, sampling="greedy", scoring="age"),
+    *(
+        replace(shape, sampling="greedy", protect_by="distinctness")
+        for shape in (
+            Configuration(64, 8),
+            Configuration(128, 4, torch.float32),
+            Configuration(256, 4),
+        )
+    ),
 )
 
 
@@ -100,8 +118,11 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         WINDOW,
         1024 if attention else sinks,
         sinks,
+        # The policies' own: distinct alone does not smooth.
+        smoothing=1 if configuration.is_distinct else 5,
         sampling=configuration.sampling,
         scoring=configuration.scoring,
+        protect_by=configuration.protect_by,
     )
     num_state_blocks = RingLayout(WINDOW, group_size, block_size).num_blocks
 

@@ -7,8 +7,10 @@ import torch
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.ring import TritonRingWrite
+from vase_vllm.kernels.torch_distinctness import distinctness
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
+    largest,
     sampling_noise,
     select_survivors,
     value_range,
@@ -18,7 +20,9 @@ from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 
 TOLERANCE = 1e-4
-"""How far from the threshold a priority may be for its token to be on the wrong side of it."""
+"""How far from the threshold a priority may be for its token to be on the wrong side of it.
+
+Of distinctness, relative to the threshold."""
 
 
 @dataclass(frozen=True)
@@ -167,17 +171,30 @@ class Workload:
         queries = self.queries(layer, row).cpu().float()
         return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
 
+    def magnitudes(self, layer: int, row: int) -> torch.Tensor:
+        """The reference's numbers that protect the candidates, on the CPU: [H, n] fp32."""
+        shape, parameters = self.shape, self.shape.parameters
+        keys, values = self.cells(layer, row).cpu().float().chunk(2, dim=-1)
+        candidates, window = values.tensor_split([shape.num_candidates], dim=1)
+        if parameters.protect_by == "value_range":
+            return value_range(candidates)
+        keys = keys[:, : shape.num_candidates].transpose(1, 2)
+        return distinctness(keys, candidates, window, parameters.ridge)
+
 
 def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = None) -> int:
     """Evict, compare with the reference in fp32, and count the heads that are not right.
 
     A head is right if exactly ``budget`` of its tokens are left, in the slots below the budget, and
-    if the survivors are the reference's but for tokens whose priority is at the threshold.
+    if the survivors are the reference's but for tokens whose priority is at the threshold. For each
+    token whose distinctness is at the threshold of the protected, two others may be different: it
+    takes another's place among the protected, and that one a third's among the rest.
     """
     workload, parameters = Workload(shape, device), shape.parameters
     places = [(layer, row) for layer in range(shape.num_layers) for row in range(shape.num_due)]
     before = {place: workload.cells(*place).cpu() for place in places}
     scores_before = {place: workload.scores(*place) for place in places}
+    magnitudes_before = {place: workload.magnitudes(*place) for place in places}
     workload.evict(num_splits)
     num_wrong = 0
     for layer, row in places:
@@ -187,14 +204,15 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
             noise = sampling_noise(
                 parameters.seed, shape.num_candidates, 0, layer, heads, 1000 + row
             )
-        ranges = value_range(cells[:, : shape.num_candidates, shape.head_size :])
-        keep = select_survivors(parameters, scores, ranges, noise)
+        magnitudes = magnitudes_before[layer, row]
+        keep = select_survivors(parameters, scores, magnitudes, noise)
         # Positions are whole numbers: one apart is far.
         priority = scores.clone() if parameters.scoring == "age" else scores.log()
         priority += 0.0 if noise is None else noise
-        ranges[:, : parameters.sinks] = torch.inf
-        by_range = torch.sort(ranges, dim=-1, descending=True, stable=True).indices
-        priority.scatter_(-1, by_range[:, : parameters.protected], torch.inf)
+        magnitudes[:, : parameters.sinks] = torch.inf
+        protected = largest(magnitudes, parameters.protected)
+        priority.masked_fill_(protected, torch.inf)
+        num_near = _near_the_protected(magnitudes, protected)
         after = _fingerprints(workload.cells(layer, row).cpu()[:, : parameters.budget])
         for head, old in enumerate(_fingerprints(cells)):
             left = torch.isin(old, after[head])
@@ -202,8 +220,19 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
             kept, left = keep[head], left[: shape.num_candidates]
             threshold = priority[head][kept].min()
             off = (priority[head][kept != left] - threshold).abs()
-            num_wrong += int(not right or bool((off > TOLERANCE).any()))
+            allowed = 2 * num_near[head] if parameters.protect_by == "distinctness" else 0
+            num_wrong += int(not right or bool((off > TOLERANCE).sum() > allowed))
     return num_wrong
+
+
+def _near_the_protected(magnitudes: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
+    """How many candidates of each head are as near to the least protected one as rounding: [H].
+
+    Itself is not counted, unless another one is as near.
+    """
+    least = magnitudes.masked_fill(~protected, torch.inf).amin(dim=-1, keepdim=True)
+    near = ((magnitudes - least).abs() <= TOLERANCE * least.abs()).sum(dim=-1)
+    return near.where(near > 1, 0)
 
 
 def ring_is_right(shape: Shape, device: torch.device) -> bool:

@@ -74,10 +74,10 @@ def test_a_change_of_a_source_changes_its_digest(tmp_path):
 
 def test_the_page_says_what_was_not_compared_and_leaves_out_other_kernels():
     row = {"floor": 1.0, "authors": "out of memory", "R-KV's rule": 6.0, "date": "2026-01-01"}
-    row |= {"random": 1.0, "streaming": math.nan}
+    row |= {"distinct": 2.5, "random": 1.0, "streaming": math.nan}
     rows = [key() | row | {"fused": 2.0}, key("old") | row | {"fused": 3.0}]
     page = markdown({**HEADER, "rows": rows, "kernels": "new", "command": "python"})
-    assert "| 64 | 1 | 2 | 1 | 50 % | out of memory | - | not timed | 6 | 1 | - |" in page
+    assert "| 64 | 1 | 2 | 1 | 50 % | out of memory | - | not timed | 6 | 2.5 | 1 | - |" in page
     assert "| 64 | 1 | 3 |" not in page
     assert "**not compared (--skip-check)**" in page
 

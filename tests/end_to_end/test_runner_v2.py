@@ -34,9 +34,9 @@ SETTINGS = {
     "snapkv": {"policy": "snapkv", **BESIDE_THE_PROMPT},
     "streaming": {"policy": "streaming"},
     "random": {"policy": "random", **BESIDE_THE_PROMPT},
+    "distinct": {"policy": "distinct"},
     # Not in the fused kernel: plain torch on the device's pages.
     "rkv": {"policy": "rkv"},
-    "distinct": {"policy": "distinct"},
 }
 CASES = {
     name: {

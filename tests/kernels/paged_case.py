@@ -8,8 +8,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.torch_distinctness import distinctness
 from vase_vllm.kernels.torch_eviction import (
     attention_scores,
+    largest,
     plan_moves,
     sampling_noise,
     select_survivors,
@@ -20,6 +22,8 @@ from vase_vllm.layout.query_ring import RingLayout
 
 MARGIN = 1e-5
 """Relative gap around a selection threshold: above the rounding of two ways to sum in fp32."""
+DISTINCTNESS_MARGIN = 2e-4
+"""The same of distinctness, whose difference of squares loses digits."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,12 @@ class Pool:
 
     def evict(self, rows: list[int] | None = None, max_num_cached: int | None = None) -> None:
         """Launch the kernels."""
+        self.eviction(rows, max_num_cached).run()
+
+    def eviction(
+        self, rows: list[int] | None = None, max_num_cached: int | None = None
+    ) -> PagedEviction:
+        """What :meth:`evict` launches."""
         case = self.case
         rows = list(range(len(case.sequences))) if rows is None else rows
         scratch = None
@@ -185,7 +195,7 @@ class Pool:
         of_rows = [case.of(case.sequences[row]).counts for row in rows]
         has_own = any(case.sequences[row].parameters for row in rows)
         self.nan_keys = torch.full((len(rows),), -1, dtype=torch.int32)
-        PagedEviction(
+        return PagedEviction(
             torch.tensor([cache.data_ptr() for cache in self.caches]),
             self.caches[0],
             torch.tensor(case.layers, dtype=torch.int32),
@@ -202,7 +212,7 @@ class Pool:
             num_splits=case.num_splits,
             slot_priority=slot_priority,
             nan_keys=self.nan_keys,
-        ).run()
+        )
 
     def expected(self) -> tuple[list[torch.Tensor], bool]:
         """The caches after the eviction, by the reference; whether no choice hung on rounding."""
@@ -217,7 +227,8 @@ class Pool:
                 slots = torch.arange(num_cached)
                 candidates = num_cached - parameters.window
                 tokens = cache[self.blocks(row, slots), :, slots % case.block_size].transpose(0, 1)
-                keys, values = tokens[:, :candidates].float().split(case.head_size, dim=-1)
+                all_keys, all_values = tokens.float().split(case.head_size, dim=-1)
+                keys, values = all_keys[:, :candidates], all_values[:, :candidates]
                 scores = self._scores(cache, row, keys)
                 noise = None
                 if parameters.sampling == "gumbel":
@@ -229,7 +240,13 @@ class Pool:
                         case.first_kv_head + torch.arange(case.num_kv_heads),
                         sequence.key,
                     )
-                keep = select_survivors(parameters, scores, value_range(values), noise)
+                magnitudes = value_range(values)
+                if parameters.protect_by == "distinctness":
+                    sample = all_values[:, candidates:]
+                    of_keys = keys.transpose(1, 2)
+                    magnitudes = distinctness(of_keys, values, sample, parameters.ridge)
+                    separated &= _is_clear(magnitudes, parameters)
+                keep = select_survivors(parameters, scores, magnitudes, noise)
                 separated &= _separated(scores if noise is None else scores.log() + noise, keep)
                 head, source, target = plan_moves(parameters.budget, parameters.window, keep)
                 source_cells = cache[self.blocks(row, source), head, source % case.block_size]
@@ -273,6 +290,16 @@ def _separated(priority: torch.Tensor, keep: torch.Tensor) -> bool:
         if gaps.min() <= MARGIN * best_victim.abs().clamp_max(1.0):
             return False
     return True
+
+
+def _is_clear(magnitudes: torch.Tensor, parameters: EvictionParameters) -> bool:
+    """Whether rounding cannot change which tokens are protected."""
+    magnitudes = magnitudes.clone()
+    magnitudes[:, : parameters.sinks] = torch.inf
+    protected = largest(magnitudes, parameters.protected)
+    lowest = magnitudes.masked_fill(~protected, torch.inf).amin(dim=-1)
+    highest = magnitudes.masked_fill(protected, -torch.inf).amax(dim=-1)
+    return bool((lowest - highest > DISTINCTNESS_MARGIN * highest.abs()).all())
 
 
 def check(case: Case) -> Pool:

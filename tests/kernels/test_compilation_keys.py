@@ -12,18 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.compilation_keys import CompilationKeys
-from vase_vllm.kernels import evict, launch
+from vase_vllm.kernels import launch, scratch
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import DeviceLimits, Launch, scratch_size
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
+from vase_vllm.kernels.scratch import HeadScratch
 from vase_vllm.layout.block_table_row import BlockTableRow
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
 MAX_NUM_SEQS, BLOCK_SIZE = 6, 16
 KERNELS = {
     "attention": ("row_statistics", "candidate_scores", "select_and_move"),
+    "distinctness": (
+        *("key_statistics", "row_statistics", "candidate_scores", "value_distinctness"),
+        "select_and_move",
+    ),
     "uniform": ("select_and_move",),
     "age": ("select_and_move",),
 }
@@ -32,7 +37,7 @@ BATCH_KERNELS = ("remap_sequences", "store_ring")
 
 @dataclass(frozen=True)
 class Model:
-    """A model's attention, its cache and its policy."""
+    """A model's attention, its cache and its policy, which is one of ``KERNELS``."""
 
     num_layers: int = 1
     num_kv_heads: int = 1
@@ -40,8 +45,21 @@ class Model:
     window: int = 3
     budget: int = 20
     num_token_blocks: int = 20
-    scoring: str = "attention"
+    policy: str = "attention"
     scratch_bytes: int | None = None
+
+    @property
+    def parameters(self) -> EvictionParameters:
+        by_distinctness = self.policy == "distinctness"
+        return EvictionParameters(
+            self.budget,
+            self.window,
+            2,
+            sinks=2,
+            scoring="attention" if by_distinctness else self.policy,
+            sampling="greedy" if self.policy == "age" else "gumbel",
+            protect_by="distinctness" if by_distinctness else "value_range",
+        )
 
 
 @dataclass(frozen=True)
@@ -71,13 +89,12 @@ class Worker:
         self.query = torch.zeros(
             64, model.num_kv_heads * model.group_size, head_size, dtype=torch.bfloat16
         )
-        num_rows = model.group_size * model.window if model.scoring == "attention" else 0
         self.scratch = torch.zeros(
             model.scratch_bytes
             or scratch_size(
                 MAX_NUM_SEQS * model.num_layers * model.num_kv_heads,
                 model.num_token_blocks * BLOCK_SIZE - model.window,
-                num_rows,
+                HeadScratch.of(model.parameters, model.group_size, head_size),
             ),
             dtype=torch.uint8,
         )
@@ -113,21 +130,14 @@ class Worker:
             rows,
             torch.zeros(step.num_due, dtype=torch.int32),
             starts,
-            EvictionParameters(
-                model.budget,
-                model.window,
-                2,
-                sinks=2,
-                scoring=model.scoring,
-                sampling="greedy" if model.scoring == "age" else "gumbel",
-            ),
+            model.parameters,
             group_size=model.group_size,
             softmax_scale=0.125,
             max_num_cached=step.max_num_cached,
             counts=torch.zeros(step.num_due, 3, dtype=torch.int32),
             scratch=self.scratch,
             slot_priority=torch.zeros(step.num_due, num_candidates, dtype=torch.int32)
-            if model.scoring == "age"
+            if model.policy == "age"
             else None,
             nan_keys=torch.zeros(step.num_due, dtype=torch.int32),
         ).launches(H200)
@@ -146,7 +156,7 @@ MODELS = st.builds(
     window=st.integers(1, 20),
     budget=st.integers(24, 40),
     num_token_blocks=st.integers(8, 40),
-    scoring=st.sampled_from(list(KERNELS)),
+    policy=st.sampled_from(list(KERNELS)),
     # A few heads at a time, or all at once.
     scratch_bytes=st.sampled_from([None, 1 << 15]),
 )
@@ -175,7 +185,7 @@ def new_keys(model: Model, steps: list[Step], **changes: bool) -> set[str]:
     """Kernels that would be compiled after the first step."""
     keys, worker = CompilationKeys(**changes), Worker(model)
     warm = keys.of(worker.warm_up())
-    names = sorted([*KERNELS[model.scoring], *BATCH_KERNELS])
+    names = sorted([*KERNELS[model.policy], *BATCH_KERNELS])
     assert sorted(name for name, _ in warm) == names, "one of each kernel, and not two"
     return {name for step in steps for name, _ in keys.of(worker.launches(step)) - warm}
 
@@ -199,6 +209,6 @@ def test_scratch_memory_that_is_not_padded_would_compile_again(monkeypatch):
     """With three query rows of one head: four sequences are aligned where one is not."""
     four = Step(num_rows=4, num_tokens=4, num_due=4, max_num_cached=23)
     assert new_keys(Model(), [four]) == set()
-    for module in (evict, launch):
+    for module in (scratch, launch):
         monkeypatch.setattr(module, "padded_words", lambda num_words: num_words)
     assert new_keys(Model(), [four]) == {"row_statistics", "candidate_scores"}

@@ -18,11 +18,15 @@ def test_qwen3_8b_shape_compiles_without_spills():
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    for kernel in ("row_statistics", "candidate_scores", "select_and_move", "store_ring"):
+    for kernel in (
+        *("row_statistics", "candidate_scores", "select_and_move", "store_ring"),
+        *("key_statistics", "value_distinctness"),
+    ):
         assert any(line.startswith(kernel) for line in lines), result.stdout
     for scoring in ("gumbel", "uniform", "age"):
         assert any(line.startswith("select") and f" {scoring} " in line for line in lines)
-    # Two programs share an SM, and two K tiles are in flight.
+    # Two programs share an SM, and two K tiles are in flight; the same beside the distinctness.
     scored = [line.split() for line in lines if line.startswith(("row_stat", "candidate"))]
-    assert [(cells[-5], cells[-2]) for cells in scored] == [("2", "1")] * 2
-    assert any(line.startswith("sm_90") and "H200" in line for line in lines), "no prediction"
+    assert [(cells[-5], cells[-2]) for cells in scored] == [("2", "1")] * 4
+    for policy in ("vase", "distinct"):
+        assert any(line.startswith(policy) and "H200" in line for line in lines), "no prediction"

@@ -7,7 +7,11 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["evict", "launch", "parameters", "philox", "remap", "ring", "torch_eviction"]
+    "name",
+    [
+        *("evict", "launch", "parameters", "philox", "remap", "ring", "scratch"),
+        *("torch_distinctness", "torch_eviction"),
+    ],
 )
 def test_examples_show_what_happens(name):
     result = doctest.testmod(import_module(f"vase_vllm.kernels.{name}"))

@@ -1,6 +1,7 @@
 """How an eviction is divided into programs; which arguments are rejected."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ from vase_vllm.kernels import checks
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
-    SCRATCH_BYTES,
     DeviceLimits,
     device_limits,
     plan_launch,
@@ -18,11 +18,13 @@ from vase_vllm.kernels.launch import (
     scratch_size,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch
 from vase_vllm.kernels.selection import select_and_move
 from vase_vllm.layout.arithmetic import cdiv
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
 RTX = DeviceLimits(num_sms=170, shared_memory=99 * 1024, capability=12)
+QWEN3_8B = HeadScratch(num_rows=256)
 
 
 @pytest.mark.parametrize("limits", [H200, RTX], ids=["h200", "rtx"])
@@ -71,7 +73,7 @@ def test_two_programs_of_the_qwen3_8b_shape_share_an_sm():
 def plan(num_tasks, max_candidates=4096, scratch_bytes=SCRATCH_BYTES, **splits):
     """Of Qwen3-8B on an H200."""
     tile = scoring_tile(256, 128, 2, H200)
-    return plan_launch(num_tasks, max_candidates, 256, scratch_bytes, tile, H200, **splits)
+    return plan_launch(num_tasks, max_candidates, QWEN3_8B, scratch_bytes, tile, H200, **splits)
 
 
 def test_few_heads_are_split_and_many_are_not():
@@ -84,7 +86,8 @@ def test_few_heads_are_split_and_many_are_not():
 
 def test_what_scores_no_attention_is_not_split():
     tile = scoring_tile(0, 128, 2, H200)
-    assert plan_launch(288, 4096, 0, SCRATCH_BYTES, tile, H200).num_splits == 1
+    plan = plan_launch(288, 4096, HeadScratch(), SCRATCH_BYTES, tile, H200)
+    assert plan.num_splits == 1
 
 
 def test_four_due_sequences_are_one_launch():
@@ -130,12 +133,26 @@ def test_scratch_is_bounded_and_linear(num_due, num_candidates):
 
 def test_the_size_of_the_scratch_memory():
     # Of a small model all that it can ever need, of a large one no more than is worth having.
-    assert scratch_size(4 * 2, 24, 0) == 4 * 2 * 8 * 32
-    assert scratch_size(4 * 2, 24, 16) == 4 * 2 * 8 * (32 + 16 * 16)
-    assert scratch_size(256 * 288, 40896, 256) == SCRATCH_BYTES
+    assert scratch_size(4 * 2, 24, HeadScratch()) == 4 * 2 * 8 * 32
+    assert scratch_size(4 * 2, 24, HeadScratch(16)) == 4 * 2 * 8 * (32 + 16 * 16)
+    assert scratch_size(256 * 288, 40896, QWEN3_8B) == SCRATCH_BYTES
     # Never too little for one head.
-    assert scratch_size(1, 2**24, 256) > SCRATCH_BYTES
-    assert plan(288, 2**24, scratch_size(288, 2**24, 256)).tasks_per_launch == 1
+    assert scratch_size(1, 2**24, QWEN3_8B) > SCRATCH_BYTES
+    assert plan(288, 2**24, scratch_size(288, 2**24, QWEN3_8B)).tasks_per_launch == 1
+
+
+def test_distinctness_needs_more_scratch_memory():
+    """Two numbers more for each candidate, the sums of the keys, a basis and its floor."""
+    parameters = EvictionParameters(40, 8, 10)
+    assert HeadScratch.of(parameters, group_size=2, head_size=64) == HeadScratch(num_rows=16)
+    head = HeadScratch.of(replace(parameters, protect_by="distinctness"), 2, 64)
+    more = 4 * (2 * 48 + 3 * 64 + 8 * 64 + 1)
+    assert head.num_bytes(48, num_splits=3) == HeadScratch(16).num_bytes(48, 3) + more
+    parts = head.divide(torch.zeros(5 * head.num_bytes(48, 3) + 7, dtype=torch.uint8), 5, 48, 3)
+    starts = [part.data_ptr() for part in parts.values()]
+    ends = [part.data_ptr() + 4 * part.numel() for part in parts.values()]
+    assert starts[1:] == ends[:-1], "none overlaps another"
+    assert all((start - starts[0]) % 64 == 0 for start in starts)
 
 
 def test_scratch_that_is_too_small_is_refused():
@@ -212,10 +229,11 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     ("changes", "num_scoring"),
     [
         ({}, 2),
+        (dict(parameters=replace(PARAMETERS, protect_by="distinctness")), 4),
         (dict(parameters=UNIFORM), 0),
         (AGED | priorities(1, 40), 0),
     ],
-    ids=["attention", "uniform", "age"],
+    ids=["attention", "distinctness", "uniform", "age"],
 )
 def test_attention_alone_is_scored(changes, num_scoring):
     launches = list(PagedEviction(**(arguments() | changes)).launches(H200))

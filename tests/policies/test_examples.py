@@ -10,11 +10,9 @@ import pytest
     "name",
     [
         "candidates",
-        "distinct",
         "expected",
         "protecting",
         "query_statistics",
-        "rkv",
         "streaming",
         "triattention",
         "vase",

@@ -18,8 +18,9 @@ from tests.oracle.selection import Candidates as OracleCandidates
 from tests.support.dense_eviction import DenseEviction
 from tests.support.query_statistics import query_means, statistics_file
 from vase_vllm.config import EvictionConfig
+from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.torch_distinctness import mean_similarity
 from vase_vllm.kernels.torch_eviction import value_range
-from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.worker.evictor import TorchEvictor
 
 
@@ -197,6 +198,18 @@ def test_a_window_value_that_is_not_finite_is_left_out_of_the_comparison():
     expected = scores >= scores.topk(6).values[:, -1:]
     assert torch.equal(eviction.priority().isinf(), expected)
     assert not torch.equal(expected, without.isinf())
+
+
+def test_the_fused_kernel_takes_distinct_unless_it_remembers():
+    settings = {"policy": "distinct", "budget": 64, "window": 16, "ridge": 0.5, "smoothing": 3}
+    config = EvictionConfig.parse(settings)
+    assert config.fused == EvictionParameters(
+        64, 16, 24, smoothing=3, sampling="greedy", protect_by="distinctness", ridge=0.5
+    )
+    # Beside a kept prompt of 30 tokens as many are protected as beside 4 sinks.
+    of_sequence = config.policy.fused(config.limits_of(budget=64 + 30, kept=30))
+    assert of_sequence.counts == (94, 30, 30 + 20)
+    assert EvictionConfig.parse(settings | {"smoothing": 1, "memory": 0.5}).fused is None
 
 
 # What must hold

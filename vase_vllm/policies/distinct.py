@@ -1,17 +1,16 @@
 """Keeps the tokens whose keys and values the rest of the text does not have."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from vase_vllm.kernels.parameters import EvictionLimits
-from vase_vllm.kernels.torch_eviction import value_range, vase_priority
+from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
+from vase_vllm.kernels.torch_distinctness import distinctness
+from vase_vllm.kernels.torch_eviction import vase_priority
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.protecting import ProtectingPolicy
 from vase_vllm.policies.received import mean_received_attention
-from vase_vllm.policies.rkv import mean_similarity
 
 
 class DistinctPolicy(ProtectingPolicy):
@@ -20,7 +19,7 @@ class DistinctPolicy(ProtectingPolicy):
     What resembles the rest of a text can be lost without much harm; a fact that is stated once
     cannot. ``protected`` tokens are kept for the product of three numbers: 1 less the mean cosine
     similarity of the key to the others (R-KV's redundancy), the value range (VaSE's), and the
-    :func:`whitened_length` of the value beside the window's values. The rest are kept for the
+    whitened length of the value beside the window's values. The rest are kept for the
     attention that the window pays them. Nothing is drawn.
 
     The values are compared with the window's because the window is a fair sample of the text. The
@@ -75,67 +74,22 @@ class DistinctPolicy(ProtectingPolicy):
     def _priority(self, candidates: Candidates, attention: torch.Tensor) -> torch.Tensor:
         """The protected tokens, then the largest ``attention``: [H, n]."""
         limits = candidates.limits
-        length = whitened_length(candidates.window_values, self.ridge)
         # All values at once: on packed pages the products with parts take twice the time.
-        values = candidates.values
-        of_values = value_range(values) * length(values)
-        of_keys = 1 - mean_similarity(candidates.keys)
-        return vase_priority(
-            attention,
-            of_keys * of_values,
-            None,
-            limits.fixed,
-            self.num_protected(limits),
+        unlike = distinctness(
+            candidates.keys, candidates.values, candidates.window_values, self.ridge
         )
+        return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
-
-def whitened_length(sample: torch.Tensor, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The lengths of vectors after a whitening, which shortens the directions that a sample has.
-
-    The squared length of ``x`` is ``x^T (Y^T Y + r I)^-1 x``, where the rows of Y are the sample
-    and r is ``ridge`` times the mean eigenvalue of ``Y^T Y``. For a row of Y itself this is its
-    ridge leverage score (Alaoui and Mahoney, arXiv 1411.0306). By Woodbury's identity it is
-    ``(|x|^2 - |L^-1 Y x|^2) / r`` with ``L L^T = Y Y^T + r I``: m numbers of each vector in the
-    place of D. The difference loses at most the digits of ``(largest eigenvalue + r) / r``, which
-    is below ``D / ridge + 1``.
-
-    The second vector is the shorter one, in a direction that the sample does not have:
-
-    >>> sample = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [-2.0, 0.0], [1.0, 0.0]]])
-    >>> whitened_length(sample, ridge=0.1)(torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]))
-    tensor([[0.6172, 1.4142]])
-
-    Args:
-        sample: [H, m, D] fp32. Rows that are not finite have no part in it.
-        ridge: above 0.
-
-    Returns:
-        From [H, n, D] to [H, n], fp32.
-    """
-    is_finite = sample.norm(dim=-1, keepdim=True).isfinite()
-    sample = sample.where(is_finite, 0)
-    # Of a sample of zeros there is no eigenvalue above 0, and what is left is the plain length.
-    floor = (ridge * sample.square().sum(dim=(1, 2)) / sample.shape[-1]).clamp_min(1e-8)[:, None]
-    gram = sample @ sample.transpose(-1, -2)
-    gram.diagonal(dim1=-2, dim2=-1).add_(floor)
-    # Unlike cholesky, cholesky_ex neither raises nor waits for a GPU to say whether it succeeded.
-    basis = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, sample, upper=False)
-
-    def length(vectors: torch.Tensor) -> torch.Tensor:
-        shortened = products(vectors, basis.transpose(-1, -2)).square().sum(dim=-1)
-        return ((vectors.square().sum(dim=-1) - shortened) / floor).clamp_min(0).sqrt()
-
-    return length
-
-
-def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` of each KV head: [H, n, D] and [H, D, m] to [H, n, m].
-
-    On a CPU head by head, which takes half the time of a batched product.
-    """
-    if left.device.type != "cpu":
-        return left @ right
-    found = left.new_empty(*left.shape[:2], right.shape[-1])
-    for of_head, one, other in zip(found, left, right, strict=True):
-        torch.mm(one, other, out=of_head)
-    return found
+    def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
+        """See :meth:`Policy.fused`; the kernel keeps no numbers from one eviction to the next."""
+        if self.memory:
+            return None
+        return EvictionParameters.of(
+            limits,
+            protected=self.num_protected(limits),
+            smoothing=self.smoothing,
+            temperature=self.temperature,
+            sampling="greedy",
+            protect_by="distinctness",
+            ridge=self.ridge,
+        )

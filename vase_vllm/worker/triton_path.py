@@ -18,6 +18,7 @@ from vase_vllm.kernels.launch import scratch_size
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
+from vase_vllm.kernels.scratch import HeadScratch
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
@@ -252,10 +253,11 @@ def scratch_memory(context: StepContext, layers: Collection[Attention]) -> torch
     if parameters is None:
         return None
     group_size = max(layer.num_heads // layer.num_kv_heads for layer in layers)
+    head_size = max(layer.head_size for layer in layers)
     num_bytes = scratch_size(
         context.vllm_config.scheduler_config.max_num_seqs
         * sum(layer.num_kv_heads for layer in layers),
         context.vllm_config.model_config.max_model_len - parameters.window,
-        group_size * parameters.window if parameters.scoring == "attention" else 0,
+        HeadScratch.of(parameters, group_size, head_size),
     )
     return torch.empty(num_bytes, dtype=torch.uint8, device=context.device)

@@ -1,0 +1,326 @@
+"""How unlike the others the candidates are: two kernels that ``distinctness`` adds to the scoring.
+
+Per head, with n candidates, the values of the window as the rows of Y [W, D], and a floor r, which
+is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
+
+    s[j] = 1 / (|k[j]| + 1e-8),  u = sum_j s[j] k[j]
+    similarity[j] = (s[j] k[j] . u - (s[j] |k[j]|)^2) / n
+    length[j]^2 = (|v[j]|^2 - |B v[j]|^2) / r,  B = L^-1 Y with L L^T = Y Y^T + r I
+    distinctness[j] = (1 - similarity[j]) * (max_d v[j] - min_d v[j]) * length[j]
+
+``torch_distinctness.py`` is the same in plain torch, and says where it comes from. The sum u must
+be complete before the first product with it, so a third pass over K comes first:
+
+1. ``key_statistics``: s, and of every split of the candidates its part of u. The program of the
+   first split also makes B, a chain of W short steps, while the others read K.
+2. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone, and writes ``k[j] . u`` beside
+   the scores, for it has K in shared memory.
+3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
+   distinctness in the place of the value range.
+
+Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py``: 1 MiB of K,
+2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v, and for B 64 steps that wait for one another, of
+2 * 64 * 192 operations each.
+
+V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
+count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the
+squares loses the digits of ``(largest eigenvalue + r) / r``, which is up to ``D / ridge + 1``:
+1281 with a ridge of 0.1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vase_vllm.kernels.launch import (
+    KEY_TILE,
+    DeviceLimits,
+    Launch,
+    distinctness_tile,
+    padded_window,
+)
+from vase_vllm.kernels.paged import (
+    Batch,
+    cell_pointers,
+    load_task,
+    load_vectors,
+    slot_blocks,
+    slot_pointers,
+    task_pages,
+)
+from vase_vllm.kernels.scoring import multiply, row_range, split_range
+from vase_vllm.kernels.scratch import some
+from vase_vllm.kernels.selection import HIGHEST, ordered_bits
+from vase_vllm.layout.arithmetic import cdiv
+
+LEAST_LENGTH = tl.constexpr(1e-8)
+"""What is added to a key's length, so that a key of zeros is similar to nothing."""
+LEAST_FLOOR = tl.constexpr(1e-8)
+"""The floor of a window whose values are zeros: what is left then is the plain length."""
+
+
+@triton.jit
+def window_sample(pages, first_slot, WINDOW: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """The window's values [ROWS, D] in fp32, and their squared lengths.
+
+    Rows beyond the window are zeros, and so are those that are not finite.
+    """
+    rows = tl.arange(0, ROWS)
+    live = rows < WINDOW
+    cells = slot_pointers(pages, first_slot + rows, live)
+    sample = load_vectors(cells, live, SIZE, SIZE).to(tl.float32)
+    squares = tl.sum(sample * sample, axis=1)
+    # False for NaN as well.
+    is_finite = squares < float("inf")
+    return tl.where(is_finite[:, None], sample, 0.0), tl.where(is_finite, squares, 0.0)
+
+
+@triton.jit
+def whitening_basis(gram, sample, floor, WINDOW: tl.constexpr, ROWS: tl.constexpr):
+    """``L^-1 sample`` with ``L L^T = gram + floor I``: [ROWS, D] fp32.
+
+    Gaussian elimination of the symmetric matrix gives ``L D^1/2``, and along the way carries the
+    sample to ``(L D^1/2)^-1 sample``: a step for each row, and no triangular system at the end.
+    """
+    rows = tl.arange(0, ROWS)
+    gram += tl.where(rows[:, None] == rows[None, :], floor, 0.0)
+    pivots = tl.full([ROWS], 1.0, tl.float32)
+    for step in range(WINDOW):
+        is_pivot = rows == step
+        gram_row = tl.sum(tl.where(is_pivot[:, None], gram, 0.0), axis=0)
+        sample_row = tl.sum(tl.where(is_pivot[:, None], sample, 0.0), axis=0)
+        # No pivot is below the floor but by rounding, for no eigenvalue is.
+        pivot = tl.maximum(tl.sum(tl.where(is_pivot, gram_row, 0.0), axis=0), floor)
+        pivots = tl.where(is_pivot, pivot, pivots)
+        # What is left of the matrix is symmetric: its row is its column.
+        factors = tl.where(rows > step, gram_row / pivot, 0.0)
+        gram -= factors[:, None] * gram_row[None, :]
+        sample -= factors[:, None] * sample_row[None, :]
+    return sample / tl.sqrt(pivots)[:, None]
+
+
+@triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity", "ridge"])
+def key_statistics(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
+    positions,  # [R] int32 or int64
+    key_scales,  # [tasks, capacity] fp32, out: s
+    key_sums,  # [tasks, splits, D] fp32, out: parts of u
+    bases,  # [tasks, W, D] fp32, out: B
+    floors,  # [tasks] fp32, out: r
+    task_offset,
+    num_splits,
+    capacity,
+    ridge,
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    KV_TYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SAMPLE_ROWS: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
+    """The scale of each key to length 1 and the sum of the unit keys of a split; the whitening."""
+    program = tl.program_id(0)
+    split = program % num_splits
+    local_task = program // num_splits
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
+        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+        if split == 0:
+            sample, squares = window_sample(pages, task.candidates, WINDOW, SAMPLE_ROWS, HEAD_SIZE)
+            floor = tl.maximum(ridge * tl.sum(squares, axis=0) / HEAD_SIZE, LEAST_FLOOR)
+            vectors = sample.to(KV_TYPE)
+            gram = multiply(vectors, tl.trans(vectors), EXACT)
+            basis = whitening_basis(gram, sample, floor, WINDOW, SAMPLE_ROWS)
+            sample_rows = tl.arange(0, SAMPLE_ROWS)
+            bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
+            mask = (sample_rows < WINDOW)[:, None] & (dims < HEAD_SIZE)[None, :]
+            tl.store(bases + sample_rows[:, None] * HEAD_SIZE + dims[None, :], basis, mask=mask)
+            tl.store(floors + local_task, floor)
+        key_scales += local_task.to(tl.int64) * capacity
+        unit_sum = tl.zeros([KEY_TILE, triton.next_power_of_2(HEAD_SIZE)], tl.float32)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
+        for start in tl.range(begin, end, KEY_TILE, num_stages=3):
+            slots = start + lanes
+            live = slots < end
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that two tiles can be on their way while this one is worked on.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end)
+            keys = load_vectors(cells, live, 0, HEAD_SIZE).to(tl.float32)
+            scale = 1.0 / (tl.sqrt(tl.sum(keys * keys, axis=1)) + LEAST_LENGTH)
+            tl.store(key_scales + slots, scale, mask=live)
+            unit_sum += keys * scale[:, None]
+        key_sums += (local_task.to(tl.int64) * num_splits + split) * HEAD_SIZE
+        tl.store(key_sums + dims, tl.sum(unit_sum, axis=0), mask=dims < HEAD_SIZE)
+
+
+@triton.jit
+def load_basis(bases, first_row, WINDOW: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Rows [ROWS, D] of a head's basis, zeros beyond the window: fp32."""
+    rows = first_row + tl.arange(0, ROWS)
+    dims = tl.arange(0, triton.next_power_of_2(SIZE))
+    mask = (rows < WINDOW)[:, None] & (dims < SIZE)[None, :]
+    return tl.load(bases + rows[:, None] * SIZE + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity", "chunk"])
+def value_distinctness(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
+    positions,  # [R] int32 or int64
+    key_scales,  # [tasks, capacity] fp32: s
+    key_products,  # [tasks, capacity] fp32: k . u
+    bases,  # [tasks, W, D] fp32: B
+    floors,  # [tasks] fp32: r
+    ordered,  # [tasks, capacity] int32, out: ordered bits of the distinctness
+    task_offset,
+    num_splits,
+    capacity,
+    chunk,  # which ROW_TILE of the basis; launched in order, each takes from what is left
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    KV_TYPE: tl.constexpr,
+    EXACT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
+    """The distinctness of the candidates of one split; those of the sinks rank highest."""
+    NUM_CHUNKS: tl.constexpr = (WINDOW + ROW_TILE - 1) // ROW_TILE
+    program = tl.program_id(0)
+    split = program % num_splits
+    local_task = program // num_splits
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
+        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+        out = local_task.to(tl.int64) * capacity
+        bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
+        if tl.float32 != KV_TYPE:
+            basis = load_basis(bases, chunk * ROW_TILE, WINDOW, ROW_TILE, HEAD_SIZE)
+            high = basis.to(KV_TYPE)
+            low = (basis - high.to(tl.float32)).to(KV_TYPE)
+            # Transposed here, they are copied to shared memory once, and not in every round.
+            high, low = tl.trans(high), tl.trans(low)
+        floor = tl.load(floors + local_task)
+        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        lanes = tl.arange(0, KEY_TILE)
+        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
+        for start in tl.range(begin, end, KEY_TILE, num_stages=3):
+            slots = start + lanes
+            live = slots < end
+            cells = cell_pointers(pages, blocks, slots)
+            # The next tile's, so that two tiles can be on their way while this one is worked on.
+            ahead = slots + KEY_TILE
+            blocks = slot_blocks(pages, ahead, ahead < end)
+            vectors = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
+            if tl.float32 == KV_TYPE:
+                # In the loop: operands of fp32 products that outlive it would fill the registers.
+                basis = load_basis(bases, chunk * ROW_TILE, WINDOW, ROW_TILE, HEAD_SIZE)
+                parts = multiply(vectors, tl.trans(basis), EXACT)
+            else:
+                parts = multiply(vectors, high, EXACT)
+                parts += multiply(vectors, low, EXACT)
+            values = vectors.to(tl.float32)
+            left = tl.sum(values * values, axis=1)
+            if NUM_CHUNKS > 1:
+                before = tl.load(ordered + out + slots, mask=live, other=0)
+                left = tl.where(chunk > 0, before.to(tl.float32, bitcast=True), left)
+            left -= tl.sum(parts * parts, axis=1)
+            square = tl.maximum(left / floor, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            scale = tl.load(key_scales + out + slots, mask=live, other=0.0)
+            product = tl.load(key_products + out + slots, mask=live, other=0.0)
+            # The length of the key over itself and the least length: 0 for a key of zeros.
+            own = 1.0 - LEAST_LENGTH * scale
+            similarity = (product * scale - own * own) / task.candidates
+            value_range = row_range(values, dims < HEAD_SIZE)
+            bits = ordered_bits((1.0 - similarity) * value_range * tl.sqrt(square))
+            bits = tl.where(slots < task.sinks, HIGHEST, bits)
+            if NUM_CHUNKS > 1:
+                bits = tl.where(chunk < NUM_CHUNKS - 1, left.to(tl.uint32, bitcast=True), bits)
+            tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
+
+
+def key_launch(
+    num_programs: int,
+    arguments: dict[str, Any],
+    scratch: dict[str, torch.Tensor],
+    limits: DeviceLimits,
+    ridge: float,
+) -> Launch:
+    """The launch of ``key_statistics``.
+
+    Args:
+        num_programs: heads times splits.
+        arguments: those that all kernels have which read K or V.
+        scratch: the parts of the scratch memory by name.
+        limits: of the device.
+        ridge: see ``EvictionParameters``.
+    """
+    is_half, is_large = element_size(arguments) == 2, arguments["HEAD_SIZE"] > 128
+    # Two programs share an SM, where this causes no spills; an fp32 product takes many registers.
+    paired = is_half and not is_large and limits.capability != 10
+    own = dict(
+        ridge=ridge,
+        SAMPLE_ROWS=padded_window(arguments["WINDOW"]),
+        KEY_TILE=KEY_TILE if is_half else KEY_TILE // 2,
+        num_warps=8 if is_half else 16,
+        maxnreg=128 if paired or not is_half else 255,
+    )
+    parts = some(scratch, "key_scales", "key_sums", "bases", "floors")
+    return Launch(key_statistics, num_programs, arguments | parts | own)
+
+
+def value_launches(
+    num_programs: int,
+    arguments: dict[str, Any],
+    scratch: dict[str, torch.Tensor],
+    limits: DeviceLimits,
+) -> Iterator[Launch]:
+    """The launches of ``value_distinctness``, one tile of the basis after the other.
+
+    Args:
+        num_programs, arguments, scratch, limits: see :func:`key_launch`.
+    """
+    window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
+    tile = distinctness_tile(window, head_size, element_size(arguments), limits)
+    own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps, maxnreg=255)
+    parts = some(scratch, "key_scales", "key_products", "bases", "floors", "ordered")
+    for chunk in range(cdiv(window, tile.rows)):
+        yield Launch(value_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
+
+
+def element_size(arguments: dict[str, Any]) -> int:
+    """Bytes of an element of the cache that the arguments of a kernel are for."""
+    num_bits: int = arguments["KV_TYPE"].primitive_bitwidth
+    return num_bits // 8
