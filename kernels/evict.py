@@ -51,6 +51,7 @@ from vase_vllm.kernels.launch import (
     plan_launch,
     run_launches,
     scoring_tile,
+    value_tile,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
@@ -215,7 +216,8 @@ class PagedEviction:
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
-                chunked = part | scoring | results | dict(chunk=chunk)
+                of_chunk = dict(chunk=chunk, VALUE_TILE=value_tile(tile.keys, num_chunks))
+                chunked = part | scoring | results | of_chunk
                 yield Launch(candidate_scores, num * num_splits, chunked)
             yield Launch(select_and_move, num, part | selecting)
 

@@ -153,6 +153,18 @@ def scoring_tile(
         queries //= 2
 
 
+def value_tile(key_tile: int, num_chunks: int) -> int:
+    """Candidates of a K tile whose value ranges each chunk of the query rows computes.
+
+    The chunks share them evenly where their number is a power of two; otherwise the largest power
+    of two of them do. So every launch reads a part of V while it multiplies K.
+
+    >>> value_tile(64, num_chunks=1), value_tile(64, num_chunks=2), value_tile(64, num_chunks=3)
+    (64, 32, 32)
+    """
+    return max(1, key_tile >> num_chunks.bit_length() - 1)
+
+
 def scratch_per_task(capacity: int, num_rows: int, num_splits: int) -> int:
     """Bytes of scratch memory of a task: 8 per candidate, and 8 per query row and split."""
     return 8 * (capacity + padded_words(num_splits * num_rows))

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from benchmarks.common.exit_codes import SKIPPED  # noqa: E402
 from benchmarks.kernels.machine_code import (  # noqa: E402
     FUSED_MULTIPLY_ADD,
     TENSOR_CORE,
-    VALUE_EXTREME,
     WIDE_ASYNC_LOAD,
     Loop,
     MachineCode,
@@ -134,7 +132,7 @@ def look_at(
             reasons += loop_reasons(row, launch, architecture, tile.programs_per_sm)
         wrong += [f"{' '.join(row.key)}: {reason}" for reason in reasons]
         if configuration == QWEN3_8B and loop is not None:
-            predictions += predict(launch, launches, code, loop, row, architecture)
+            predictions.append(predict(launch, launches, loop, row, architecture))
     return rows, wrong, predictions
 
 
@@ -179,29 +177,27 @@ def loop_reasons(
 def predict(
     launch: Launch,
     launches: list[Launch],
-    code: MachineCode,
     loop: Loop,
     row: Row,
     architecture: int,
-) -> Iterator[Prediction]:
+) -> Prediction:
     """What the launches of a scoring kernel take, in all."""
     gpu, arguments = GPUS[architecture], launch.arguments
     same = [other for other in launches if other.kernel is launch.kernel]
     num_tiles = cdiv(cdiv(BUDGET, arguments["KEY_TILE"]), arguments["num_splits"])
-    of_keys = LoopCost(
+    num_bytes = NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2
+    if launch.kernel is candidate_scores:
+        # Every chunk of the query rows reads K, and all of them together read V.
+        num_bytes *= len(same) + 1
+    cost = LoopCost(
         num_programs=sum(other.num_programs for other in same),
         rounds=num_tiles,
         operations=2 * arguments["QUERY_TILE"] * arguments["KEY_TILE"] * arguments["HEAD_SIZE"],
-        num_bytes=NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2,
+        num_bytes=num_bytes,
         num_warps=row.warps,
         programs_per_sm=row.programs,
     )
-    name = f"sm_{architecture}", gpu.name
-    yield Prediction(*name, f"{row.kernel}: keys", of_keys.microseconds(loop, gpu))
-    of_values = code.loop_of(VALUE_EXTREME) if launch.kernel is candidate_scores else None
-    if of_values is not None:
-        cost = replace(of_keys, num_programs=same[0].num_programs, operations=0)
-        yield Prediction(*name, f"{row.kernel}: values", cost.microseconds(of_values, gpu))
+    return Prediction(f"sm_{architecture}", gpu.name, row.kernel, cost.microseconds(loop, gpu))
 
 
 def device_architecture() -> int:
