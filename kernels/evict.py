@@ -216,7 +216,11 @@ class PagedEviction:
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
-                of_chunk = dict(chunk=chunk, VALUE_TILE=value_tile(tile.keys, num_chunks))
+                of_chunk = dict(
+                    chunk=chunk,
+                    VALUE_TILE=value_tile(tile.keys, num_chunks),
+                    PREFETCH_VALUES=tile.programs_per_sm == 1,
+                )
                 chunked = part | scoring | results | of_chunk
                 yield Launch(candidate_scores, num * num_splits, chunked)
             yield Launch(select_and_move, num, part | selecting)

@@ -6,8 +6,7 @@ is read twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 25
 exp2 per cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and
 0.55 us of exponentials. They are balanced, so they have to overlap: two programs of 8 warps share
 an SM, each with at most 128 registers per thread and 113 KiB of shared memory: 256 query rows, the
-K tile that is multiplied and two in flight, whose blocks are read a round before their keys. V is
-read in the rounds of the second pass, whose products leave the memory idle half of the time.
+K tile that is multiplied and two in flight, whose blocks are read a round before their keys.
 
 What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
 them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so
@@ -189,6 +188,7 @@ def candidate_scores(
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,  # candidates of each K tile whose values a chunk reads
+    PREFETCH_VALUES: tl.constexpr,  # else another program of the SM covers the wait for them
 ):
     """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split."""
     ROWS: tl.constexpr = GROUP * WINDOW
@@ -203,7 +203,8 @@ def candidate_scores(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-        out = local_task.to(tl.int64) * capacity
+        scores += local_task.to(tl.int64) * capacity
+        ordered += local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
         # Keys are the rows of the product: then a candidate's weights lie in few threads, and adding
@@ -216,6 +217,7 @@ def candidate_scores(
         summed_end = tl.where(chunk > 0, end, 0)
         lanes = tl.arange(0, KEY_TILE)
         value_lanes = chunk * VALUE_TILE + tl.arange(0, VALUE_TILE)
+        value_end = tl.where(chunk * VALUE_TILE < KEY_TILE, end, 0)
         blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in range(begin, end, KEY_TILE):
             slots = start + lanes
@@ -224,18 +226,21 @@ def candidate_scores(
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
             blocks = slot_blocks(pages, ahead, ahead < end)
-            # Asked for now and used after the product. Their addresses are computed anew, for those
-            # of the keys are two rounds ahead and would take registers in between.
+            # Addresses of their own: those of the keys are two rounds ahead, and to keep them
+            # until now takes more registers than there are.
             value_slots = start + value_lanes
-            has_value = (value_slots < end) & (value_lanes < KEY_TILE)
+            has_value = value_slots < value_end
             value_cells = slot_pointers(pages, value_slots, has_value)
-            values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
+            if PREFETCH_VALUES:
+                values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
             keys = load_vectors(cells, live, 0, HEAD_SIZE)
             logits = multiply(keys, queries, EXACT) * scale
             score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
             if NUM_CHUNKS > 1:
-                score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
-            tl.store(scores + out + slots, score, mask=live)
+                score += tl.load(scores + slots, mask=slots < summed_end, other=0.0)
+            tl.store(scores + slots, score, mask=live)
+            if not PREFETCH_VALUES:
+                values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
             bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
             bits = tl.where(value_slots < task.sinks, HIGHEST, bits)
-            tl.store(ordered + out + value_slots, bits.to(tl.int32, bitcast=True), mask=has_value)
+            tl.store(ordered + value_slots, bits.to(tl.int32, bitcast=True), mask=has_value)
