@@ -207,9 +207,9 @@ def candidate_scores(
         ordered += local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        # Keys are the rows of the product: then a candidate's weights lie in few threads, and adding
-        # them up takes an eighth of the shuffles. Transposed here, for in the loop the queries would
-        # be written to shared memory in every round.
+        # Keys are the rows of the product: then a candidate's weights lie in few threads, and few
+        # shuffles add them up. The queries are transposed here, for in the loop they would be
+        # written to shared memory in every round.
         queries = tl.trans(load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE))
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)

@@ -4,9 +4,9 @@
 
 The first pass sums ``exp`` of each window query's logits over the candidates. The attention of the
 step that computed the query has summed them too, over the candidates and those tokens of the window
-that were there, which would have to be subtracted. A model reads texts in float32 and evicts as VaSE
-does; at every eviction the denominators are computed in three ways, from queries and keys as they
-are and rounded to bfloat16. ``docs/attention_statistics.md`` says what came out.
+that were there, which would have to be subtracted. A model reads texts in float32 and evicts as
+VaSE does; at every eviction the denominators are computed in three ways, from queries and keys as
+they are and rounded to bfloat16. ``docs/attention_statistics.md`` says what came out.
 """
 
 import argparse
@@ -36,6 +36,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAYS = ("two passes", "subtracted", "as it was paid")
 SHARES = (1e-1, 1e-2, 1e-3, 1e-4)
 QUANTILES = (0.0, 0.001, 0.01, 0.1, 0.5)
+HEADINGS = (
+    "denominators",
+    *("error, median", "99 %", "most"),
+    *("others survive, mean", "most", "heads with others"),
+)
 
 
 def products(queries: Tensor, keys: Tensor, reordered: bool) -> Tensor:
@@ -243,8 +248,7 @@ def page(results: dict[str, Any]) -> str:
             + ".",
             "",
             *table(
-                ["denominators", "error, median", "99 %", "most", "others survive, mean", "most"]
-                + ["heads with others"],
+                HEADINGS,
                 [
                     [
                         way,
