@@ -146,8 +146,10 @@ def scoring_tile(
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
-            # Blackwell's products keep their sums out of the registers: ptxas chooses well there.
-            alone = None if limits.capability == 10 and num_warps == 8 else 255
+            # Blackwell's products keep their sums out of the registers: ptxas chooses well there,
+            # but for large heads.
+            chosen = limits.capability == 10 and num_warps == 8 and head_size <= 128
+            alone = None if chosen else 255
             max_registers = 128 if paired and num_warps == 8 else alone
             return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
