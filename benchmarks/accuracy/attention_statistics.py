@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=2048, help="of each text")
     parser.add_argument("--output", type=Path, required=True, help="a directory")
     args = parser.parse_args()
+    if args.budget % args.window or args.budget + args.window > args.max_tokens:
+        parser.error("--budget must be windows, and at least one below --max-tokens")
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = own_texts(args.texts)
