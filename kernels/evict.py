@@ -54,6 +54,7 @@ from vase_vllm.kernels.launch import (
     plan_launch,
     run_launches,
     scoring_tile,
+    value_tile,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
@@ -224,7 +225,12 @@ class PagedEviction:
                 # The keys are multiplied with their sum once, not with every tile of the queries.
                 of_keys = scratch if chunk == 0 else {}
                 products = {name: of_keys.get(name) for name in ("key_sums", "key_products")}
-                chunked = part | scoring | results | products | dict(chunk=chunk)
+                of_chunk = dict(
+                    chunk=chunk,
+                    VALUE_TILE=0 if self._by_distinctness else value_tile(tile.keys, num_chunks),
+                    PREFETCH_VALUES=tile.programs_per_sm == 1,
+                )
+                chunked = part | scoring | results | products | of_chunk
                 yield Launch(candidate_scores, num * num_splits, chunked)
             if self._by_distinctness:
                 yield from value_launches(num * num_splits, part | streaming, scratch, limits)

@@ -151,7 +151,7 @@ def scoring_tile(
     queries = min(largest, max(16, triton.next_power_of_2(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
-        return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1)
+        return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1, 128)
     # A product that runs on its own keeps its K tile until it is done, beside the two in flight.
     num_tiles = 3 if limits.capability in (9, 10) else 2
     vector = triton.next_power_of_2(head_size) * element_size
@@ -160,11 +160,25 @@ def scoring_tile(
         if needed <= limits.shared_memory or queries == 16:
             num_warps = 8 if queries >= 128 else 4
             paired = 2 * needed <= limits.shared_memory and limits.capability != 10
-            # Blackwell's products keep their sums out of the registers: ptxas chooses well there.
-            alone = None if limits.capability == 10 and num_warps == 8 else 255
+            # Blackwell's products keep their sums out of the registers: ptxas chooses well there,
+            # but for large heads.
+            chosen = limits.capability == 10 and num_warps == 8 and head_size <= 128
+            alone = None if chosen else 255
             max_registers = 128 if paired and num_warps == 8 else alone
             return ScoringTile(queries, KEY_TILE, num_warps, 3, 1 + paired, max_registers)
         queries //= 2
+
+
+def value_tile(key_tile: int, num_chunks: int) -> int:
+    """Candidates of a K tile whose value ranges each chunk of the query rows computes.
+
+    The chunks share them evenly where their number is a power of two; otherwise the largest power
+    of two of them do. So every launch reads a part of V while it multiplies K.
+
+    >>> value_tile(64, num_chunks=1), value_tile(64, num_chunks=2), value_tile(64, num_chunks=3)
+    (64, 32, 32)
+    """
+    return max(1, key_tile >> num_chunks.bit_length() - 1)
 
 
 @lru_cache

@@ -33,6 +33,8 @@ MAX_SPLITS = 16
 """The most programs that share the candidates of one head."""
 
 _MAX_SPLITS = tl.constexpr(MAX_SPLITS)
+LOWEST = tl.constexpr(-1e30)
+"""Below every product of a query and a key."""
 _VARYING = ["task_offset", "num_splits", "capacity", "scale"]
 
 
@@ -56,20 +58,6 @@ def multiply(a, b, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b)
-
-
-@triton.jit
-def tile_logits(
-    queries,
-    cells,
-    live,
-    scale,
-    EXACT: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Logits [queries, slots] of the K tile at ``cells``; 0 where not live."""
-    keys = load_vectors(cells, live, 0, HEAD_SIZE)
-    return multiply(queries, tl.trans(keys), EXACT) * scale
 
 
 @triton.jit
@@ -121,7 +109,8 @@ def row_statistics(
         )
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
         queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
-        maximum = tl.full([QUERY_TILE], float("-inf"), tl.float32)
+        # Finite, so that no infinity is subtracted from another.
+        maximum = tl.full([QUERY_TILE], LOWEST, tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         lanes = tl.arange(0, KEY_TILE)
@@ -133,16 +122,17 @@ def row_statistics(
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
             blocks = slot_blocks(pages, ahead, ahead < end)
-            logits = tile_logits(queries, cells, live, scale, EXACT, HEAD_SIZE)
-            logits = tl.where(live[None, :], logits, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
-            # A row may have seen only -inf so far: do not subtract infinities.
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            total = total * tl.exp2(maximum - shift)
-            total += tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+            keys = load_vectors(cells, live, 0, HEAD_SIZE)
+            products = multiply(queries, tl.trans(keys), EXACT)
+            products = tl.where(live[None, :], products, float("-inf"))
+            # Scaled only where it is subtracted, which is one multiply-add for each product.
+            new_maximum = tl.maximum(maximum, tl.max(products, axis=1))
+            shift = new_maximum * scale
+            total = total * tl.exp2(maximum * scale - shift)
+            total += tl.sum(tl.exp2(products * scale - shift[:, None]), axis=1)
             maximum = new_maximum
         out = (local_task.to(tl.int64) * num_splits + split) * (GROUP * WINDOW) + index
-        tl.store(maxima + out, maximum, mask=index < GROUP * WINDOW)
+        tl.store(maxima + out, maximum * scale, mask=index < GROUP * WINDOW)
         tl.store(sums + out, total, mask=index < GROUP * WINDOW)
 
 
@@ -210,6 +200,8 @@ def candidate_scores(
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,  # candidates of each K tile whose values a chunk reads; 0: none
+    PREFETCH_VALUES: tl.constexpr,  # else another program of the SM covers the wait for them
 ):
     """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
 
@@ -227,26 +219,25 @@ def candidate_scores(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-        out = local_task.to(tl.int64) * capacity
+        scores += local_task.to(tl.int64) * capacity
+        ordered += local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         if key_sums is not None:
             key_sum = merged_key_sum(key_sums, local_task, num_splits, HEAD_SIZE)
-        elif chunk == 0:
-            for start in tl.range(begin, end, KEY_TILE, num_stages=3):
-                slots = start + tl.arange(0, KEY_TILE)
-                live = slots < end
-                cells = slot_pointers(pages, slots, live)
-                values = load_vectors(cells, live, HEAD_SIZE, HEAD_SIZE)
-                bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
-                bits = tl.where(slots < task.sinks, HIGHEST, bits)
-                tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
+            key_products += local_task.to(tl.int64) * capacity
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
+        # Keys are the rows of the product: then a candidate's weights lie in few threads, and few
+        # shuffles add them up. The queries are transposed here, for in the loop they would be
+        # written to shared memory in every round.
+        queries = tl.trans(load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE))
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
         summed_end = tl.where(chunk > 0, end, 0)
         lanes = tl.arange(0, KEY_TILE)
+        if VALUE_TILE > 0:
+            value_lanes = chunk * VALUE_TILE + tl.arange(0, VALUE_TILE)
+            value_end = tl.where(chunk * VALUE_TILE < KEY_TILE, end, 0)
         blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in range(begin, end, KEY_TILE):
             slots = start + lanes
@@ -255,12 +246,26 @@ def candidate_scores(
             # The next tile's, so that its keys can be asked for while this tile is multiplied.
             ahead = slots + KEY_TILE
             blocks = slot_blocks(pages, ahead, ahead < end)
+            if VALUE_TILE > 0:
+                # Addresses of their own: those of the keys are two rounds ahead, and to keep them
+                # until now takes more registers than there are.
+                value_slots = start + value_lanes
+                has_value = value_slots < value_end
+                value_cells = slot_pointers(pages, value_slots, has_value)
+                if PREFETCH_VALUES:
+                    values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
             keys = load_vectors(cells, live, 0, HEAD_SIZE)
             if key_sums is not None:
                 product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
-                tl.store(key_products + out + slots, product, mask=live)
-            logits = multiply(queries, tl.trans(keys), EXACT) * scale
-            score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
+                tl.store(key_products + slots, product, mask=live)
+            logits = multiply(keys, queries, EXACT) * scale
+            score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
             if NUM_CHUNKS > 1:
-                score += tl.load(scores + out + slots, mask=slots < summed_end, other=0.0)
-            tl.store(scores + out + slots, score, mask=live)
+                score += tl.load(scores + slots, mask=slots < summed_end, other=0.0)
+            tl.store(scores + slots, score, mask=live)
+            if VALUE_TILE > 0:
+                if not PREFETCH_VALUES:
+                    values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
+                bits = ordered_bits(row_range(values.to(tl.float32), dims < HEAD_SIZE))
+                bits = tl.where(value_slots < task.sinks, HIGHEST, bits)
+                tl.store(ordered + value_slots, bits.to(tl.int32, bitcast=True), mask=has_value)

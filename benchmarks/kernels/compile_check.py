@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from benchmarks.common.exit_codes import SKIPPED  # noqa: E402
 from benchmarks.kernels.machine_code import (  # noqa: E402
     FUSED_MULTIPLY_ADD,
     TENSOR_CORE,
-    VALUE_EXTREME,
     WIDE_ASYNC_LOAD,
     Loop,
     MachineCode,
@@ -150,7 +148,7 @@ def look_at(
         wrong += [f"{' '.join(row.key)}: {reason}" for reason in reasons]
         if configuration in PREDICTED and loop is not None:
             policy = PREDICTED[configuration]
-            predictions += predict(policy, launch, launches, code, loop, row, architecture)
+            predictions.append(predict(policy, launch, launches, loop, row, architecture))
     return rows, wrong, predictions
 
 
@@ -196,32 +194,29 @@ def predict(
     policy: str,
     launch: Launch,
     launches: list[Launch],
-    code: MachineCode,
     loop: Loop,
     row: Row,
     architecture: int,
-) -> Iterator[Prediction]:
+) -> Prediction:
     """What the launches of a scoring kernel take, in all."""
     gpu, arguments = GPUS[architecture], launch.arguments
     same = [other for other in launches if other.kernel is launch.kernel]
     num_tiles = cdiv(cdiv(BUDGET, arguments["KEY_TILE"]), arguments["num_splits"])
-    num_rows = rows_multiplied(launch)
-    of_keys = LoopCost(
+    num_bytes = NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2
+    if launch.kernel is candidate_scores:
+        # Every chunk of the query rows reads K, and all of them together may read V.
+        num_bytes *= len(same) + (arguments["VALUE_TILE"] > 0)
+    operations = 2 * rows_multiplied(launch) * arguments["KEY_TILE"] * arguments["HEAD_SIZE"]
+    cost = LoopCost(
         num_programs=sum(other.num_programs for other in same),
         rounds=num_tiles,
-        operations=2 * num_rows * arguments["KEY_TILE"] * arguments["HEAD_SIZE"],
-        num_bytes=NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2,
+        operations=operations,
+        num_bytes=num_bytes,
         num_warps=row.warps,
         programs_per_sm=row.programs,
     )
-    name = f"sm_{architecture}", gpu.name, policy
-    streamed = "values" if launch.kernel is value_distinctness else "keys"
-    yield Prediction(*name, f"{row.kernel}: {streamed}", of_keys.microseconds(loop, gpu))
-    ranges_here = launch.kernel is candidate_scores and policy == "vase"
-    of_values = code.loop_of(VALUE_EXTREME) if ranges_here else None
-    if of_values is not None:
-        cost = replace(of_keys, num_programs=same[0].num_programs, operations=0)
-        yield Prediction(*name, f"{row.kernel}: values", cost.microseconds(of_values, gpu))
+    microseconds = cost.microseconds(loop, gpu)
+    return Prediction(f"sm_{architecture}", gpu.name, policy, row.kernel, microseconds)
 
 
 def rows_multiplied(launch: Launch) -> int:

@@ -14,7 +14,6 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*
 RESOURCE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
 TENSOR_CORE = re.compile(r"(HGMMA|HMMA|UTC\w*MMA)\b")
 FUSED_MULTIPLY_ADD = re.compile(r"FFMA2?\b")
-VALUE_EXTREME = re.compile(r"FMNMX3?\b")
 WIDE_ASYNC_LOAD = re.compile(r"LDGSTS\b.*\.128(\.|$)")
 LOCAL_ACCESS = re.compile(r"(LDL|STL)\b")
 

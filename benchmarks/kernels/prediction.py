@@ -7,10 +7,11 @@ keeps it busy for the largest of the three; P programs on an SM share it. A tile
 
     max(P * busy, (busy + LATENCY) / (w + 1))        cycles
 
-A launch takes its waves of programs, or its bytes at the bandwidth of the data sheet if that is
-longer. What is not counted: starting programs, barriers, bank conflicts, and that no GPU reaches
-its data sheet. So this is a lower bound, good for comparing two versions of one kernel. Nothing of
-it has been compared with a GPU.
+Values are asked for at the start of the round that uses them at its end, and a round is longer than
+LATENCY. A launch takes its waves of programs, or its bytes at the bandwidth of the data sheet if
+that is longer. What is not counted: starting programs, barriers, bank conflicts, the selection and
+the moves, and that no GPU reaches its data sheet. So this is a lower bound, good for comparing two
+versions of one kernel. Nothing of it has been compared with a GPU.
 """
 
 from dataclasses import dataclass

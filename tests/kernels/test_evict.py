@@ -48,10 +48,14 @@ def test_group_size(group_size):
     check(case(SMALL, group_size=group_size, num_kv_heads=1))
 
 
-def test_query_rows_in_several_chunks():
-    # fp16 and G * W = 320: more rows than one program takes, so two launches add up the scores.
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_query_rows_in_several_chunks(dtype):
+    """G * W = 320, more rows than one program takes: launches add up the scores.
+
+    In fp16 two, which share the values evenly; in fp32 ten, of which the last two have none.
+    """
     parameters = EvictionParameters(budget=90, window=64, protected=8)
-    check(case(parameters, group_size=5, num_kv_heads=1, dtype=torch.float16, num_splits=2))
+    check(case(parameters, group_size=5, num_kv_heads=1, dtype=DTYPES[dtype], num_splits=2))
 
 
 @pytest.mark.parametrize("budget", [9, 63, 65, 257, 500, 513], ids="T={}".format)
