@@ -151,7 +151,7 @@ def scoring_tile(
     queries = min(largest, max(16, triton.next_power_of_2(num_rows)))
     if element_size == 4:
         # fp32 products run on the FMA units, whose operands are registers.
-        return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1, 128)
+        return ScoringTile(min(queries, 32), 32, 4 if head_size <= 128 else 8, 2, 1, 255)
     # A product that runs on its own keeps its K tile until it is done, beside the two in flight.
     num_tiles = 3 if limits.capability in (9, 10) else 2
     vector = triton.next_power_of_2(head_size) * element_size

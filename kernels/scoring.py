@@ -226,10 +226,13 @@ def candidate_scores(
             key_sum = merged_key_sum(key_sums, local_task, num_splits, HEAD_SIZE)
             key_products += local_task.to(tl.int64) * capacity
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        # Keys are the rows of the product: then a candidate's weights lie in few threads, and few
-        # shuffles add them up. The queries are transposed here, for in the loop they would be
-        # written to shared memory in every round.
-        queries = tl.trans(load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE))
+        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
+        if key_sums is None:
+            # Keys are the rows of the product: then a candidate's weights lie in few threads, and
+            # few shuffles add them up. The queries are transposed here, for in the loop they would
+            # be written to shared memory in every round. Beside the products with the keys' sum
+            # there are no registers for that.
+            queries = tl.trans(queries)
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
@@ -258,8 +261,11 @@ def candidate_scores(
             if key_sums is not None:
                 product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
                 tl.store(key_products + slots, product, mask=live)
-            logits = multiply(keys, queries, EXACT) * scale
-            score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
+                logits = multiply(queries, tl.trans(keys), EXACT) * scale
+                score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
+            else:
+                logits = multiply(keys, queries, EXACT) * scale
+                score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
             if NUM_CHUNKS > 1:
                 score += tl.load(scores + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + slots, score, mask=live)
