@@ -36,8 +36,8 @@ REACHED = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": "attach_router init_state name "
     "required_tasks",
     "vllm.sampling_params:SamplingParams": "extra_args max_tokens seed",
-    "vllm.v1.core.block_pool:BlockPool": "cache_full_blocks free_blocks get_new_blocks "
-    "get_num_free_blocks touch",
+    "vllm.v1.core.block_pool:BlockPool": "cache_full_blocks evict_blocks free_blocks "
+    "get_cached_block get_new_blocks get_num_free_blocks touch",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "find_longest_cache_hit "
     "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool coordinator "
