@@ -259,10 +259,10 @@ def candidate_scores(
                     values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
             keys = load_vectors(cells, live, 0, HEAD_SIZE)
             if key_sums is not None:
-                product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
-                tl.store(key_products + slots, product, mask=live)
                 logits = multiply(queries, tl.trans(keys), EXACT) * scale
                 score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
+                product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
+                tl.store(key_products + slots, product, mask=live)
             else:
                 logits = multiply(keys, queries, EXACT) * scale
                 score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
