@@ -100,9 +100,7 @@ def measure(reader: Reader, passage: Passage, first_scored: int) -> Measured:
             of_digits = reader.ask(question, digits)
             fact_nll.append(of_digits.nll.mean(dim=-1))
             recalled.append(of_digits.is_top.all(dim=-1))
-    nll, top = (
-        torch.cat(parts, dim=-1) for parts in ([s.nll for s in read], [s.top for s in read])
-    )
+    nll, _, top = (torch.cat(parts, dim=-1) for parts in zip(*read, strict=True))
     return Measured(nll, top, torch.stack(fact_nll), torch.stack(recalled))
 
 

@@ -39,6 +39,21 @@ class Sequence:
     parameters: EvictionParameters | None = None
 
 
+def one_for_each(
+    own: list[EvictionParameters | None], server: EvictionParameters
+) -> tuple[Sequence, ...]:
+    """Sequences with parameters of their own, each an eviction further than the one before it.
+
+    Args:
+        own: of each; None: the server's.
+    """
+    sequences = []
+    for row, parameters in enumerate(own):
+        first = (parameters or server).budget + server.window
+        sequences.append(Sequence(first, first + row * server.window, 7 + row, parameters))
+    return tuple(sequences)
+
+
 @dataclass(frozen=True)
 class Case:
     """What to evict from. Token contents are normal unless ``fill`` changes them.

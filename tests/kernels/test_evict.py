@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check
+from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.layout.block_table_row import BlockTableRow
 
@@ -110,11 +110,7 @@ def test_sequences_with_budgets_of_their_own(sampling):
         replace(server, budget=20, protected=5),
         None,
     ]
-    sequences = []
-    for row, parameters in enumerate(own):
-        first = (parameters or server).budget + server.window
-        sequences.append(Sequence(first, first + row * server.window, 7 + row, parameters))
-    check(Case(server, tuple(sequences), layers=(3, 5)))
+    check(Case(server, one_for_each(own, server), layers=(3, 5)))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 16], ids="splits={}".format)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check
+from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each
 from tests.oracle.policies import distinctness as squared_length
 from vase_vllm.kernels.launch import HEAD_SIZES, INTERPRETER_LIMITS, DeviceLimits
 from vase_vllm.kernels.launch import distinctness_tile as tile_of
@@ -224,11 +224,7 @@ def test_sequences_with_budgets_of_their_own():
         replace(DISTINCT, budget=20, protected=7),
         None,
     ]
-    sequences = []
-    for row, parameters in enumerate(own):
-        first = (parameters or DISTINCT).budget + DISTINCT.window
-        sequences.append(Sequence(first, first + row * DISTINCT.window, 7 + row, parameters))
-    check(Case(DISTINCT, tuple(sequences), num_kv_heads=1))
+    check(Case(DISTINCT, one_for_each(own, DISTINCT), num_kv_heads=1))
 
 
 def test_more_heads_than_the_scratch_memory_holds():
