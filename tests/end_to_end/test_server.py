@@ -21,6 +21,8 @@ ARGUMENTS = [
     *["--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--dtype", "float32"],
     *["--kv-eviction", "vase", "--kv-eviction-config.budget", "128"],
     *["--kv-eviction-config.window", "16", "--kv-cache-memory-bytes", "4M"],
+    # So that it is known which requests wait, and why.
+    *["--kv-eviction-config.admission", "reserve"],
 ]
 
 
