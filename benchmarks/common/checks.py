@@ -18,6 +18,7 @@ class Observed:
     Attributes:
         load: the result of ``vllm bench serve``, with its details.
         requested: tokens of each output that were asked for.
+        num_opted_out: requests that asked for the full cache, the last ones of the lists.
         stops: token ids that end an output before that.
         evictions: of the server's count; None if it counts none.
         series: samples of the server during the run, see ``monitor.Monitor``.
@@ -32,6 +33,7 @@ class Observed:
     series: dict[str, list[float]]
     blocks_left: int
     log: str
+    num_opted_out: int = 0
 
 
 def problems(
@@ -52,15 +54,18 @@ def problems(
     if error := ERROR.search(run.log):
         found.append(f"the server logged an error: {error[0]}")
     lengths = list(zip(run.load["input_lens"], run.load["output_lens"], strict=True))
+    evicting = lengths[: len(lengths) - run.num_opted_out]
     preempted = run.series["preemptions"][-1] > 0
-    found += eviction_problems(policy.schedule, lengths, run.evictions, preempted)
+    found += eviction_problems(policy.schedule, evicting, run.evictions, preempted)
     if policy.schedule is None:
         return found
     if must_evict and run.evictions == 0:
         found.append("nothing was evicted: raise --output-len")
     num_state_blocks = RingLayout(policy.window, group_size, block_size).num_blocks
-    longest = max(run.load["input_lens"])
+    longest = max((prompt for prompt, _ in evicting), default=0)
     bound = most_blocks(policy.schedule, num_state_blocks, longest, block_size)
+    opted_out = lengths[len(evicting) :]
+    bound = max([bound, *(cdiv(prompt + output, block_size) for prompt, output in opted_out)])
     samples = zip(run.series["blocks"], run.series["running"], strict=True)
     if over := [blocks for blocks, running in samples if blocks > running * bound]:
         found.append(f"{max(over):.0f} blocks held, more than {bound} for each running request")

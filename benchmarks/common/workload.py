@@ -33,6 +33,7 @@ class Workload:
         prefix_len: length of a prefix that all prompts share, beside their input_len.
         mixture: workloads whose requests it has, all of them in a drawn order. It has as many as
             they have together, and its own lengths are means.
+        opts_out: whether its requests ask for the full cache, whatever the server's policy is.
         rounds: times that every policy runs, in turn.
         policies: names of those of the suite that it runs unless told otherwise; none is all.
     """
@@ -51,6 +52,7 @@ class Workload:
     stops: tuple[int, ...] = ()
     prefix_len: int = 0
     mixture: tuple["Workload", ...] = ()
+    opts_out: bool = False
     rounds: int = 3
     policies: tuple[str, ...] = ()
 
@@ -89,10 +91,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of characters that are a token each, and the tokens of its output."""
+    """A prompt of characters that are a token each, and the tokens of its output.
+
+    Attributes:
+        opts_out: whether it asks for the full cache, whatever the server's policy is.
+    """
 
     prompt: str
     output_len: int
+    opts_out: bool = False
 
 
 def draw_requests(workload: Workload, seed: int) -> list[Request]:
@@ -125,7 +132,7 @@ def draw_requests(workload: Workload, seed: int) -> list[Request]:
     if workload.input_spread:
         inputs = lengths(workload.input_len, workload.input_spread)
     return [
-        Request(prefix + text(input_len), output_len)
+        Request(prefix + text(input_len), output_len, workload.opts_out)
         for input_len, output_len in zip(inputs, outputs, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common import checks
 from benchmarks.common.dummy_weights import write_dummy_model
-from benchmarks.common.load import RunFailedError, run_load, time_per_token
+from benchmarks.common.load import RunFailedError, by_client, run_load, time_per_token
 from benchmarks.common.monitor import Monitor, thinned
 from benchmarks.common.policy import Policy
 from benchmarks.common.server import (
@@ -120,7 +120,8 @@ class Service:
         series = monitor.series
         observed = checks.Observed(
             load=load,
-            requested=[request.output_len for request in requests],
+            requested=[r.output_len for group in by_client(requests) for r in group],
+            num_opted_out=sum(request.opts_out for request in requests),
             stops=run.stops,
             evictions=evictions,
             series=series,

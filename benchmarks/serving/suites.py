@@ -184,6 +184,13 @@ MIXED = replace(
     mixture=(AGENTS, QUESTIONS, REASONING),
     policies=("full", "vase-512", "vase-512-reserve"),
 )
+MIXED_OPT_OUT = replace(
+    MIXED,
+    name="mixed-opt-out",
+    question="the same, and the agents' requests opt out of eviction",
+    mixture=(replace(AGENTS, opts_out=True), QUESTIONS, REASONING),
+    policies=("full", "vase-512"),
+)
 
 
 def gpu_workloads(kv_tokens: int) -> tuple[Workload, ...]:
@@ -263,7 +270,7 @@ SUITES = {
                 for rule in ("reserve", "optimistic")
             ),
         ),
-        workloads=(*CPU_WORKLOADS, AGENTS, MIXED),
+        workloads=(*CPU_WORKLOADS, AGENTS, MIXED, MIXED_OPT_OUT),
         block_size=32,
         environment=ONE_THREAD | KEEP_ALIVE,
     ),

@@ -72,6 +72,17 @@ def test_refuses(changes, message):
     assert check(**changes) == [message]
 
 
+def test_requests_that_opt_out_evict_nothing_and_hold_their_whole_length():
+    two = dict(num_opted_out=2, evictions=12 + 13)
+    assert check(**two) == []
+    assert check(num_opted_out=2) == [f"{EVICTIONS} evictions, 25 expected"]
+    longest = -(-(150 + 1000) // 16)
+    assert check(**two, series={"blocks": [0.0, 4.0 * longest]}) == []
+    assert check(**two, series={"blocks": [0.0, 4.0 * longest + 1]}) == [
+        f"{4 * longest + 1} blocks held, more than {longest} for each running request"
+    ]
+
+
 def test_a_sweep_must_evict():
     short = {"input_lens": [100] * 4, "output_lens": [100] * 4}
     blocks = {"blocks": [0.0, 50.0]}
