@@ -149,6 +149,7 @@ def test_queries_that_change_after_rope_are_refused(models):
     ("arguments", "message"),
     [
         (["--max-tokens", "1"], "--max-tokens (1) must be at least 2"),
+        (["--max-tokens", "100000"], "--max-tokens (100000) must be below the model's context of"),
         (["--output", "no/such/directory/file"], "--output no/such/directory/file: it must be"),
         (["--output", "."], "--output .: it must be a file"),
         (["--texts", "absent.txt"], "--texts absent.txt: "),

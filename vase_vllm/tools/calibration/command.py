@@ -95,6 +95,12 @@ def _engine_arguments(args: argparse.Namespace) -> "EngineArgs":
             "remove it"
         )
     # The token after a text, which vLLM insists on, needs a position as well.
+    limit = EngineArgs.from_cli_args(parsed).create_model_config().max_model_len
+    if args.max_tokens >= limit:
+        raise EvictionError(
+            f"--max-tokens ({args.max_tokens}) must be below the model's context of {limit} "
+            "tokens: lower it"
+        )
     parsed.max_model_len = args.max_tokens + 1
     if args.convert:
         parsed.load_format = "dummy"
