@@ -187,7 +187,7 @@ MIXED = replace(
 MIXED_OPT_OUT = replace(
     MIXED,
     name="mixed-opt-out",
-    question="the same, and the agents' requests opt out of eviction",
+    question="questions, reasoning and agents at once, and the agents opt out of eviction",
     mixture=(replace(AGENTS, opts_out=True), QUESTIONS, REASONING),
     policies=("full", "vase-512"),
 )
