@@ -76,6 +76,13 @@ def test_query_rows_in_several_chunks(dtype):
     check(case(parameters, group_size=5, num_kv_heads=1, dtype=dtype, num_splits=2))
 
 
+@pytest.mark.parametrize("window", [13, 70], ids="W={}".format)
+def test_odd_window(window):
+    """Of 70 the window's own scores take two tiles."""
+    parameters = replace(REMEMBERS, budget=100, window=window)
+    check(case(parameters, num_kv_heads=1, num_splits=2))
+
+
 def test_temperature():
     check(case(replace(REMEMBERS, temperature=3.0)))
 
@@ -131,10 +138,10 @@ def test_queries_that_are_not_finite(number):
 
 
 def test_what_is_remembered_decides():
-    """So the tests above can fail: without it other tokens survive."""
-    pool, forgetful = (Pool(case(replace(REMEMBERS, memory=memory))) for memory in (1.0, 0.0))
-    forgetful.caches = [cache.clone() for cache in pool.caches]
-    forgetful.block_table = pool.block_table
+    """So the tests above can fail: where hardly anything is remembered other tokens survive."""
+    pool, forgetful = (Pool(case(replace(REMEMBERS, memory=memory))) for memory in (1.0, 1e-6))
+    before = [one.caches[0].clone() for one in (pool, forgetful)]
+    torch.testing.assert_close(*before, rtol=0, atol=0, equal_nan=True)
     for one in (pool, forgetful):
         one.evict()
     slots = torch.arange(REMEMBERS.budget)
