@@ -21,7 +21,7 @@ Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. B
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
 Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
-more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by the attention
+more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by attention
 that tokens have received from earlier windows as well: two more, in ``remembering.py``.
 
 What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in

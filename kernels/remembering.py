@@ -18,8 +18,8 @@ the attention. Both numbers go along with a token in the state blocks (``layout/
 4. ``select_and_move`` writes the numbers of the tokens that it moves: these, and the window's.
 
 Cost of one head with n = 4096, W = 64, G = 4, D = 128 in bf16: 16 bytes of state and 8 of scratch
-memory for each candidate, 96 KiB beside 3 MiB of K and V; for the window one tile of 65 in the first
-pass, and once more 2 * 256 * 128 * 64 = 4 MFLOP.
+memory for each candidate, 96 KiB beside 3 MiB of K and V; for the window one tile more than 64 in
+the first pass, and once more 2 * 256 * 128 * 64 = 4 MFLOP.
 """
 
 from collections.abc import Iterator
