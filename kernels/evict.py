@@ -21,7 +21,8 @@ Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. B
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
 Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
-more kernels, which ``distinctness.py`` describes.
+more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by attention
+that tokens have received from earlier windows as well: two more, in ``remembering.py``.
 
 What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
 ``launch.py``. No launch has been timed yet; ``benchmarks/kernels/eviction.py`` does that.
@@ -57,6 +58,7 @@ from vase_vllm.kernels.launch import (
     value_tile,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.remembering import remember_launches
 from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
 from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch, some
 from vase_vllm.kernels.selection import select_and_move
@@ -112,7 +114,9 @@ class PagedEviction:
         block_table: [R, columns] int32, rows of a header, token blocks and state blocks.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
-        parameters: what to keep and how to rank.
+        parameters: what to keep and how to rank. With ``memory`` the state blocks have room for the
+            two numbers of each of its ``budget`` tokens; those of a row's own budget beside its
+            kept prompt must not be more.
         counts: [due, 3] int32, each sequence's own ``EvictionParameters.counts``; None: they are
             those of ``parameters`` for all.
         group_size: query heads per KV head (G).
@@ -202,6 +206,7 @@ class PagedEviction:
 
         Scratch memory is allocated here, unless it was given.
         """
+        parameters = self.parameters
         tile = scoring_tile(
             self._head.num_rows, self._head_size, self.kv_cache.element_size(), limits
         )
@@ -217,8 +222,8 @@ class PagedEviction:
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
             if self._by_distinctness:
-                ridge = self.parameters.ridge
-                yield key_launch(num * num_splits, part | streaming, scratch, limits, ridge)
+                arguments = part | streaming
+                yield key_launch(num * num_splits, arguments, scratch, limits, parameters.ridge)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
@@ -232,6 +237,8 @@ class PagedEviction:
                 )
                 chunked = part | scoring | results | products | of_chunk
                 yield Launch(candidate_scores, num * num_splits, chunked)
+            if parameters.memory:
+                yield from remember_launches(num, part, scoring, scratch, parameters)
             if self._by_distinctness:
                 yield from value_launches(num * num_splits, part | streaming, scratch, limits)
             yield Launch(select_and_move, num, part | selecting)
@@ -252,6 +259,11 @@ class PagedEviction:
     @cached_property
     def _head(self) -> HeadScratch:
         return HeadScratch.of(self.parameters, self.group_size, self._head_size)
+
+    @property
+    def _group(self) -> dict[str, int]:
+        """Arguments of the kernels that have to do with the queries of a head."""
+        return dict(GROUP=self.group_size, WINDOW_SCORES=self._head.window_scores)
 
     @property
     def _head_size(self) -> int:
@@ -313,7 +325,7 @@ class PagedEviction:
         """Arguments of the two kernels that score attention."""
         return dict(
             scale=self.softmax_scale / self.parameters.temperature * math.log2(math.e),
-            GROUP=self.group_size,
+            **self._group,
             QUERY_TILE=tile.queries,
             KEY_TILE=tile.keys,
             num_warps=tile.num_warps,
@@ -330,11 +342,12 @@ class PagedEviction:
             slot_priority=self.slot_priority,
             nan_keys=self.nan_keys,
             num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
+            numbers_stride=parameters.budget if parameters.memory else None,
             seed_low=_signed(parameters.seed),
             seed_high=_signed(parameters.seed >> 32),
             first_kv_head=self.first_kv_head,
             SCORING=parameters.scoring,
-            GROUP=self.group_size,
+            **self._group,
             GUMBEL=parameters.sampling == "gumbel",
             SMOOTHING=parameters.smoothing,
             TILE=SELECT_TILE,

@@ -5,7 +5,8 @@ token block ``s // block_size`` at offset ``s % block_size``. The state blocks s
 ``ceil(first / block_size)`` token blocks of the first eviction. The query of ring entry w and query
 head g of a KV head is vector ``(w % entries) * G + g`` of state block ``w // entries``, where a
 block holds ``entries = 2 * block_size // G`` ring entries and a cell of 2 * D elements holds two
-vectors.
+vectors. The state blocks behind those of the ring hold fp32 numbers that go along with the tokens,
+one after the other through the cells of each KV head (``layout/token_state.py``).
 
 Every cell and vector is aligned to 16 bytes, which the host checks: addresses that come out of
 memory carry no alignment, and without the hints below the loads would be one element wide.
@@ -20,6 +21,8 @@ from vase_vllm.layout.block_table_row import BlockTableRow
 
 TOKEN_COLUMN = tl.constexpr(BlockTableRow.NUM_HEADER)
 """Column of a row's first token block."""
+KEPT_COLUMN = tl.constexpr(BlockTableRow.KEPT)
+"""Column of the number of a row's first tokens that are never evicted."""
 
 
 class Batch(NamedTuple):
@@ -169,6 +172,28 @@ def ring_pointers(
     vectors = entries % ENTRIES * GROUP + heads
     cells = pages.base + blocks * pages.block_stride + vectors // 2 * pages.slot_stride
     return tl.multiple_of(cells + vectors % 2 * HEAD_SIZE, 16)
+
+
+@triton.jit
+def number_pointers(
+    pages,
+    numbers,  # which of the fp32 numbers
+    live,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Addresses of fp32 numbers behind the ring; of block 0 where not live."""
+    ENTRIES: tl.constexpr = 2 * pages.BLOCK_SIZE // GROUP
+    RING_BLOCKS: tl.constexpr = (WINDOW + ENTRIES - 1) // ENTRIES
+    BITS: tl.constexpr = pages.base.dtype.element_ty.primitive_bitwidth
+    CELL: tl.constexpr = 2 * HEAD_SIZE * BITS // 32
+    num_token_blocks = tl.cdiv(tl.load(pages.table_row), pages.BLOCK_SIZE)
+    columns = TOKEN_COLUMN + num_token_blocks + RING_BLOCKS + numbers // (CELL * pages.BLOCK_SIZE)
+    blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
+    cell = numbers // CELL % pages.BLOCK_SIZE
+    cells = pages.base + blocks * pages.block_stride + cell * pages.slot_stride
+    return cells.to(tl.pointer_type(tl.float32)) + numbers % CELL
 
 
 @triton.jit

@@ -68,6 +68,9 @@ class EvictionParameters:
             ``attention`` alone.
         ridge: of the distinctness, above 0: how much a value counts in directions that the window's
             values do not have.
+        memory: what is left at an eviction of the attention received before, from 0 to 1. Above 0
+            two numbers go along with each token (``remembering.py``); with ``protect_by``
+            ``distinctness`` and smoothing 1 alone.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.
@@ -84,6 +87,7 @@ class EvictionParameters:
     scoring: Scoring = "attention"
     protect_by: ProtectBy = "value_range"
     ridge: float = 0.1
+    memory: float = 0.0
 
     @classmethod
     def of(
@@ -123,6 +127,14 @@ class EvictionParameters:
             raise ValueError(f"smoothing must be odd and positive, got {self.smoothing}")
         if self.ridge <= 0:
             raise ValueError(f"ridge must be above 0, got {self.ridge}")
+        if not 0 <= self.memory <= 1:
+            raise ValueError(f"memory must be in [0, 1], got {self.memory}")
+        if self.memory and self.protect_by != "distinctness":
+            raise ValueError(
+                f"memory must be 0 with protect_by {self.protect_by!r}, got {self.memory}"
+            )
+        if self.memory and self.smoothing > 1:
+            raise ValueError(f"memory must be 0 with smoothing {self.smoothing}, got {self.memory}")
         if self.scoring == "attention":
             return
         if self.protect_by != "value_range":

@@ -61,6 +61,17 @@ def multiply(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
+def newest_slots(task, index, WINDOW: tl.constexpr, GROUP: tl.constexpr):
+    """Slots of the newest token that each query row has seen, which is its own.
+
+    The query of position p is ring entry p mod W, the window's tokens lie in order of position
+    behind the candidates, and the position that comes next is whole windows after ``first``.
+    """
+    order = (index // GROUP + WINDOW - tl.load(task.table_row) % WINDOW) % WINDOW
+    return task.candidates + order
+
+
+@triton.jit
 def split_range(split, num_splits, candidates, TILE: tl.constexpr):
     """First and last + 1 candidate of a split: whole tiles, evenly; may be empty at the end."""
     length = tl.cdiv(tl.cdiv(candidates, TILE), num_splits) * TILE
@@ -94,8 +105,12 @@ def row_statistics(
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    WINDOW_SCORES: tl.constexpr,  # above 0: over the window's keys up to the query's own as well
 ):
-    """``m = max_j x_j`` and ``l = sum_j 2^(x_j - m)`` per query row, over one split."""
+    """``m = max_j x_j`` and ``l = sum_j 2^(x_j - m)`` per query row, over one split.
+
+    The splits are those of the candidates, with WINDOW_SCORES of the window behind them, too.
+    """
     NUM_CHUNKS: tl.constexpr = (GROUP * WINDOW + QUERY_TILE - 1) // QUERY_TILE
     program = tl.program_id(0)
     split = program % num_splits
@@ -112,7 +127,11 @@ def row_statistics(
         # Finite, so that no infinity is subtracted from another.
         maximum = tl.full([QUERY_TILE], LOWEST, tl.float32)
         total = tl.zeros([QUERY_TILE], tl.float32)
-        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
+        length = task.candidates
+        if WINDOW_SCORES > 0:
+            length += WINDOW
+            newest = newest_slots(task, index, WINDOW, GROUP)
+        begin, end = split_range(split, num_splits, length, KEY_TILE)
         lanes = tl.arange(0, KEY_TILE)
         blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
         for start in range(begin, end, KEY_TILE):
@@ -124,7 +143,11 @@ def row_statistics(
             blocks = slot_blocks(pages, ahead, ahead < end)
             keys = load_vectors(cells, live, 0, HEAD_SIZE)
             products = multiply(queries, tl.trans(keys), EXACT)
-            products = tl.where(live[None, :], products, float("-inf"))
+            if WINDOW_SCORES > 0:
+                seen = slots[None, :] <= newest[:, None]
+            else:
+                seen = live[None, :]
+            products = tl.where(seen, products, float("-inf"))
             # Scaled only where it is subtracted, which is one multiply-add for each product.
             new_maximum = tl.maximum(maximum, tl.max(products, axis=1))
             shift = new_maximum * scale
@@ -178,7 +201,7 @@ def candidate_scores(
     maxima,  # [tasks, splits, G * W] fp32
     sums,  # [tasks, splits, G * W] fp32
     key_sums,  # [tasks, splits, D] fp32; None where the value range protects
-    scores,  # [tasks, capacity] fp32, out: sum over the query rows, before pooling
+    scores,  # [tasks, capacity + WINDOW_SCORES] fp32, out: sum over the query rows, before pooling
     ordered,  # [tasks, capacity] int32, out without key_sums: ordered bits of the value range
     key_products,  # [tasks, capacity] fp32, out with key_sums: products of the keys with their sum
     task_offset,
@@ -200,6 +223,7 @@ def candidate_scores(
     BLOCK_SIZE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    WINDOW_SCORES: tl.constexpr,  # words of the window's own scores behind the others; 0: none
     VALUE_TILE: tl.constexpr,  # candidates of each K tile whose values a chunk reads; 0: none
     PREFETCH_VALUES: tl.constexpr,  # else another program of the SM covers the wait for them
 ):
@@ -219,7 +243,7 @@ def candidate_scores(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-        scores += local_task.to(tl.int64) * capacity
+        scores += local_task.to(tl.int64) * (capacity + WINDOW_SCORES)
         ordered += local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         if key_sums is not None:

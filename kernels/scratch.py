@@ -19,10 +19,12 @@ class HeadScratch:
     Attributes:
         num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
         sample_shape: (W, D) of the window's values where distinctness protects; else None.
+        window_scores: words of the scores of the window's own tokens; 0 if nothing remembers them.
     """
 
     num_rows: int = 0
     sample_shape: tuple[int, int] | None = None
+    window_scores: int = 0
 
     @classmethod
     def of(cls, parameters: EvictionParameters, group_size: int, head_size: int) -> "HeadScratch":
@@ -31,6 +33,7 @@ class HeadScratch:
         return cls(
             num_rows=group_size * window if parameters.scoring == "attention" else 0,
             sample_shape=(window, head_size) if parameters.protect_by == "distinctness" else None,
+            window_scores=padded_words(window) if parameters.memory else 0,
         )
 
     def words(self, capacity: int, num_splits: int) -> dict[str, int]:
@@ -43,7 +46,7 @@ class HeadScratch:
             capacity: candidates that there is room for, a multiple of 16 (:func:`padded_words`).
             num_splits: programs that share a head's candidates.
         """
-        words = {"scores": capacity, "ordered": capacity}
+        words = {"scores": capacity + self.window_scores, "ordered": capacity}
         words |= dict.fromkeys(("maxima", "sums"), padded_words(num_splits * self.num_rows))
         if self.sample_shape is not None:
             window, head_size = self.sample_shape

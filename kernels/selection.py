@@ -13,7 +13,14 @@ default: 41 rows of 16 KiB for 4096 candidates, from L1 or L2. In the steady sta
 import triton
 import triton.language as tl
 
-from vase_vllm.kernels.paged import Batch, load_task, slot_pointers, task_pages
+from vase_vllm.kernels.paged import (
+    KEPT_COLUMN,
+    Batch,
+    load_task,
+    number_pointers,
+    slot_pointers,
+    task_pages,
+)
 
 DIGIT_BITS = tl.constexpr(2)
 HIGHEST = tl.constexpr(0xFFFFFFFF)
@@ -124,7 +131,7 @@ def select_and_move(
     rows,  # [due] int32
     counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
-    scores,  # [tasks, capacity] fp32, in for "attention"; reused for the list of freed slots
+    scores,  # [tasks, capacity + WINDOW_SCORES] fp32, in for "attention"; then the freed slots
     ordered,  # [tasks, capacity] int32; ranges in, overwritten with the priorities
     slot_priority,  # [due, num_priorities] int32, what ranks each slot; None unless "age"
     nan_keys,  # [due] int32, out: a row's key where a priority is NaN; or None
@@ -140,10 +147,12 @@ def select_and_move(
     head_stride,
     slot_stride,
     num_priorities,
+    numbers_stride,  # between the two numbers that go along with a token; None: none go along
     KV_TYPE: tl.constexpr,
     SCORING: tl.constexpr,
     GUMBEL: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    WINDOW_SCORES: tl.constexpr,  # words of the window's own scores behind the others; 0: none
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -164,7 +173,7 @@ def select_and_move(
     task = load_task(batch, local_task + task_offset, limit, WINDOW)
     candidates = task.candidates
     if candidates > 0:
-        scores += local_task.to(tl.int64) * capacity
+        scores += local_task.to(tl.int64) * (capacity + WINDOW_SCORES)
         ordered += local_task.to(tl.int64) * capacity
 
         # Protected: the largest value ranges, or the sinks alone. All others get their priority.
@@ -239,3 +248,14 @@ def select_and_move(
             mask = kept[:, None] & (dims < 2 * HEAD_SIZE)[None, :]
             cells = tl.load(source[:, None] + dims[None, :], mask=mask)
             tl.store(target[:, None] + dims[None, :], cells, mask=mask)
+            if numbers_stride is not None:
+                # What lies above the budget has been seen by this window alone: a candidate there
+                # is at its first eviction. Scores above the budget have not become freed slots.
+                received = tl.load(scores + slots, mask=kept, other=0.0)
+                asked = tl.minimum(candidates + WINDOW - slots, WINDOW).to(tl.float32)
+                number = target_slots - tl.load(task.table_row + KEPT_COLUMN)
+                first = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE)
+                number += numbers_stride
+                second = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE)
+                tl.store(first, received, mask=kept)
+                tl.store(second, asked, mask=kept)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_place
 from benchmarks.accuracy.teacher_forcing import Rule
@@ -178,6 +179,26 @@ def remembering(
     return rule
 
 
+def averaging(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
+    """As :func:`parts`, and the rest by the mean attention at the evictions of each token so far.
+
+    Unlike :func:`remembering` it goes by attention to candidates alone: no query sees the window,
+    and a token that leaves the window has received nothing.
+    """
+    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
+
+    def rule(c: Candidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+        now = c.attention()
+        after = torch.stack([now, torch.ones_like(now)], dim=1)
+        if numbers is not None:
+            after += decay * numbers
+        taken, _ = by_parts(c, None)
+        rest = (after[:, 0] / after[:, 1]).masked_fill(taken.isinf(), torch.inf)
+        return rest, pad(after, (0, c.limits.window))
+
+    return rule
+
+
 def policy(name: str, **settings: object) -> Rule:
     """A policy of the product."""
     return find_policy(name)(**settings).rank
@@ -302,6 +323,12 @@ REMEMBERING: dict[str, Rule] = {
             [(distinct, part)], 0.9, per_query=True
         )
         for part in (0.125, 0.25, 0.375)
+    },
+    **{
+        f"distinct {part}, then attention per eviction, decay .9": averaging(
+            [(distinct, part)], 0.9
+        )
+        for part in (0.25, 0.375)
     },
     "range .25, then received": remembering([quarter_range]),
 }

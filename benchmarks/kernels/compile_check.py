@@ -127,6 +127,10 @@ def look_at(
         if launch.kernel in (store_ring, remap_sequences) and configuration.is_distinct:
             # Those of another configuration.
             continue
+        of_others = (key_statistics, candidate_scores, value_distinctness)
+        if configuration.memory and launch.kernel in of_others:
+            # Those of the configuration without memory.
+            continue
         code, shared, num_warps = compile_launch(launch, architecture)
         loop = key_loop(launch, code)
         row = Row(

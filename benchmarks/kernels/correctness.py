@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.common.clock import Clock
 from benchmarks.common.results import Rows
-from benchmarks.kernels.policies import distinct, parameters_of, snapkv, unscored
+from benchmarks.kernels.policies import distinct, parameters_of, remembering, snapkv, unscored
 from benchmarks.kernels.workload import Shape, ring_is_right, wrong_heads
 from vase_vllm.kernels.checks import interpreted
 from vase_vllm.kernels.parameters import EvictionParameters
@@ -25,6 +25,7 @@ def correctness_shapes() -> dict[str, Shape]:
         shapes = {"vase": base, "fp32, long": replace(base, dtype=torch.float32, extra=40)}
         shapes["snapkv"] = replace(base, parameters=snapkv(base.parameters))
         shapes["distinct"] = replace(base, parameters=distinct(base.parameters))
+        shapes["remembering"] = replace(base, parameters=remembering(base.parameters))
         for name, parameters in unscored(base.parameters).items():
             shapes[name] = replace(base, parameters=parameters)
         return {f"smoke, {name}": shape for name, shape in shapes.items()}
@@ -60,6 +61,7 @@ def distinct_shapes(base: Shape, qwen3: Shape) -> dict[str, Shape]:
         "distinct, budget 4096": replace(qwen3, parameters=distinct(parameters_of(4096))),
         "distinct, G=8": replace(qwen3, parameters=distinct(qwen3.parameters), group_size=8),
         "distinct, extra=4000": replace(small, extra=4000),
+        "distinct, remembering": replace(qwen3, parameters=remembering(qwen3.parameters)),
     }
     for dtype in (torch.float16, torch.float32):
         shapes[f"distinct, {dtype}"] = replace(small, dtype=dtype)

@@ -26,6 +26,11 @@ def distinct(parameters: EvictionParameters) -> EvictionParameters:
     )
 
 
+def remembering(parameters: EvictionParameters) -> EvictionParameters:
+    """The policy ``distinct`` with memory, with the same budget, window and sinks."""
+    return replace(distinct(parameters), memory=0.9)
+
+
 def unscored(parameters: EvictionParameters) -> dict[str, EvictionParameters]:
     """The policies that score no attention, with the same budget, window and sinks."""
     sinks = parameters.sinks

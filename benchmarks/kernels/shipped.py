@@ -14,6 +14,7 @@ from vase_vllm.kernels.remap import BatchRemap
 from vase_vllm.kernels.ring import TritonRingWrite
 from vase_vllm.layout.block_table_row import BlockTableRow
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.token_state import TokenStateLayout
 
 NUM_LAYERS, NUM_KV_HEADS, BUDGET, WINDOW = 36, 8, 4096, 64
 ARCHITECTURES = {
@@ -44,6 +45,7 @@ class Configuration:
     sampling: Sampling = "gumbel"
     scoring: Scoring = "attention"
     protect_by: ProtectBy = "value_range"
+    memory: float = 0.0
 
     def tile(self, limits: DeviceLimits) -> ScoringTile:
         """The tile of its two scoring launches."""
@@ -66,7 +68,7 @@ class Configuration:
     def __str__(self) -> str:
         kind = self.sampling if self.scoring == "attention" else self.scoring
         if self.is_distinct:
-            kind = "distinct"
+            kind = "remembering" if self.memory else "distinct"
         return (
             f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
             f"block={self.block_size} {kind}"
@@ -78,6 +80,7 @@ QWEN3_8B_DISTINCT = Configuration(128, 4, sampling="greedy", protect_by="distinc
 QUICK = (
     QWEN3_8B,
     QWEN3_8B_DISTINCT,
+    replace(QWEN3_8B_DISTINCT, memory=0.9),
     Configuration(128, 4, scoring="uniform"),
     Configuration(128, 4, sampling="greedy", scoring="age"),
 )
@@ -105,6 +108,10 @@ CONFIGURATIONS = (
             Configuration(256, 4),
         )
     ),
+    *(
+        replace(shape, sampling="greedy", protect_by="distinctness", memory=0.9)
+        for shape in (Configuration(256, 4), Configuration(256, 2, torch.float32))
+    ),
 )
 
 
@@ -123,8 +130,12 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         sampling=configuration.sampling,
         scoring=configuration.scoring,
         protect_by=configuration.protect_by,
+        memory=configuration.memory,
     )
-    num_state_blocks = RingLayout(WINDOW, group_size, block_size).num_blocks
+    cell_bytes = 2 * head_size * configuration.dtype.itemsize
+    num_numbers = 2 if configuration.memory else 0
+    numbers = TokenStateLayout(num_numbers, BUDGET, block_size, cell_bytes)
+    num_state_blocks = RingLayout(WINDOW, group_size, block_size).num_blocks + numbers.num_blocks
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

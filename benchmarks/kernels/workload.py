@@ -18,6 +18,8 @@ from vase_vllm.kernels.torch_eviction import (
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.token_state import TokenStateLayout
+from vase_vllm.worker.token_state import load_numbers
 
 TOLERANCE = 1e-4
 """How far from the threshold a priority may be for its token to be on the wrong side of it.
@@ -64,7 +66,14 @@ class Shape:
 
     @property
     def num_state_blocks(self) -> int:
-        return self.ring.num_blocks
+        return self.ring.num_blocks + self.token_state.num_blocks
+
+    @property
+    def token_state(self) -> TokenStateLayout:
+        """Where the numbers lie that go along with the tokens."""
+        num_numbers = 2 if self.parameters.memory else 0
+        cell_bytes = 2 * self.head_size * self.dtype.itemsize
+        return TokenStateLayout(num_numbers, self.parameters.budget, self.block_size, cell_bytes)
 
     @property
     def softmax_scale(self) -> float:
@@ -153,11 +162,33 @@ class Workload:
         """The ring: [H, W * G, D]."""
         shape = self.shape
         start = BlockTableRow.state_column(shape.num_cached, shape.block_size)
-        blocks = self.block_table[row, start:].long()
+        blocks = self.block_table[row, start : start + shape.ring.num_blocks].long()
         vectors = self.caches[layer][blocks].transpose(0, 1).flatten(2)
         vectors = vectors[..., : shape.ring.entries_per_block * shape.group_size * shape.head_size]
         vectors = vectors.reshape(shape.num_kv_heads, -1, shape.head_size)
         return vectors[:, : shape.num_query_rows]
+
+    def numbers(self, layer: int, row: int) -> torch.Tensor:
+        """What goes along with the tokens after an eviction, on the CPU: [H, 2, budget] fp32."""
+        shape = self.shape
+        start = BlockTableRow.state_column(shape.num_cached, shape.block_size)
+        blocks = self.block_table[row, start + shape.ring.num_blocks :].long()
+        return load_numbers(shape.token_state, self.caches[layer], blocks).cpu()
+
+    def received(self, layer: int, row: int) -> torch.Tensor:
+        """Attention that the window's queries have paid to each token, on the CPU: [H, slots] fp32.
+
+        A query has seen the candidates, and of the window the tokens up to its own.
+        """
+        shape, window = self.shape, self.shape.parameters.window
+        keys = self.cells(layer, row)[..., : shape.head_size].cpu().float()
+        queries = self.queries(layer, row).cpu().float()
+        entries = torch.arange(shape.num_query_rows) // shape.group_size
+        newest = shape.num_candidates + (entries - shape.num_cached) % window
+        is_later = torch.arange(shape.num_cached) > newest[:, None]
+        scale = shape.softmax_scale / shape.parameters.temperature
+        logits = queries @ keys.transpose(1, 2) * scale
+        return logits.masked_fill(is_later, -torch.inf).softmax(dim=-1).sum(dim=1)
 
     def scores(self, layer: int, row: int) -> torch.Tensor:
         """The reference's scores of the candidates, on the CPU: [H, n] fp32."""
@@ -166,6 +197,9 @@ class Workload:
             return torch.ones(shape.num_kv_heads, shape.num_candidates)
         if parameters.scoring == "age":
             return self.arrival[row].cpu().float().expand(shape.num_kv_heads, -1)
+        if parameters.memory:
+            # At a first eviction all candidates have been seen by the same queries.
+            return self.received(layer, row)[:, : shape.num_candidates]
         keys = self.cells(layer, row)[:, : shape.num_candidates, : shape.head_size].cpu().float()
         scale = shape.softmax_scale / parameters.temperature
         queries = self.queries(layer, row).cpu().float()
@@ -195,6 +229,7 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
     before = {place: workload.cells(*place).cpu() for place in places}
     scores_before = {place: workload.scores(*place) for place in places}
     magnitudes_before = {place: workload.magnitudes(*place) for place in places}
+    received_before = {place: workload.received(*place) for place in places if parameters.memory}
     workload.evict(num_splits)
     num_wrong = 0
     for layer, row in places:
@@ -216,13 +251,26 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
         after = _fingerprints(workload.cells(layer, row).cpu()[:, : parameters.budget])
         for head, old in enumerate(_fingerprints(cells)):
             left = torch.isin(old, after[head])
-            right = left.sum() == parameters.budget and bool(left[shape.num_candidates :].all())
-            kept, left = keep[head], left[: shape.num_candidates]
+            is_whole = bool(left[shape.num_candidates :].all())
+            right = is_whole and int(left.sum()) == parameters.budget
+            kept, of_all, left = keep[head], left, left[: shape.num_candidates]
             threshold = priority[head][kept].min()
             off = (priority[head][kept != left] - threshold).abs()
             allowed = 2 * num_near[head] if parameters.protect_by == "distinctness" else 0
-            num_wrong += int(not right or bool((off > TOLERANCE).sum() > allowed))
+            right &= bool((off > TOLERANCE).sum() <= allowed)
+            if right and parameters.memory:
+                asked = shape.num_cached - torch.arange(shape.num_cached)
+                asked.clamp_(max=parameters.window)
+                numbers = torch.stack([received_before[layer, row][head], asked])[:, of_all]
+                right = _alike(workload.numbers(layer, row)[head], numbers)
+            num_wrong += int(not right)
     return num_wrong
+
+
+def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two times two numbers of the same tokens are alike, in whichever slots: [2, n]."""
+    with_quotients = [torch.stack([*pair, pair[0] / pair[1]]) for pair in (found, expected)]
+    return torch.allclose(*(rows.sort(dim=-1).values for rows in with_quotients), rtol=1e-3)
 
 
 def _near_the_protected(magnitudes: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:

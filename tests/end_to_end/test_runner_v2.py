@@ -35,6 +35,7 @@ SETTINGS = {
     "streaming": {"policy": "streaming"},
     "random": {"policy": "random", **BESIDE_THE_PROMPT},
     "distinct": {"policy": "distinct"},
+    "remembering": {"policy": "distinct", "memory": 0.9},
     # Not in the fused kernel: plain torch on the device's pages.
     "rkv": {"policy": "rkv"},
 }
@@ -48,8 +49,8 @@ CASES = {
     }
     for name, settings in SETTINGS.items()
 }
-# One of each way to evict: in the fused kernel, and in plain torch.
-WARMED_UP = ("gumbel", "rkv")
+# One of each way to evict: in the fused kernel, with all that there is of it, and in plain torch.
+WARMED_UP = ("gumbel", "remembering", "rkv")
 PREFIX_CACHING = {
     "eviction": {"budget": 24, "window": 8},
     "prompts": [SHARED + prompt(3, seed) for seed in range(3)],

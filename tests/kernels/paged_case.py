@@ -19,6 +19,7 @@ from vase_vllm.kernels.torch_eviction import (
 )
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
+from vase_vllm.layout.token_state import TokenStateLayout
 
 MARGIN = 1e-5
 """Relative gap around a selection threshold: above the rounding of two ways to sum in fp32."""
@@ -30,13 +31,15 @@ DISTINCTNESS_MARGIN = 2e-4
 class Sequence:
     """A row of the block table: position of the first eviction, position now.
 
-    Its budget, sinks and protected tokens are those of ``parameters``, if it has its own.
+    Its budget, sinks and protected tokens are those of ``parameters``, if it has its own; the first
+    ``kept`` of its tokens are a prompt that is never evicted.
     """
 
     first: int
     position: int
     key: int = 12345
     parameters: EvictionParameters | None = None
+    kept: int = 0
 
 
 def one_for_each(
@@ -82,8 +85,18 @@ class Case:
         return RingLayout(self.parameters.window, self.group_size, self.block_size)
 
     @property
+    def state(self) -> TokenStateLayout:
+        """Where the numbers lie that go along with the tokens."""
+        return TokenStateLayout(
+            2 * (self.parameters.memory > 0),
+            self.parameters.budget,
+            self.block_size,
+            2 * self.head_size * self.dtype.itemsize,
+        )
+
+    @property
     def num_state_blocks(self) -> int:
-        return self.ring.num_blocks * self.has_queries
+        return self.ring.num_blocks * self.has_queries + self.state.num_blocks
 
     @property
     def has_queries(self) -> bool:
@@ -134,7 +147,8 @@ class Pool:
             self.caches = [cache.transpose(1, 2) for cache in self.caches]
         for row, sequence in enumerate(case.sequences):
             num_blocks = case.num_state_blocks + num_token_blocks[row]
-            header = RowHeader(sequence.first, sequence.key, case.of(sequence).budget, kept=0)
+            budget = case.of(sequence).budget
+            header = RowHeader(sequence.first, sequence.key, budget, sequence.kept)
             entries = [*header, *(free.pop() for _ in range(num_blocks))]
             self.block_table[row, : len(entries)] = torch.tensor(entries)
             for cache in self.caches:
@@ -170,6 +184,31 @@ class Pool:
                     self.ring_vector(cache, row, head, entry, query_head)[:] = queries[
                         entry, query_head
                     ]
+        sequence = case.sequences[row]
+        if case.state.num_numbers and sequence.position > sequence.first:
+            received, asked = torch.rand(2, *self.numbers(cache, row)[0].shape, generator=generator)
+            self.put_numbers(cache, row, torch.stack([received, window * (0.5 + asked)]))
+
+    def numbers(self, cache: torch.Tensor, row: int) -> torch.Tensor:
+        """Attention received by the tokens that an eviction leaves, and by how many queries it was
+        paid: [2, budget less a kept prompt, H]."""
+        block, cell, word = self._number_places(row)
+        return cache.view(torch.float32)[block, :, cell, word]
+
+    def put_numbers(self, cache: torch.Tensor, row: int, numbers: torch.Tensor) -> None:
+        block, cell, word = self._number_places(row)
+        cache.view(torch.float32)[block, :, cell, word] = numbers
+
+    def _number_places(self, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Block, cell and fp32 word of each number, from the words of the contract."""
+        case, sequence = self.case, self.case.sequences[row]
+        index = torch.arange(case.of(sequence).budget - sequence.kept)
+        index = torch.stack([index, case.parameters.budget + index])
+        cell_size = 2 * case.head_size * case.dtype.itemsize // 4
+        front = BlockTableRow.NUM_HEADER - (-sequence.first // case.block_size)
+        columns = front + case.ring.num_blocks + index // cell_size // case.block_size
+        blocks = self.block_table[row, columns].long()
+        return blocks, index // cell_size % case.block_size, index % cell_size
 
     def blocks(self, row: int, slots: torch.Tensor) -> torch.Tensor:
         """Blocks of a row's slots: int64."""
@@ -245,6 +284,10 @@ class Pool:
                 all_keys, all_values = tokens.float().split(case.head_size, dim=-1)
                 keys, values = all_keys[:, :candidates], all_values[:, :candidates]
                 scores = self._scores(cache, row, keys)
+                if parameters.memory:
+                    numbers = self._remembered(cache, row, all_keys)
+                    received, asked = numbers[:, :candidates].transpose(1, 2)
+                    scores = received / asked
                 noise = None
                 if parameters.sampling == "gumbel":
                     noise = sampling_noise(
@@ -266,6 +309,10 @@ class Pool:
                 head, source, target = plan_moves(parameters.budget, parameters.window, keep)
                 source_cells = cache[self.blocks(row, source), head, source % case.block_size]
                 cache[self.blocks(row, target), head, target % case.block_size] = source_cells
+                if parameters.memory:
+                    numbers[:, target, head] = numbers[:, source, head]
+                    left = numbers[:, sequence.kept : parameters.budget]
+                    self.put_numbers(cache, row, left)
         return caches, separated
 
     def _scores(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
@@ -279,6 +326,28 @@ class Pool:
         scale = self.case.softmax_scale / parameters.temperature
         queries = self._queries(cache, row)
         return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
+
+    def _remembered(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
+        """The numbers of all tokens of an eviction, query by query, keys [H, n + W, D].
+
+        Returns:
+            [2, n + W, H].
+        """
+        parameters, sequence = self.case.parameters, self.case.sequences[row]
+        scale = self.case.softmax_scale / parameters.temperature
+        window, position = parameters.window, sequence.position
+        queries = self._queries(cache, row).unflatten(1, (window, -1))
+        numbers = torch.zeros(2, keys.shape[1], len(keys))
+        if position > sequence.first:
+            budget = self.case.of(sequence).budget
+            numbers[:, sequence.kept : budget] = parameters.memory * self.numbers(cache, row)
+        for ago in range(window, 0, -1):
+            of_position = queries[:, (position - ago) % window]
+            num_seen = keys.shape[1] - ago + 1
+            logits = of_position @ keys[:, :num_seen].transpose(1, 2) * scale
+            numbers[0, :num_seen] += logits.softmax(dim=-1).sum(dim=1).T
+            numbers[1, :num_seen] += 1
+        return numbers
 
     def _queries(self, cache: torch.Tensor, row: int) -> torch.Tensor:
         case = self.case
@@ -317,6 +386,20 @@ def _is_clear(magnitudes: torch.Tensor, parameters: EvictionParameters) -> bool:
     return bool((lowest - highest > DISTINCTNESS_MARGIN * highest.abs()).all())
 
 
+def assert_numbers(pool: Pool, expected: list[torch.Tensor]) -> None:
+    """Compare the numbers that go with the tokens, and take those that were found as expected.
+
+    They are sums, of which an order of summation changes the last bits.
+    """
+    for cache, wanted in zip(pool.caches, expected, strict=True):
+        for row in range(len(pool.case.sequences)):
+            found = pool.numbers(cache, row)
+            torch.testing.assert_close(
+                found, pool.numbers(wanted, row), rtol=1e-4, atol=1e-6, equal_nan=True
+            )
+            pool.put_numbers(wanted, row, found)
+
+
 def check(case: Case) -> Pool:
     """Evict, and compare every byte of every page with the oracle. Returns the pool after it."""
     while True:
@@ -326,6 +409,8 @@ def check(case: Case) -> Pool:
             break
         case = replace(case, seed=case.seed + 1)
     pool.evict()
+    if case.state.num_numbers:
+        assert_numbers(pool, expected)
     for cache, wanted in zip(pool.caches, expected, strict=True):
         torch.testing.assert_close(cache, wanted, rtol=0, atol=0, equal_nan=True)
     return pool

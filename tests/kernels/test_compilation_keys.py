@@ -29,6 +29,10 @@ KERNELS = {
         *("key_statistics", "row_statistics", "candidate_scores", "value_distinctness"),
         "select_and_move",
     ),
+    "memory": (
+        *("key_statistics", "row_statistics", "candidate_scores", "window_scores"),
+        *("remember_attention", "value_distinctness", "select_and_move"),
+    ),
     "uniform": ("select_and_move",),
     "age": ("select_and_move",),
 }
@@ -50,15 +54,17 @@ class Model:
 
     @property
     def parameters(self) -> EvictionParameters:
-        by_distinctness = self.policy == "distinctness"
+        by_distinctness = self.policy in ("distinctness", "memory")
         return EvictionParameters(
             self.budget,
             self.window,
             2,
             sinks=2,
-            scoring="attention" if by_distinctness else self.policy,
+            smoothing=1,
+            scoring=self.policy if self.policy in ("uniform", "age") else "attention",
             sampling="greedy" if self.policy == "age" else "gumbel",
             protect_by="distinctness" if by_distinctness else "value_range",
+            memory=0.9 if self.policy == "memory" else 0.0,
         )
 
 

@@ -20,13 +20,14 @@ def test_qwen3_8b_shape_compiles_without_spills():
     lines = result.stdout.splitlines()
     for kernel in (
         *("row_statistics", "candidate_scores", "select_and_move", "store_ring"),
-        *("key_statistics", "value_distinctness"),
+        *("key_statistics", "value_distinctness", "window_scores", "remember_attention"),
     ):
         assert any(line.startswith(kernel) for line in lines), result.stdout
-    for scoring in ("gumbel", "uniform", "age"):
+    for scoring in ("gumbel", "remembering", "uniform", "age"):
         assert any(line.startswith("select") and f" {scoring} " in line for line in lines)
-    # Two programs share an SM, and two K tiles are in flight; the same beside the distinctness.
+    # Two programs share an SM, and two K tiles are in flight; the same beside the distinctness, and
+    # where the first pass goes over the window as well.
     scored = [line.split() for line in lines if line.startswith(("row_stat", "candidate"))]
-    assert [(cells[-5], cells[-2]) for cells in scored] == [("2", "1")] * 4
+    assert [(cells[-5], cells[-2]) for cells in scored] == [("2", "1")] * 5
     for policy in ("vase", "distinct"):
         assert any(line.startswith(policy) and "H200" in line for line in lines), "no prediction"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.kernels.paged_case import Case, Pool, Sequence
+from tests.kernels.paged_case import Case, Pool, Sequence, assert_numbers
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
 from vase_vllm.layout.block_table_row import BlockTableRow
@@ -290,6 +290,18 @@ def test_two_requests_that_swap_rows_between_steps(swap):
     step = worker.path.prepare(common, capturing=False)
     assert_pages(worker.pool.caches, expected)
     assert step.seq_lens.tolist() == ([22, 41] if swap else [41, 22])
+
+
+def test_a_policy_whose_tokens_take_numbers_along():
+    """At a first eviction and at a later one; a sequence that is not due keeps what it has."""
+    settings = {"policy": "distinct", "memory": 0.9, "budget": 40, "window": 8, "sinks": 4}
+    worker = Worker(DUE + NOT_DUE, config=EvictionConfig.parse(settings))
+    expected, separated = worker.pool.expected()
+    assert separated
+    worker.path.prepare(worker.decode_step(5), capturing=False)
+    assert worker.counters.as_dict()["evictions"] == 2
+    assert_numbers(worker.pool, expected)
+    assert_pages(worker.pool.caches, expected)
 
 
 def test_a_policy_that_gives_the_kernel_its_ranking():

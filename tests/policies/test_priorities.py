@@ -200,7 +200,7 @@ def test_a_window_value_that_is_not_finite_is_left_out_of_the_comparison():
     assert not torch.equal(expected, without.isinf())
 
 
-def test_the_fused_kernel_takes_distinct_unless_it_remembers():
+def test_the_fused_kernel_takes_distinct():
     settings = {"policy": "distinct", "budget": 64, "window": 16, "ridge": 0.5, "smoothing": 3}
     config = EvictionConfig.parse(settings)
     assert config.fused == EvictionParameters(
@@ -209,7 +209,8 @@ def test_the_fused_kernel_takes_distinct_unless_it_remembers():
     # Beside a kept prompt of 30 tokens as many are protected as beside 4 sinks.
     of_sequence = config.policy.fused(config.limits_of(budget=64 + 30, kept=30))
     assert of_sequence.counts == (94, 30, 30 + 20)
-    assert EvictionConfig.parse(settings | {"smoothing": 1, "memory": 0.5}).fused is None
+    remembering = EvictionConfig.parse(settings | {"smoothing": 1, "memory": 0.5}).fused
+    assert remembering == replace(config.fused, smoothing=1, memory=0.5)
 
 
 # What must hold

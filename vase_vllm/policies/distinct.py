@@ -80,10 +80,8 @@ class DistinctPolicy(ProtectingPolicy):
         )
         return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
-    def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
-        """See :meth:`Policy.fused`; the kernel keeps no numbers from one eviction to the next."""
-        if self.memory:
-            return None
+    def fused(self, limits: EvictionLimits) -> EvictionParameters:
+        """See :meth:`Policy.fused`."""
         return EvictionParameters.of(
             limits,
             protected=self.num_protected(limits),
@@ -92,4 +90,5 @@ class DistinctPolicy(ProtectingPolicy):
             sampling="greedy",
             protect_by="distinctness",
             ridge=self.ridge,
+            memory=self.memory,
         )
