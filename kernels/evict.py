@@ -13,7 +13,7 @@ Three kernels cover all sequences, layers and heads:
    candidates. The mean of softmaxes needs them before it can weigh a single key.
 2. ``candidate_scores``: merges the splits' statistics, recomputes the logits and writes a and r:
    8 bytes of scratch per candidate. It is launched once per tile of query rows (256 on an H200).
-3. ``select_and_move``: one program per head; thresholds by digit search, without a sort.
+3. ``select_and_move``: one program per head; thresholds found bit by bit, without a sort.
 
 That is scoring by attention. The two other kinds (``EvictionParameters.scoring``) read no K, V or
 queries and need the third kernel alone: ``uniform`` gives every candidate a score of 1, so that
@@ -70,9 +70,11 @@ TRITON_TYPES = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-SELECT_TILE = 512
+SELECT_TILE = 1024
+SEARCH_TILE = 4096
+"""The most candidates that a program searches in its registers: 32 per thread."""
 MOVE_BYTES = 32 * 1024
-"""Bytes of the cells that a program copies at once: 128 per thread."""
+"""Bytes of the cells that a program copies at once: 256 per thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,10 +352,14 @@ class PagedEviction:
             **self._group,
             GUMBEL=parameters.sampling == "gumbel",
             SMOOTHING=parameters.smoothing,
+            SEARCH_TILE=max(
+                SELECT_TILE, min(SEARCH_TILE, triton.next_power_of_2(parameters.budget))
+            ),
             TILE=SELECT_TILE,
             MOVE_TILE=min(64, MOVE_BYTES // (padded * self.kv_cache.element_size())),
-            num_warps=8,
-            maxnreg=80,
+            num_warps=4,
+            # Four programs share an SM.
+            maxnreg=128,
         )
 
 

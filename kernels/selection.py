@@ -1,13 +1,17 @@
 """Selection and moves: an exact top-k without a sort, on rows of scratch memory.
 
 A float is ranked by its ordered bits, an unsigned integer that grows with it. The k-th largest is
-found digit by digit, two bits at a time: a sweep over the row counts what reaches each of four
-thresholds, sixteen sweeps settle 32 bits, and one more counts what lies above the result. Ties at
-the threshold go to the lower slot, by a prefix count.
+found bit by bit, from the highest: a program counts how many numbers reach the threshold with the
+bit set. Bits that are the same in all numbers are known beforehand, and as soon as exactly k
+numbers reach the threshold the rest of its bits do not matter. Of 4096 candidates that is 10 to 17
+counts for the value ranges, which are differences of 16-bit numbers and often equal, and 18 or 19
+for priorities with noise; never more than 32. Ties at the threshold go to the lower slots.
 
-With attention, ``select_and_move`` reads the ordered bits of a head 36 times (two searches of 17
-sweeps, the priorities, the survivors) and its scores once per slot of the pooling, 5 times by
-default: 41 rows of 16 KiB for 4096 candidates, from L1 or L2. In the steady state it moves W cells.
+The search holds its numbers in registers, 32 a thread for SEARCH_TILE of 4096, so that a count is a
+comparison and an addition for each, and a sum over the program; heads with more candidates read
+them anew for every bit. With attention, ``select_and_move`` reads the ordered bits of a head five
+times (two searches, the ties, the priorities, the survivors) and its scores once per slot of the
+pooling, 5 times by default. In the steady state it moves W cells.
 """
 
 import triton
@@ -22,7 +26,6 @@ from vase_vllm.kernels.paged import (
     task_pages,
 )
 
-DIGIT_BITS = tl.constexpr(2)
 HIGHEST = tl.constexpr(0xFFFFFFFF)
 """Above the ordered bits of every float: always selected first."""
 
@@ -42,55 +45,92 @@ def ordered_positions(positions):
 
 
 @triton.jit
-def load_ordered(ordered, slots, live):
-    """Ordered bits of slots as uint32, 0 (below every float) where not live."""
-    return tl.load(ordered + slots, mask=live, other=0).to(tl.uint32, bitcast=True)
+def load_ordered(ordered, slots, length):
+    """Ordered bits of slots as uint32, ``HIGHEST`` from ``length`` on."""
+    # Four at a time, which a row has room for.
+    x = tl.load(ordered + slots, mask=slots < tl.cdiv(length, 4) * 4, other=-1)
+    return tl.where(slots < length, x, -1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def kth_largest(ordered, length, k, TILE: tl.constexpr):
-    """The k-th largest of ``ordered[:length]``, and how many equal to it are among the k largest.
+def kth_largest(ordered, length, k, TILE: tl.constexpr, IN_REGISTERS: tl.constexpr):
+    """The k-th largest of ``ordered[:length]``, bit by bit, or a lower bound that k of them reach.
 
     Args:
-        ordered: pointer to int32, the bits of ordered uint32.
-        k: at most length; 0 selects nothing.
+        ordered: pointer to int32, the bits of ordered uint32; its row ends at a multiple of four.
+        k: at most length, and at least as many as are ``HIGHEST``.
+        IN_REGISTERS: ``length`` is at most TILE.
 
     Returns:
-        (threshold uint32, ties int32): x is selected if ``x > threshold``, or if
-        ``x == threshold`` and fewer than ``ties`` equal ones lie in lower slots.
+        (threshold uint32, excess int32): k + excess numbers are at least the threshold, and with
+        any excess it is the k-th largest.
     """
-    DIGITS: tl.constexpr = 2**DIGIT_BITS
-    digits = tl.arange(0, DIGITS)
-    threshold = tl.full([1], 0, tl.uint32)
-    for step in range(32 // DIGIT_BITS):
-        shift = 32 - DIGIT_BITS * (step + 1)
-        levels = threshold + (digits << shift).to(tl.uint32)
-        counts = tl.zeros([DIGITS, TILE], tl.int32)
+    lanes = tl.arange(0, TILE)
+    # All reach a threshold of no bits. Slots beyond the last are ``HIGHEST``, and are counted.
+    reached = tl.cdiv(length, TILE) * TILE
+    k += reached - length
+    if IN_REGISTERS:
+        x = load_ordered(ordered, lanes, length)
+        ones, zeros = tl.where(x != HIGHEST, x, 0), ~x
+    else:
+        ones, zeros = tl.zeros([TILE], tl.uint32), tl.zeros([TILE], tl.uint32)
         for start in range(0, length, TILE):
-            slots = start + tl.arange(0, TILE)
-            x = load_ordered(ordered, slots, slots < length)
-            counts += (x[None, :] >= levels[:, None]).to(tl.int32)
-        reached = tl.sum((tl.sum(counts, axis=1) >= k).to(tl.int32), axis=0)
-        threshold += ((reached - 1) << shift).to(tl.uint32)
-    above = tl.zeros([TILE], tl.int32)
-    for start in range(0, length, TILE):
-        slots = start + tl.arange(0, TILE)
-        above += (load_ordered(ordered, slots, slots < length) > threshold).to(tl.int32)
-    return threshold, k - tl.sum(above, axis=0)
+            x = load_ordered(ordered, start + lanes, length)
+            ones |= tl.where(x != HIGHEST, x, 0)
+            zeros |= ~x
+    any_one, any_zero = tl.reduce_or(ones, axis=0), tl.reduce_or(zeros, axis=0)
+    # Of those below ``HIGHEST``: the bits that are 1 in all, and those that differ.
+    threshold, differing = any_one & (~any_zero), any_one & any_zero
+    for step in range(32):
+        bit = tl.full([], 0x80000000, tl.uint32) >> step
+        if (differing & bit != 0) & (reached != k):
+            level = threshold | bit
+            if IN_REGISTERS:
+                counts = (x >= level).to(tl.int32)
+            else:
+                counts = tl.zeros([TILE], tl.int32)
+                for start in range(0, length, TILE):
+                    counts += (load_ordered(ordered, start + lanes, length) >= level).to(tl.int32)
+            count = tl.sum(counts, axis=0)
+            if count >= k:
+                threshold = level
+                reached = count
+    return threshold, reached - k
 
 
 @triton.jit
-def select_tile(x, live, threshold, ties, ties_seen):
-    """Which of one tile are selected; tiles must come in ascending order.
+def k_largest(ordered, length, k, SEARCH_TILE: tl.constexpr, TILE: tl.constexpr):
+    """What selects the k largest of ``ordered[:length]``, of equal ones those in the lower slots.
+
+    Args:
+        ordered, k: see :func:`kth_largest`; a k of 0 selects nothing.
+        SEARCH_TILE: so many are searched in registers; more are read anew for every bit.
 
     Returns:
-        (selected, ties seen so far including this tile).
+        (threshold uint32, tie_end int32) for :func:`is_selected`.
     """
-    tied = live & (x == threshold)
-    tied_count = tied.to(tl.int32)
-    rank = ties_seen + tl.cumsum(tied_count, axis=0) - tied_count
-    selected = live & ((x > threshold) | (tied & (rank < ties)))
-    return selected, ties_seen + tl.sum(tied_count, axis=0)
+    if length <= SEARCH_TILE:
+        threshold, excess = kth_largest(ordered, length, k, SEARCH_TILE, True)
+    else:
+        threshold, excess = kth_largest(ordered, length, k, TILE, False)
+    # The excess is dropped from the highest slots of those that equal the threshold.
+    tie_end = length
+    start = tl.cdiv(length, TILE) * TILE
+    num_ties = 0
+    while (excess > 0) & (num_ties <= excess) & (start > 0):
+        start -= TILE
+        x = load_ordered(ordered, start + tl.arange(0, TILE), length)
+        tied = (x == threshold).to(tl.int32)
+        rank = num_ties + tl.cumsum(tied, axis=0, reverse=True)
+        tie_end = start + tl.sum((rank > excess).to(tl.int32), axis=0)
+        num_ties += tl.sum(tied, axis=0)
+    return threshold, tie_end
+
+
+@triton.jit
+def is_selected(x, slots, threshold, tie_end):
+    """Which of the slots, whose ordered bits are x, are selected; all beyond the last are."""
+    return (x > threshold) | ((x == threshold) & (slots < tie_end))
 
 
 @triton.jit
@@ -104,12 +144,13 @@ def gumbel_noise(seed_low, seed_high, slots, eviction, stream, key):
 
 
 @triton.jit
-def pooled_scores(scores, slots, live, length, SMOOTHING: tl.constexpr):
-    """Sum of the scores around each slot, zero outside ``[0, length)``."""
+def pooled_scores(scores, slots, length, SMOOTHING: tl.constexpr):
+    """Sum of the scores around each slot, those outside ``[0, length)`` being 0."""
     pooled = tl.zeros(slots.shape, tl.float32)
     for offset in tl.static_range(SMOOTHING):
         neighbours = slots + offset - SMOOTHING // 2
-        inside = live & (neighbours >= 0) & (neighbours < length)
+        # Those below 0 are large unsigned numbers.
+        inside = neighbours.to(tl.uint32) < length.to(tl.uint32)
         pooled += tl.load(scores + neighbours, mask=inside, other=0.0)
     return pooled
 
@@ -157,6 +198,7 @@ def select_and_move(
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    SEARCH_TILE: tl.constexpr,  # candidates of a head that a search keeps in registers
     TILE: tl.constexpr,
     MOVE_TILE: tl.constexpr,
 ):
@@ -174,24 +216,23 @@ def select_and_move(
     candidates = task.candidates
     if candidates > 0:
         scores += local_task.to(tl.int64) * (capacity + WINDOW_SCORES)
-        ordered += local_task.to(tl.int64) * capacity
+        ordered += tl.multiple_of(local_task.to(tl.int64) * capacity, 16)
 
         # Protected: the largest value ranges, or the sinks alone. All others get their priority.
         if SCORING == "attention":
-            threshold, ties = kth_largest(ordered, candidates, task.protected, TILE)
+            threshold, tie_end = k_largest(ordered, candidates, task.protected, SEARCH_TILE, TILE)
         if SCORING == "age":
             slot_priority += task.due.to(tl.int64) * num_priorities
         key = tl.load(task.table_row + 1)
         stream = tl.load(layer_indices + task.layer) * 65536 + first_kv_head + task.head
-        ties_seen = 0
         is_nan = tl.zeros([TILE], tl.int32)
         for start in range(0, candidates, TILE):
             slots = start + tl.arange(0, TILE)
             live = slots < candidates
             if SCORING == "attention":
-                x = load_ordered(ordered, slots, live)
-                kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
-                priority = pooled_scores(scores, slots, live, candidates, SMOOTHING)
+                x = load_ordered(ordered, slots, candidates)
+                kept = is_selected(x, slots, threshold, tie_end)
+                priority = pooled_scores(scores, slots, candidates, SMOOTHING)
                 priority = priority / (SMOOTHING * GROUP * WINDOW)
             else:
                 kept = slots < task.protected
@@ -211,16 +252,16 @@ def select_and_move(
         tl.debug_barrier()
 
         # Survivors; the slots below the budget that do not survive, in ascending order.
-        threshold, ties = kth_largest(ordered, candidates, task.budget - WINDOW, TILE)
+        threshold, tie_end = k_largest(ordered, candidates, task.budget - WINDOW, SEARCH_TILE, TILE)
         freed = scores.to(tl.pointer_type(tl.int32))
         num_freed = 0
-        ties_seen = 0
-        for start in range(0, task.budget, TILE):
-            slots = start + tl.arange(0, TILE)
+        # In larger tiles, for a round waits at ten barriers.
+        FREED_TILE: tl.constexpr = min(SEARCH_TILE, 2 * TILE)
+        for start in range(0, task.budget, FREED_TILE):
+            slots = start + tl.arange(0, FREED_TILE)
             live = slots < task.budget
-            x = load_ordered(ordered, slots, live)
-            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
-            gone = (live & ~kept).to(tl.int32)
+            x = load_ordered(ordered, slots, task.budget)
+            gone = (live & ~is_selected(x, slots, threshold, tie_end)).to(tl.int32)
             rank = num_freed + tl.cumsum(gone, axis=0) - gone
             tl.store(freed + rank, slots, mask=gone > 0)
             num_freed += tl.sum(gone, axis=0)
@@ -235,10 +276,9 @@ def select_and_move(
         num_moved = 0
         for start in range(task.budget, candidates + WINDOW, MOVE_TILE):
             slots = start + tl.arange(0, MOVE_TILE)
-            live = slots < candidates
-            x = load_ordered(ordered, slots, live)
-            kept, ties_seen = select_tile(x, live, threshold, ties, ties_seen)
-            kept = kept | ((slots >= candidates) & (slots < candidates + WINDOW))
+            # Slots behind the candidates rank highest.
+            x = load_ordered(ordered, slots, candidates)
+            kept = is_selected(x, slots, threshold, tie_end) & (slots < candidates + WINDOW)
             count = kept.to(tl.int32)
             rank = num_moved + tl.cumsum(count, axis=0) - count
             num_moved += tl.sum(count, axis=0)

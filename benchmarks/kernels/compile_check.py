@@ -6,17 +6,18 @@
     python benchmarks/kernels/compile_check.py --record  all, and write what came out as the budget
 
 The launches are those of the launchers themselves, on tensors without storage. A line per kernel
-says what it takes of an SM, and of the loop over K tiles what a warp issues for one tile. Fails if
+says what it takes of an SM, and what a warp issues: for one tile of the loop over K tiles; for all
+of its work in ``select_and_move``. Fails if
 
 - a kernel spills registers or needs more shared memory than there is;
 - fewer programs share an SM than the launcher counts on;
 - a loop over K tiles does not use the tensor cores of its architecture, or loads keys in anything
   but asynchronous copies of 128 bits, or waits for a copy that it has just started;
-- such a loop has more instructions than were recorded in benchmarks/results/kernels/; with --device
-  not where they were recorded with another version of Triton.
+- more is issued than was recorded in benchmarks/results/kernels/; with --device not where that was
+  recorded with another version of Triton.
 
 A second table predicts what an eviction of one sequence of Qwen3-8B takes (``prediction.py``) under
-``vase`` and under ``distinct``.
+``vase`` and under ``distinct``: scoring, selection and moves.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks.common.exit_codes import SKIPPED  # noqa: E402
+from benchmarks.kernels.launch_prediction import (  # noqa: E402
+    predict_scoring,
+    predict_selection,
+)
 from benchmarks.kernels.machine_code import (  # noqa: E402
     FUSED_MULTIPLY_ADD,
     TENSOR_CORE,
@@ -56,13 +62,10 @@ from benchmarks.kernels.machine_code_report import (  # noqa: E402
     recorded_by_this_triton,
     recorded_lengths,
 )
-from benchmarks.kernels.prediction import GPUS, LoopCost, programs_per_sm  # noqa: E402
+from benchmarks.kernels.prediction import GPUS, programs_per_sm  # noqa: E402
 from benchmarks.kernels.shipped import (  # noqa: E402
     ARCHITECTURES,
-    BUDGET,
     CONFIGURATIONS,
-    NUM_KV_HEADS,
-    NUM_LAYERS,
     QUICK,
     QWEN3_8B,
     QWEN3_8B_DISTINCT,
@@ -76,7 +79,6 @@ from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
 from vase_vllm.kernels.ring import store_ring  # noqa: E402
 from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: E402
 from vase_vllm.kernels.selection import select_and_move  # noqa: E402
-from vase_vllm.layout.arithmetic import cdiv  # noqa: E402
 
 SCORING = (row_statistics, candidate_scores, key_statistics, value_distinctness)
 PREDICTED = {QWEN3_8B: "vase", QWEN3_8B_DISTINCT: "distinct"}
@@ -84,13 +86,17 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """The tensor-core instruction of each architecture."""
 
 
-def compile_launch(launch: Launch, architecture: int) -> tuple[MachineCode, int, int]:
-    """The machine code of a launch's kernel, its bytes of shared memory, and its warps."""
+def compile_launch(launch: Launch, architecture: int, whole: bool) -> tuple[MachineCode, int, int]:
+    """The machine code of a launch's kernel, its bytes of shared memory, and its warps.
+
+    Args:
+        whole: else without instructions.
+    """
     source, options = source_of(launch)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=options)
     metadata = compiled.metadata
-    code = disassemble(compiled.asm["cubin"], whole=launch.kernel in SCORING)
+    code = disassemble(compiled.asm["cubin"], whole)
     return code, metadata.shared, metadata.num_warps
 
 
@@ -131,7 +137,9 @@ def look_at(
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue
-        code, shared, num_warps = compile_launch(launch, architecture)
+        selects = launch.kernel is select_and_move and configuration in PREDICTED
+        whole = launch.kernel in SCORING or selects
+        code, shared, num_warps = compile_launch(launch, architecture, whole)
         loop = key_loop(launch, code)
         row = Row(
             launch.kernel.__name__,
@@ -144,15 +152,23 @@ def look_at(
             programs_per_sm(code.registers, shared, num_warps, gpu),
             **({} if loop is None else of_loop(loop)),
         )
-        rows.append(row)
         reasons = [*resource_reasons(row, code, limits)]
+        if selects:
+            try:
+                prediction = predict_selection(PREDICTED[configuration], launch, code, row, gpu)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:
+                row = replace(row, issued=prediction.issued)
+                predictions.append(prediction)
+        rows.append(row)
         if launch.kernel in SCORING:
             tile = configuration.tile(limits)
             reasons += loop_reasons(row, launch, architecture, tile.programs_per_sm)
         wrong += [f"{' '.join(row.key)}: {reason}" for reason in reasons]
         if configuration in PREDICTED and loop is not None:
             policy = PREDICTED[configuration]
-            predictions.append(predict(policy, launch, launches, loop, row, architecture))
+            predictions.append(predict_scoring(policy, launch, launches, loop, row, gpu))
     return rows, wrong, predictions
 
 
@@ -192,43 +208,6 @@ def loop_reasons(
         yield "no asynchronous load of 128 bits"
     if not row.ahead:
         yield "waits for the keys that it has just asked for"
-
-
-def predict(
-    policy: str,
-    launch: Launch,
-    launches: list[Launch],
-    loop: Loop,
-    row: Row,
-    architecture: int,
-) -> Prediction:
-    """What the launches of a scoring kernel take, in all."""
-    gpu, arguments = GPUS[architecture], launch.arguments
-    same = [other for other in launches if other.kernel is launch.kernel]
-    num_tiles = cdiv(cdiv(BUDGET, arguments["KEY_TILE"]), arguments["num_splits"])
-    num_bytes = NUM_LAYERS * NUM_KV_HEADS * BUDGET * arguments["HEAD_SIZE"] * 2
-    if launch.kernel is candidate_scores:
-        # Every chunk of the query rows reads K, and all of them together may read V.
-        num_bytes *= len(same) + (arguments["VALUE_TILE"] > 0)
-    operations = 2 * rows_multiplied(launch) * arguments["KEY_TILE"] * arguments["HEAD_SIZE"]
-    cost = LoopCost(
-        num_programs=sum(other.num_programs for other in same),
-        rounds=num_tiles,
-        operations=operations,
-        num_bytes=num_bytes,
-        num_warps=row.warps,
-        programs_per_sm=row.programs,
-    )
-    microseconds = cost.microseconds(loop, gpu)
-    return Prediction(f"sm_{architecture}", gpu.name, policy, row.kernel, microseconds)
-
-
-def rows_multiplied(launch: Launch) -> int:
-    """Vectors that a program multiplies every key or value of its tile with."""
-    if launch.kernel is value_distinctness:
-        # The rows of a basis in two parts.
-        return 2 * launch.arguments["ROW_TILE"]
-    return launch.arguments.get("QUERY_TILE", 0)
 
 
 def device_architecture() -> int:
@@ -282,7 +261,7 @@ def main() -> int:
         record(heading, rows, predictions)
     if not options.device or recorded_by_this_triton():
         wrong += over_budget(rows, recorded_lengths())
-    print("\nscoring one sequence of Qwen3-8B at budget 4096, predicted:")
+    print("\nan eviction from one sequence of Qwen3-8B at budget 4096, predicted:")
     print(*prediction_lines(predictions), sep="\n")
     print(*(f"FAILED {reason}" for reason in wrong), sep="\n")
     print(f"{time.monotonic() - started:.0f} s, {len(wrong)} failed")

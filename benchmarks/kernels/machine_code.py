@@ -86,6 +86,26 @@ class MachineCode:
         """Loads from and stores to local memory."""
         return Loop(self.instructions).count(LOCAL_ACCESS)
 
+    def loops(self) -> list[Loop]:
+        """All loops, inner ones before those around them."""
+        loops = []
+        for end, instruction in enumerate(self.instructions):
+            target = instruction.jumps_to
+            # The last instruction of a kernel jumps to itself.
+            if target is not None and target < instruction.address:
+                addresses = (other.address for other in self.instructions)
+                begin = next(i for i, address in enumerate(addresses) if address >= target)
+                loops.append(Loop(self.instructions[begin : end + 1]))
+        return loops
+
+    def outer_loops(self) -> list[Loop]:
+        """The loops that are in no other, in order."""
+        outer: list[Loop] = []
+        for loop in self.loops():
+            first = loop.instructions[0].address
+            outer = [other for other in outer if other.instructions[0].address < first] + [loop]
+        return outer
+
     def loop_of(self, pattern: re.Pattern[str], shortest: bool = False) -> Loop | None:
         """The loop with most instructions of a pattern, and of several the shortest.
 
@@ -93,12 +113,7 @@ class MachineCode:
             shortest: of all loops that have any such instruction.
         """
         best: tuple[tuple[int, int], Loop] | None = None
-        for end, instruction in enumerate(self.instructions):
-            target = instruction.jumps_to
-            if target is None or target > instruction.address:
-                continue
-            begin = next(i for i, other in enumerate(self.instructions) if other.address >= target)
-            loop = Loop(self.instructions[begin : end + 1])
+        for loop in self.loops():
             count = loop.count(pattern)
             rank = 0 if shortest else count, -len(loop.instructions)
             if count and (best is None or rank > best[0]):

@@ -26,7 +26,7 @@ class Row:
         tensor: kind of tensor-core instructions of the loop over K tiles.
         loads: asynchronous loads of 128 bits in it.
         ahead: K tiles that it leaves in flight where it waits.
-        issued: instructions of one round of it.
+        issued: instructions of one round of it; of ``select_and_move`` all that a warp issues.
     """
 
     kernel: str
@@ -58,17 +58,28 @@ HEADINGS = [field.name for field in fields(Row)]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of the loops of one launch, of which architecture and policy."""
+    """Microseconds of the loops of one launch, of which architecture and policy.
+
+    Attributes:
+        parts: of a program that runs several loops, for each its name, its rounds, and what a warp
+            issues in a round.
+    """
 
     arch: str
     gpu: str
     policy: str
     launch: str
     microseconds: float
+    parts: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def issued(self) -> int:
+        """Instructions of a warp in all parts."""
+        return sum(rounds * issued for _, rounds, issued in self.parts)
 
 
 def over_budget(rows: list[Row], recorded: dict[tuple[str, ...], int]) -> Iterator[str]:
-    """The loops that have become longer than they were recorded."""
+    """The kernels that issue more than was recorded."""
     for row in rows:
         if row.issued is None:
             continue
@@ -76,16 +87,21 @@ def over_budget(rows: list[Row], recorded: dict[tuple[str, ...], int]) -> Iterat
         if budget is None:
             yield f"{' '.join(row.key)}: no length is recorded; run with --record"
         elif row.issued > budget:
-            yield f"{' '.join(row.key)}: {row.issued} instructions per K tile, {budget} recorded"
+            yield f"{' '.join(row.key)}: {row.issued} instructions issued, {budget} recorded"
 
 
 def prediction_lines(predictions: list[Prediction]) -> Iterator[str]:
-    """The table of predictions, with the sum of each policy on each architecture."""
+    """The sum of each policy on each architecture, and the parts of the launches that have any."""
     for policy, arch in dict.fromkeys((one.policy, one.arch) for one in predictions):
         alike = [one for one in predictions if (one.policy, one.arch) == (policy, arch)]
         parts = ", ".join(f"{part.launch} {part.microseconds:.0f}" for part in alike)
         total = sum(part.microseconds for part in alike)
         yield f"{policy:8} {arch:7} {alike[0].gpu:10} {total:5.0f} us: {parts}"
+    yield ""
+    for one in predictions:
+        if one.parts:
+            parts = ", ".join(f"{name} {rounds} * {issued}" for name, rounds, issued in one.parts)
+            yield f"{one.policy:8} {one.arch:7} {one.launch}: {one.issued} issued: {parts}"
 
 
 def recorded_lengths() -> dict[tuple[str, ...], int]:

@@ -1,17 +1,29 @@
-"""Predicts how long the scoring launches of one eviction take, from their machine code.
+"""Predicts how long the launches of one eviction take, from their machine code.
 
 An SM issues one instruction per cycle from each of its four schedulers, 16 exponentials per cycle,
-and multiplies at the rate of the data sheet. A warp's round through a loop, which is one K tile,
-keeps it busy for the largest of the three; P programs on an SM share it. A tile that is asked for
-``w`` rounds ahead has w + 1 rounds to arrive. So a round of all P programs takes::
+and multiplies at the rate of the data sheet. A warp's round through a loop over K tiles keeps it
+busy for the largest of the three; P programs on an SM share it. A tile that is asked for ``w``
+rounds ahead has w + 1 rounds to arrive. So a round of all P programs takes::
 
     max(P * busy, (busy + LATENCY) / (w + 1))        cycles
 
 Values are asked for at the start of the round that uses them at its end, and a round is longer than
 LATENCY. A launch takes its waves of programs, or its bytes at the bandwidth of the data sheet if
-that is longer. What is not counted: starting programs, barriers, bank conflicts, the selection and
-the moves, and that no GPU reaches its data sheet. So this is a lower bound, good for comparing two
-versions of one kernel. Nothing of it has been compared with a GPU.
+that is longer.
+
+``select_and_move`` is one program for each head, which runs several loops one after the other
+(``selection_parts.py``). It neither multiplies nor asks ahead: a round issues its instructions, and
+waits for loads that depend on one another, LATENCY each, and at barriers, BARRIER each. While one
+program waits, others of the SM issue::
+
+    max(P * busy, busy + loads * LATENCY + barriers * BARRIER)        cycles
+
+P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
+some SMs have three, and the others, which have two, wait for them.
+
+What is not counted: starting programs, bank conflicts, the barriers of the scoring, and that no GPU
+reaches its data sheet. So this is a lower bound, good for comparing two versions of one kernel.
+Nothing of it has been compared with a GPU.
 """
 
 from dataclasses import dataclass
@@ -21,6 +33,8 @@ from vase_vllm.layout.arithmetic import cdiv
 
 LATENCY = 700
 """Cycles from asking for data in memory to having them: an assumption."""
+BARRIER = 100
+"""Cycles from storing to shared memory, over a barrier, to having loaded from it: an assumption."""
 NUM_SCHEDULERS = 4
 EXPONENTIALS_PER_CYCLE = 16
 WARP_SIZE = 32
@@ -108,3 +122,41 @@ class LoopCost:
         period = max(self.programs_per_sm * busy, (busy + LATENCY) / (in_flight + 1))
         waves = cdiv(self.num_programs, gpu.num_sms * self.programs_per_sm)
         return 1e6 * max(waves * self.rounds * period / gpu.clock, self.num_bytes / gpu.bandwidth)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a program that runs its parts one after the other: a loop, or what is in none.
+
+    Attributes:
+        name: what it does.
+        rounds: how often a program runs it.
+        issued: instructions of a warp in a round.
+        loads: from memory that a round waits for, one after the other.
+        barriers: of a round.
+        num_bytes: that the launch reads from and writes to memory in this part.
+    """
+
+    name: str
+    rounds: int
+    issued: int
+    loads: int
+    barriers: int
+    num_bytes: float = 0
+
+    def microseconds(
+        self, num_programs: int, num_warps: int, programs_per_sm: int, gpu: Gpu
+    ) -> float:
+        """What a launch of so many programs takes for it.
+
+        Args:
+            num_programs: of the launch.
+            num_warps: of a program.
+            programs_per_sm: that fit on an SM at once.
+        """
+        waves = cdiv(num_programs, gpu.num_sms * programs_per_sm)
+        together = min(programs_per_sm, cdiv(num_programs, gpu.num_sms))
+        busy = self.issued * num_warps / NUM_SCHEDULERS
+        waiting = self.loads * LATENCY + self.barriers * BARRIER
+        cycles = waves * self.rounds * max(together * busy, busy + waiting)
+        return 1e6 * max(cycles / gpu.clock, self.num_bytes / gpu.bandwidth)

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.kernels.machine_code import (
     TENSOR_CORE,
     WIDE_ASYNC_LOAD,
     Instruction,
     Loop,
+    MachineCode,
     parse,
 )
 from benchmarks.kernels.machine_code_report import Row, over_budget
-from benchmarks.kernels.prediction import GPUS, LoopCost, programs_per_sm
+from benchmarks.kernels.prediction import BARRIER, GPUS, LATENCY, LoopCost, Part, programs_per_sm
+from benchmarks.kernels.selection_parts import PRIORITY_BITS, PROTECTED_BITS, selection_parts
 
 RESOURCES = "Function kernel: REG:115 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:640"
 LISTING = """
@@ -59,7 +63,7 @@ ROW = Row("row_statistics", "D=128", "sm_90", 8, 115, 114688, 0, 2, "HGMMA", 4, 
 def test_a_longer_loop_fails():
     assert not list(over_budget([ROW], {ROW.key: 690}))
     (reason,) = over_budget([replace(ROW, issued=691)], {ROW.key: 690})
-    assert reason.endswith("691 instructions per K tile, 690 recorded")
+    assert reason.endswith("691 instructions issued, 690 recorded")
     (reason,) = over_budget([ROW], {})
     assert "--record" in reason
     assert not list(over_budget([replace(ROW, issued=None)], {}))
@@ -103,3 +107,98 @@ def test_a_wait_for_what_was_just_asked_for_costs_its_latency():
 def test_bytes_bound_a_launch():
     bound = replace(COST, num_bytes=4.8e12)
     assert bound.microseconds(loop(10, 1, 1), GPUS[90]) == pytest.approx(1e6)
+
+
+def test_the_parts_of_a_program_wait_for_loads_and_barriers_or_for_other_programs():
+    gpu = GPUS[90]
+    part = Part("", rounds=10, issued=500, loads=1, barriers=2)
+    # 300 heads on 132 SMs: three programs on some, of which each issues for all of four warps.
+    together = part.microseconds(300, num_warps=4, programs_per_sm=4, gpu=gpu)
+    assert together == pytest.approx(10 * 3 * 500 / gpu.clock * 1e6)
+    alone = part.microseconds(132, num_warps=4, programs_per_sm=4, gpu=gpu)
+    assert alone == pytest.approx(10 * (500 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
+    in_waves = part.microseconds(300, num_warps=4, programs_per_sm=1, gpu=gpu)
+    assert in_waves == pytest.approx(3 * alone)
+    moving = replace(part, num_bytes=4.8e12)
+    assert moving.microseconds(300, 4, 4, gpu) == pytest.approx(1e6)
+
+
+def code_of(*names: str, loops: list[tuple[int, int]]) -> MachineCode:
+    """Instructions of these names, of which some jump back: to the first from the second."""
+    jumps = {end: begin for begin, end in loops}
+    instructions = (
+        Instruction(16 * i, "BRA" if i in jumps else name, hex(16 * jumps[i]) if i in jumps else "")
+        for i, name in enumerate(names)
+    )
+    return MachineCode(0, 0, tuple(instructions))
+
+
+SELECTION = [
+    *("LDC", "REDUX", "BRA"),  # the protected, in registers
+    *("LDG", "BRA", "LDG", "LDG", "BRA", "BRA"),  # from memory: the bits, and a loop in a loop
+    *("LDG", "BAR", "BRA"),  # ties
+    *("LDG", "STG", "BRA"),  # priorities
+    *("REDUX", "BAR", "BRA"),  # the threshold
+    *("LDG", "STG", "BRA", "LDG", "STG", "BAR", "BRA", "EXIT"),  # survivors, moves
+]
+LOOPS = [(1, 2), (3, 4), (6, 7), (5, 8), (9, 11), (12, 14), (15, 17), (18, 20), (21, 24)]
+ARGUMENTS = dict(TILE=1024, WINDOW=64, MOVE_TILE=32, HEAD_SIZE=128)
+
+
+def test_loops_that_are_in_no_other():
+    loops = code_of(*SELECTION, loops=LOOPS).outer_loops()
+    begins = [loop.instructions[0].address // 16 for loop in loops]
+    assert begins == [1, 3, 5, 9, 12, 15, 18, 21]
+
+
+def test_the_parts_of_the_selection():
+    code = code_of(*SELECTION, loops=LOOPS)
+    parts = selection_parts(code, ARGUMENTS, budget=4096, num_heads=10)
+    assert [(part.name, part.rounds, part.issued, part.barriers) for part in parts[1:]] == [
+        ("protected", PROTECTED_BITS, 2, 0),
+        ("ties", 2, 3, 1),
+        ("priorities", 4, 3, 0),
+        ("threshold", PRIORITY_BITS, 3, 1),
+        ("survivors", 2, 3, 0),
+        ("moves", 2, 4, 1),
+    ]
+    assert parts[0].issued == 2, "the first and the last"
+    assert parts[-1].num_bytes == 2 * 10 * 64 * 512
+    with pytest.raises(ValueError, match="1 loops that touch no memory"):
+        selection_parts(code_of(*SELECTION, loops=LOOPS[1:]), ARGUMENTS, 4096, 10)
+
+
+def searched_bits(x: np.ndarray, k: int, first: np.ndarray) -> int:
+    """Bits that ``kth_largest`` looks at: of positive or negative x; ``first`` come before all."""
+    bits = x.astype(np.float32).view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | 1 << 31).astype(np.uint32)
+    ones, zeros = (np.bitwise_or.reduce(some[~first]) for some in (ordered, ~ordered))
+    threshold, differing, num_bits = ones & ~zeros, ones & zeros, 0
+    for bit in (np.uint32(1 << shift) for shift in reversed(range(32))):
+        if differing & bit:
+            num_bits += 1
+            count = ((ordered >= threshold | bit) | first).sum()
+            if count >= k:
+                threshold |= bit
+            if count == k:
+                break
+    return num_bits
+
+
+def test_the_bits_that_are_searched_of_drawn_heads():
+    generator, counted = np.random.default_rng(0), []
+    for _ in range(10):
+        values = torch.from_numpy(generator.standard_normal((4096, 128))).bfloat16().double()
+        value_range = (values.amax(1) - values.amin(1)).numpy()
+        protected = np.zeros(4096, dtype=bool)
+        protected[np.argsort(-value_range, kind="stable")[:1024]] = True
+        weights = np.exp(generator.normal(0, 2, 4096))
+        priority = np.log(weights / weights.sum()) + generator.gumbel(size=4096)
+        counted.append(
+            (
+                searched_bits(value_range, 1024, np.arange(4096) < 4),
+                searched_bits(priority, 4032, protected),
+            )
+        )
+    means = np.mean(counted, axis=0)
+    assert means == pytest.approx([PROTECTED_BITS, PRIORITY_BITS], abs=2)

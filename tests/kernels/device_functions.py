@@ -4,22 +4,28 @@ import triton
 import triton.language as tl
 
 from vase_vllm.kernels.paged import Batch, load_task
-from vase_vllm.kernels.selection import gumbel_noise, kth_largest, ordered_bits, select_tile
+from vase_vllm.kernels.selection import (
+    HIGHEST,
+    gumbel_noise,
+    is_selected,
+    k_largest,
+    load_ordered,
+    ordered_bits,
+)
 
 
 @triton.jit
-def top_k(x, ordered, selected, length, k, TILE: tl.constexpr):
+def top_k(x, highest, ordered, selected, length, k, SEARCH_TILE: tl.constexpr, TILE: tl.constexpr):
     for start in range(0, length, TILE):
         slots = start + tl.arange(0, TILE)
-        values = tl.load(x + slots, mask=slots < length, other=0.0)
-        bits = ordered_bits(values).to(tl.int32, bitcast=True)
-        tl.store(ordered + slots, bits, mask=slots < length)
-    threshold, ties = kth_largest(ordered, length, k, TILE)
-    seen = 0
+        live = slots < length
+        bits = ordered_bits(tl.load(x + slots, mask=live, other=0.0))
+        bits = tl.where(tl.load(highest + slots, mask=live, other=0) > 0, HIGHEST, bits)
+        tl.store(ordered + slots, bits.to(tl.int32, bitcast=True), mask=live)
+    threshold, tie_end = k_largest(ordered, length, k, SEARCH_TILE, TILE)
     for start in range(0, length, TILE):
         slots = start + tl.arange(0, TILE)
-        bits = tl.load(ordered + slots, mask=slots < length, other=0).to(tl.uint32, bitcast=True)
-        kept, seen = select_tile(bits, slots < length, threshold, ties, seen)
+        kept = is_selected(load_ordered(ordered, slots, length), slots, threshold, tie_end)
         tl.store(selected + slots, kept.to(tl.int32), mask=slots < length)
 
 

@@ -30,4 +30,6 @@ def test_qwen3_8b_shape_compiles_without_spills():
     scored = [line.split() for line in lines if line.startswith(("row_stat", "candidate"))]
     assert [(cells[-5], cells[-2]) for cells in scored] == [("2", "1")] * 5
     for policy in ("vase", "distinct"):
-        assert any(line.startswith(policy) and "H200" in line for line in lines), "no prediction"
+        (prediction,) = (line for line in lines if line.startswith(policy) and "H200" in line)
+        assert "candidate_scores" in prediction
+        assert "select_and_move" in prediction

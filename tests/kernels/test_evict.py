@@ -58,7 +58,7 @@ def test_query_rows_in_several_chunks(dtype):
     check(case(parameters, group_size=5, num_kv_heads=1, dtype=DTYPES[dtype], num_splits=2))
 
 
-@pytest.mark.parametrize("budget", [9, 63, 65, 257, 500, 513], ids="T={}".format)
+@pytest.mark.parametrize("budget", [9, 63, 65, 257, 500, 1025], ids="T={}".format)
 def test_odd_budget(budget):
     protected = min(budget // 4, budget - 8)
     parameters = EvictionParameters(budget, 8, protected, sinks=min(4, protected))

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton import next_power_of_2
 
 from tests.kernels.paged_case import Case, Pool, Sequence, check
 from tests.oracle.law import chi_square_of_sets, set_probabilities
+from vase_vllm.kernels.evict import SELECT_TILE
 from vase_vllm.kernels.parameters import EvictionParameters
 
 PARAMETERS = EvictionParameters(40, 8, 10, sampling="greedy", smoothing=1)
@@ -46,10 +48,17 @@ def test_ties_go_to_the_lower_slot(fill, first):
     check_filled(fill, first=first)
 
 
-def test_ties_at_the_border_of_a_tile():
-    # 1000 equal candidates: the prefix count of ties runs through two tiles of the selection.
-    parameters = EvictionParameters(700, 8, 600, sinks=0, sampling="greedy", smoothing=1)
-    check_filled(everything_equal, parameters, first=1008, num_kv_heads=1)
+@pytest.mark.parametrize(
+    ("budget", "protected", "first"),
+    [(1100, 1000, 2008), (700, 300, 1508)],
+    ids=["in registers", "from memory"],
+)
+def test_ties_at_the_border_of_a_tile(budget, protected, first):
+    """More equal candidates go than lie in the last tile of the selection."""
+    assert first - 8 - protected > (first - 8) % SELECT_TILE
+    assert (first - 8 <= max(SELECT_TILE, next_power_of_2(budget))) == (budget == 1100)
+    parameters = EvictionParameters(budget, 8, protected, sinks=0, sampling="greedy", smoothing=1)
+    check_filled(everything_equal, parameters, first=first, num_kv_heads=1)
 
 
 def test_equal_scores_with_noise():

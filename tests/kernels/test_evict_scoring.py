@@ -53,7 +53,7 @@ def test_long_first_eviction(parameters, extra):
     check(Case(parameters, (Sequence(FIRST + extra, FIRST + extra),)))
 
 
-@pytest.mark.parametrize(("budget", "window"), [(9, 8), (63, 5), (513, 1), (700, 64)], ids=str)
+@pytest.mark.parametrize(("budget", "window"), [(9, 8), (63, 5), (1025, 1), (700, 64)], ids=str)
 @BOTH
 def test_odd_sizes(parameters, budget, window):
     parameters = replace(parameters, budget=budget, window=window, protected=1, sinks=1)

@@ -241,5 +241,15 @@ def test_attention_alone_is_scored(changes, num_scoring):
     assert launches[-1].kernel is select_and_move
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(40, 1024), (1025, 2048), (4096, 4096), (8192, 4096)]
+)
+def test_candidates_that_are_searched_in_registers(budget, expected):
+    """As many as the server's budget, so that one kernel is compiled for all sequences."""
+    parameters = replace(PARAMETERS, budget=budget)
+    *_, selection = PagedEviction(**arguments() | dict(parameters=parameters)).launches(H200)
+    assert selection.arguments["SEARCH_TILE"] == expected
+
+
 def test_nothing_due_is_nothing_launched():
     PagedEviction(**(arguments() | dict(rows=torch.zeros(0, dtype=torch.int32)))).run()

@@ -9,27 +9,34 @@ from tests.kernels.device_functions import draw, top_k
 from vase_vllm.kernels.philox import gumbel, philox_word
 
 
-def select(values, k):
+def select(values, k, highest=(), search_tile=16):
+    """Select k of the values, those at the slots ``highest`` before all others."""
     x = torch.tensor(values, dtype=torch.float32)
-    ordered, selected = (torch.zeros(len(x), dtype=torch.int32) for _ in range(2))
-    top_k[(1,)](x, ordered, selected, len(x), k, TILE=16)
-    return selected.bool(), ordered.long() & 0xFFFFFFFF
+    # Four are read at a time.
+    ordered, selected, protected = torch.zeros(3, len(x) + 3, dtype=torch.int32)
+    protected[list(highest)] = 1
+    top_k[(1,)](x, protected, ordered, selected, len(x), k, SEARCH_TILE=search_tile, TILE=16)
+    return selected[: len(x)].bool(), ordered[: len(x)].long() & 0xFFFFFFFF
 
 
 FLOATS = st.floats(width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0])
 
 
+@pytest.mark.parametrize("search_tile", [64, 16], ids=["in registers", "from memory"])
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_top_k_is_a_stable_sort(data):
+def test_top_k_is_a_stable_sort(search_tile, data):
     values = data.draw(st.lists(FLOATS, min_size=1, max_size=40))
     k = data.draw(st.integers(0, len(values)))
+    highest = data.draw(st.sets(st.integers(0, len(values) - 1), max_size=k))
     # NaN ranks with -inf.
-    ranked = torch.tensor(values).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    ranked = torch.tensor(values).nan_to_num(-torch.inf, torch.inf, -torch.inf).double()
+    ranked[ranked == torch.inf] = 2.0**200
+    ranked[list(highest)] = torch.inf
     order = torch.sort(ranked, descending=True, stable=True).indices
     expected = torch.zeros(len(values), dtype=torch.bool)
     expected[order[:k]] = True
-    assert torch.equal(select(values, k)[0], expected)
+    assert torch.equal(select(values, k, highest, search_tile)[0], expected)
 
 
 def test_order_of_floats():
