@@ -40,12 +40,7 @@ def by_block(tensor):
 
 def read(layout, cache):
     """Keys and values of all blocks, each [num_blocks, H, block_size, D]."""
-    return [
-        torch.cat(list(half(cache, torch.arange(NUM_BLOCKS))), dim=1)
-        .unflatten(1, (NUM_BLOCKS, BLOCK_SIZE))
-        .transpose(0, 1)
-        for half in (layout.keys, layout.values)
-    ]
+    return [half(cache, torch.arange(NUM_BLOCKS)) for half in (layout.keys, layout.values)]
 
 
 def check_moves(layout, cache, key, value):
