@@ -204,11 +204,10 @@ class CandidatePages:
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""
         blocks = self._candidate_blocks
-        head_size, num_slots = self._head_size, len(blocks) * self._block_size
-        keys = self._empty(head_size, num_slots)
-        for of_layer, kv_cache in zip(keys, self.kv_caches, strict=True):
-            by_block = of_layer.unflatten(-1, (len(blocks), -1)).permute(2, 0, 3, 1)
-            self.layout.keys(kv_cache, blocks, by_block)
+        keys = self._empty(self._head_size, len(blocks) * self._block_size)
+        by_block = keys.unflatten(-1, (len(blocks), -1)).permute(0, 3, 1, 4, 2)
+        for kv_cache, of_layer in zip(self.kv_caches, by_block, strict=True):
+            self.layout.keys(kv_cache, blocks, of_layer)
         return keys.flatten(0, 1)[..., : self.num].float()
 
     def values(self) -> Iterator[torch.Tensor]:
@@ -248,8 +247,9 @@ class CandidatePages:
     def _tokens(self, read: ReadHalf, blocks: torch.Tensor) -> torch.Tensor:
         """[H, m, D] of the cache's dtype: all tokens of blocks."""
         tokens = self._empty(len(blocks) * self._block_size, self._head_size)
-        for of_layer, kv_cache in zip(tokens, self.kv_caches, strict=True):
-            read(kv_cache, blocks, of_layer.unflatten(1, (len(blocks), -1)).transpose(0, 1))
+        by_block = tokens.unflatten(2, (len(blocks), -1)).transpose(1, 2)
+        for kv_cache, of_layer in zip(self.kv_caches, by_block, strict=True):
+            read(kv_cache, blocks, of_layer)
         return tokens.flatten(0, 1)
 
     def _empty(self, rows: int, columns: int) -> torch.Tensor:
