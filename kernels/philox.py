@@ -33,7 +33,7 @@ def philox_word(
     # Words broadcast when they meet: two rounds pass until each depends on all four.
     for _ in range(_ROUNDS - 1):
         # The product of two 32-bit words fills all 64 bits: int64 wraps, the bits are right. Only
-        # factors need to be 32-bit words: the others are masked when they have become a part of one.
+        # factors must be 32-bit words: the low halves are masked where they become a part of one.
         product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
         c0, c2 = _new_word(product_b, c1, k0), _new_word(product_a, c3, k1)
         c1, c3 = product_b, product_a

@@ -10,9 +10,9 @@ all that is done for each layer and sequence shows (``CASES``).
   whole periods of the window.
 * wrapper: steps in which no eviction is due, against the same engine without the plugin, the two
   stepping in turn. Once for whole steps, the median of the ratios of neighbouring steps, less one;
-  and once for what a step does beside the model's forward pass (scheduling, metadata, sampling),
-  the median of the differences, over a step. The plugin works there, but for one comparison in each
-  layer, while the noise is in the forward pass, which is the same for both.
+  and once for what a step does beside the model's forward pass and logits (scheduling, metadata,
+  sampling), the median of the differences, over a step. The plugin works there, but for one
+  comparison in each layer, while the noise is in the model, which is the same for both.
 
 Times are processor time of the process, which other jobs on the machine disturb least.
 """
@@ -23,6 +23,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,36 +148,38 @@ def timed_step(llm: LLM) -> float:
 
 
 class SteppedEngine:
-    """An engine whose steps are timed, with the model's forward passes apart.
+    """An engine whose steps are timed, with what the model computes apart.
 
     Attributes:
         steps: [steps] processor seconds of each.
-        forward: likewise, of the model's forward pass.
+        beside_the_model: [steps] of these, without the forward pass and the logits.
     """
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.steps: list[float] = []
-        self.forward: list[float] = []
+        self.beside_the_model: list[float] = []
+        self._in_model = 0.0
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        self._runner = worker.model_runner
-        self._original = self._runner._model_forward
+        runner = worker.model_runner
+        runner._model_forward = self._timed(runner._model_forward)
+        runner.model.compute_logits = self._timed(runner.model.compute_logits)
 
     def step(self) -> None:
-        """Run a step, and note how long it and its forward pass took."""
-        self._runner._model_forward = self._timed_forward
+        """Run a step, and note how long it took."""
+        self._in_model = 0.0
         self.steps.append(timed_step(self.llm))
-        self._runner._model_forward = self._original
+        self.beside_the_model.append(self.steps[-1] - self._in_model)
 
-    def _timed_forward(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
-        result = self._original(*args, **kwargs)
-        self.forward.append(time.process_time() - start)
-        return result
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._in_model += time.process_time() - start
 
-    def beside_the_model(self) -> np.ndarray:
-        """[steps] processor seconds that each step took beside the forward pass."""
-        return np.array(self.steps) - np.array(self.forward)
+        return timed
 
 
 def measure_wrapper(full: LLM, evicting: LLM, batch: int) -> dict[str, float]:
@@ -194,13 +197,13 @@ def measure_wrapper(full: LLM, evicting: LLM, batch: int) -> dict[str, float]:
     for llm in (full, evicting):
         clear(llm, batch)
     step = np.median(base.steps)
-    whole = quartiles(np.array(wrapped.steps) / np.array(base.steps) - 1)
-    beside = quartiles((wrapped.beside_the_model() - base.beside_the_model()) / step)
+    whole = quartiles(np.divide(wrapped.steps, base.steps) - 1)
+    beside = quartiles(np.subtract(wrapped.beside_the_model, base.beside_the_model) / step)
     return {
         **{f"overhead{name}": value for name, value in whole.items()},
         **{f"overhead_beside_the_model{name}": value for name, value in beside.items()},
         "full_cache_step_ms": step * 1e3,
-        "full_cache_beside_the_model_ms": np.median(base.beside_the_model()) * 1e3,
+        "full_cache_beside_the_model_ms": np.median(base.beside_the_model) * 1e3,
     }
 
 
