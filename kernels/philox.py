@@ -30,18 +30,21 @@ def philox_word(
         int64 tensor of the broadcast shape, values in [0, 2**32).
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
-    for _ in range(_ROUNDS):
-        # The product of two 32-bit words fills all 64 bits: int64 wraps, the bits are right.
+    # Words broadcast when they meet: two rounds pass until each depends on all four.
+    for _ in range(_ROUNDS - 1):
+        # The product of two 32-bit words fills all 64 bits: int64 wraps, the bits are right. Only
+        # factors must be 32-bit words: the low halves are masked where they become a part of one.
         product_a, product_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1, c2, c3 = (
-            (product_b >> 32 & _MASK) ^ c1 ^ k0,
-            product_b & _MASK,
-            (product_a >> 32 & _MASK) ^ c3 ^ k1,
-            product_a & _MASK,
-        )
+        c0, c2 = _new_word(product_b, c1, k0), _new_word(product_a, c3, k1)
+        c1, c3 = product_b, product_a
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return c0
+    return _new_word(c2 * _ROUND_B, c1, k0)
+
+
+def _new_word(product: torch.Tensor, word: torch.Tensor, key: int) -> torch.Tensor:
+    """The high word of a product, mixed with the low bits of two numbers."""
+    high = (product >> 32).bitwise_xor(word)
+    return high.bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def uniform(
@@ -58,4 +61,4 @@ def gumbel(
     seed: int, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
 ) -> torch.Tensor:
     """Standard Gumbel noise, ``-log(-log(u))``, one fp32 draw per counter; always finite."""
-    return -torch.log(-torch.log(uniform(seed, c0, c1, c2, c3)))
+    return uniform(seed, c0, c1, c2, c3).log_().neg_().log_().neg_()

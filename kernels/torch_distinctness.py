@@ -11,6 +11,9 @@ import torch
 
 from vase_vllm.kernels.torch_eviction import value_range
 
+_KEYS_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Numbers in the keys that are compared at once, by device: 2 and 128 MiB of fp32."""
+
 
 def distinctness(
     keys: torch.Tensor, values: torch.Tensor, sample: torch.Tensor, ridge: float
@@ -26,8 +29,28 @@ def distinctness(
         sample: [H, m, D] fp32.
         ridge: see :func:`whitened_length`.
     """
-    of_values = value_range(values) * whitened_length(sample, ridge)(values)
-    return (1 - mean_similarity(keys)) * of_values
+    return (1 - mean_similarity(keys)) * value_distinctness(sample, ridge)(values)
+
+
+def value_distinctness(
+    sample: torch.Tensor, ridge: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the values say of it: their range, times their whitened length beside a sample.
+
+    Args:
+        sample: [H, m, D] fp32.
+        ridge: see :func:`whitened_length`.
+
+    Returns:
+        From the values of any tokens, [H, n, D], to [H, n] fp32.
+    """
+    length = whitened_length(sample, ridge)
+
+    def of_values(values: torch.Tensor) -> torch.Tensor:
+        values = values.float()
+        return value_range(values) * length(values)
+
+    return of_values
 
 
 def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
@@ -48,9 +71,14 @@ def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
     Returns:
         [H, n] fp32.
     """
+    num_together = max(1, _KEYS_TOGETHER[keys.device.type] // keys[0].numel())
+    return torch.cat([_mean_similarity(heads) for heads in keys.split(num_together)])
+
+
+def _mean_similarity(keys: torch.Tensor) -> torch.Tensor:
     # A fifth of the time of norm(dim=1). The sum and the products with it are matrix products with
     # one row each, so that unit vectors are never written.
-    length = keys.square().sum(dim=1).sqrt()
+    length = (keys * keys).sum(dim=1).sqrt()
     scale = 1 / (length + 1e-8)
     total = scale[:, None] @ keys.transpose(-1, -2)
     to_all = (total @ keys)[:, 0] * scale
@@ -81,18 +109,24 @@ def whitened_length(sample: torch.Tensor, ridge: float) -> Callable[[torch.Tenso
     Returns:
         From [H, n, D] to [H, n], fp32.
     """
-    is_finite = sample.norm(dim=-1, keepdim=True).isfinite()
+    is_finite = torch.linalg.vector_norm(sample, dim=-1, keepdim=True).isfinite()
     sample = sample.where(is_finite, 0)
-    # Of a sample of zeros there is no eigenvalue above 0, and what is left is the plain length.
-    floor = (ridge * sample.square().sum(dim=(1, 2)) / sample.shape[-1]).clamp_min(1e-8)[:, None]
     gram = sample @ sample.transpose(-1, -2)
-    gram.diagonal(dim1=-2, dim2=-1).add_(floor)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # Of a sample of zeros there is no eigenvalue above 0, and what is left is the plain length.
+    floor = (ridge * diagonal.sum(dim=-1) / sample.shape[-1]).clamp_min(1e-8)[:, None]
+    diagonal.add_(floor)
     # Unlike cholesky, cholesky_ex neither raises nor waits for a GPU to say whether it succeeded.
-    basis = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, sample, upper=False)
+    factor = torch.linalg.cholesky_ex(gram).L
+    # A third of the time of the same from the left on a CPU.
+    basis = torch.linalg.solve_triangular(
+        factor.transpose(-1, -2), sample.transpose(-1, -2), upper=True, left=False
+    )
 
     def length(vectors: torch.Tensor) -> torch.Tensor:
-        shortened = products(vectors, basis.transpose(-1, -2)).square().sum(dim=-1)
-        return ((vectors.square().sum(dim=-1) - shortened) / floor).clamp_min(0).sqrt()
+        whole = torch.linalg.vector_norm(vectors, dim=-1).square_()
+        shortened = torch.linalg.vector_norm(products(vectors, basis), dim=-1).square_()
+        return ((whole - shortened) / floor).clamp_min_(0).sqrt_()
 
     return length
 

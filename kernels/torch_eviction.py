@@ -8,12 +8,12 @@ Shapes: H KV heads, G query heads per KV head, W window, n candidates, D head si
 """
 
 import torch
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import pad
 
 from vase_vllm.kernels.parameters import EvictionParameters
 from vase_vllm.kernels.philox import gumbel
 
-_LOGITS_TOGETHER = {"cpu": 1, "cuda": 1 << 24}
+_LOGITS_TOGETHER = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Numbers in the logits that are computed at once, by device."""
 
 
@@ -41,19 +41,21 @@ def attention_scores(
     """
     num_kv_heads, num_queries, _ = queries.shape
     num_logits = num_queries * keys.shape[-1]
-    # On a CPU head by head in one buffer, which then stays in the processor's cache; on a GPU as
-    # many heads at once as keep it busy.
+    # Always in one buffer: on a CPU as many heads at once as let it stay in the processor's cache,
+    # on a GPU as many as keep it busy.
     num_together = max(1, _LOGITS_TOGETHER[queries.device.type] // num_logits)
     scores = queries.new_empty(num_kv_heads, keys.shape[-1])
     buffer = queries.new_empty(min(num_together, num_kv_heads), num_queries, keys.shape[-1])
     for start in range(0, num_kv_heads, num_together):
         heads = slice(start, start + num_together)
         logits = buffer[: len(scores[heads])]
-        torch.bmm(queries[heads], keys[heads], out=logits)
-        torch.mean(torch.softmax(logits.mul_(scale), dim=-1), dim=1, out=scores[heads])
-    # Pooling and means are linear: the mean over query heads may come before the pooling.
+        torch.baddbmm(logits, queries[heads], keys[heads], beta=0, alpha=scale, out=logits)
+        torch.mean(torch.softmax(logits, dim=-1, out=logits), dim=1, out=scores[heads])
+    # Pooling and means are linear: the mean over query heads may come before the pooling. A third
+    # of the time of avg_pool1d on a CPU, and the same numbers.
     if smoothing > 1:
-        scores = avg_pool1d(scores, smoothing, stride=1, padding=smoothing // 2)
+        padding = smoothing // 2
+        scores = pad(scores, (padding, padding)).unfold(-1, smoothing, 1).sum(-1).div_(smoothing)
     return scores
 
 

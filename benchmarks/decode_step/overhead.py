@@ -8,8 +8,11 @@ all that is done for each layer and sequence shows (``CASES``).
 
 * share of evictions: every sequence is beyond its budget; time in evictions / time in steps, over
   whole periods of the window.
-* wrapper: steps in which no eviction is due, against the same engine without the plugin's wrapper,
-  the two stepping in turn; median of the ratios of neighbouring steps, less one.
+* wrapper: steps in which no eviction is due, against the same engine without the plugin, the two
+  stepping in turn. Once for whole steps, the median of the ratios of neighbouring steps, less one;
+  and once for what a step does beside the model's forward pass and logits (scheduling, metadata,
+  sampling), the median of the differences, over a step. The plugin works there, but for one
+  comparison in each layer, while the noise is in the model, which is the same for both.
 
 Times are processor time of the process, which other jobs on the machine disturb least.
 """
@@ -20,6 +23,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from benchmarks.common.environment import IN_PROCESS, QUIET
 
 os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
@@ -38,7 +43,7 @@ from benchmarks.common.provenance import provenance
 from vase_vllm.worker.evictor import TorchEvictor
 
 WINDOW, NUM_LAYERS = 64, 4
-WRAPPER_STEPS, PERIODS = 150, 2
+WRAPPER_STEPS, WARM_UP_STEPS, PERIODS = 300, 20, 2
 
 
 @dataclass(frozen=True)
@@ -142,29 +147,70 @@ def timed_step(llm: LLM) -> float:
     return time.process_time() - start
 
 
+class SteppedEngine:
+    """An engine whose steps are timed, with what the model computes apart.
+
+    Attributes:
+        steps: [steps] processor seconds of each.
+        beside_the_model: [steps] of these, without the forward pass and the logits.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.steps: list[float] = []
+        self.beside_the_model: list[float] = []
+        self._in_model = 0.0
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        runner = worker.model_runner
+        runner._model_forward = self._timed(runner._model_forward)
+        runner.model.compute_logits = self._timed(runner.model.compute_logits)
+
+    def step(self) -> None:
+        """Run a step, and note how long it took."""
+        self._in_model = 0.0
+        self.steps.append(timed_step(self.llm))
+        self.beside_the_model.append(self.steps[-1] - self._in_model)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._in_model += time.process_time() - start
+
+        return timed
+
+
 def measure_wrapper(full: LLM, evicting: LLM, batch: int) -> dict[str, float]:
     """Overhead of a step without evictions: neighbouring steps of the two engines, in turn."""
     for llm in (full, evicting):
         fill(llm, [32] * batch)
-    ratios, steps = [], []
+    base, wrapped = SteppedEngine(full), SteppedEngine(evicting)
+    for _ in range(WARM_UP_STEPS):
+        full.llm_engine.step()
+        evicting.llm_engine.step()
     for index in track(range(WRAPPER_STEPS), "wrapper", transient=True):
         # The order alternates too, so that none always runs on the other's warm caches.
-        if index % 2:
-            base, wrapped = timed_step(full), timed_step(evicting)
-        else:
-            wrapped, base = timed_step(evicting), timed_step(full)
-        ratios.append(wrapped / base)
-        steps.append(base)
+        for engine in (base, wrapped) if index % 2 else (wrapped, base):
+            engine.step()
     for llm in (full, evicting):
         clear(llm, batch)
-    ratios, steps = ratios[20:], steps[20:]
-    quartiles = statistics.quantiles(ratios, n=4)
+    step = np.median(base.steps)
+    whole = quartiles(np.divide(wrapped.steps, base.steps) - 1)
+    beside = quartiles(np.subtract(wrapped.beside_the_model, base.beside_the_model) / step)
     return {
-        "overhead": statistics.median(ratios) - 1,
-        "overhead_lower_quartile": quartiles[0] - 1,
-        "overhead_upper_quartile": quartiles[2] - 1,
-        "full_cache_step_ms": statistics.median(steps) * 1e3,
+        **{f"overhead{name}": value for name, value in whole.items()},
+        **{f"overhead_beside_the_model{name}": value for name, value in beside.items()},
+        "full_cache_step_ms": step * 1e3,
+        "full_cache_beside_the_model_ms": np.median(base.beside_the_model) * 1e3,
     }
+
+
+def quartiles(values: np.ndarray) -> dict[str, float]:
+    """The median, and the quartiles by their names."""
+    lower, median, upper = np.percentile(values, (25, 50, 75)).tolist()
+    return {"": median, "_lower_quartile": lower, "_upper_quartile": upper}
 
 
 def measure_evictions(evicting: LLM, case: Case) -> dict[str, float]:
@@ -213,6 +259,12 @@ def measure(case: Case) -> dict[str, Any]:
     return {"settings": settings, "evictions": evictions, "wrapper": wrapper}
 
 
+def with_quartiles(wrapper: dict[str, float], name: str) -> str:
+    """A share in percent, with its quartiles."""
+    lower, upper = (wrapper[f"{name}_{which}_quartile"] for which in ("lower", "upper"))
+    return f"{wrapper[name]:+.2%} ({lower:+.2%} to {upper:+.2%})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -220,7 +272,8 @@ def main() -> None:
     args = parser.parse_args()
     results = {name: measure(CASES[name]) for name in args.cases}
     table = Table(title="What eviction costs a decode step")
-    for column in ("model", "evictions", "how", "wrapper, no eviction due", "quartiles"):
+    columns = "model", "evictions", "how", "wrapper, no eviction due", "by what is beside the model"
+    for column in columns:
         table.add_column(column)
     for name, result in results.items():
         settings, evictions, wrapper = (
@@ -231,9 +284,8 @@ def main() -> None:
             f"{evictions['share']:.1%}",
             f"{evictions['eviction_ms']:.1f} ms each, {evictions['evictions_per_step']:.2f} a step "
             f"of {evictions['step_ms']:.0f} ms",
-            f"{wrapper['overhead']:+.1%} of {wrapper['full_cache_step_ms']:.0f} ms",
-            f"{wrapper['overhead_lower_quartile']:+.1%} to "
-            f"{wrapper['overhead_upper_quartile']:+.1%}",
+            f"{with_quartiles(wrapper, 'overhead')} of {wrapper['full_cache_step_ms']:.0f} ms",
+            with_quartiles(wrapper, "overhead_beside_the_model"),
         )
     Console().print(table)
     if args.output:

@@ -10,14 +10,14 @@ import torch
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.kernels import torch_eviction
+from vase_vllm.kernels import torch_distinctness, torch_eviction
 from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.policies import triattention
 from vase_vllm.policies.query_statistics import QueryStatistics
 from vase_vllm.policies.registry import policy_names
 from vase_vllm.policies.rkv import RKVPolicy
-from vase_vllm.worker import evictor
+from vase_vllm.worker import evictor, pages
 from vase_vllm.worker.evictor import TorchEvictor
 from vase_vllm.worker.pages import PlainPages
 
@@ -30,9 +30,13 @@ ABLATIONS = [{"policy": "vase", "protect": "random"}, {"policy": "cur", "gaussia
 def watched(monkeypatch):
     """What the evictor wants to be told later, on a device that is treated as a GPU."""
     found = []
-    monkeypatch.setitem(evictor._KEYS_TOGETHER, "meta", evictor._KEYS_TOGETHER["cuda"])
-    logits = torch_eviction._LOGITS_TOGETHER
-    monkeypatch.setitem(logits, "meta", logits["cuda"])
+    for at_once in (
+        evictor._KEYS_TOGETHER,
+        pages._VALUES_TOGETHER,
+        torch_eviction._LOGITS_TOGETHER,
+        torch_distinctness._KEYS_TOGETHER,
+    ):
+        monkeypatch.setitem(at_once, "meta", at_once["cuda"])
     own = statistics()
     monkeypatch.setattr(triattention.TriAttentionPolicy, "_read", lambda *_: own)
     monkeypatch.setattr(

@@ -5,7 +5,14 @@ import torch
 from vllm import _custom_ops as ops
 
 from tests.support.instruction_sets import require_instruction_set
-from vase_vllm.worker.pages import CandidatePages, PlainPages, cpu_page_layout
+from vase_vllm.worker import pages
+from vase_vllm.worker.pages import (
+    CandidatePages,
+    PackedPages,
+    Packing,
+    PlainPages,
+    cpu_page_layout,
+)
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS = 64, 5, 3
 PACKINGS = [("vec", 64), ("vec", 128), ("vec16", 80), ("vec16", 112), ("amx", 64), ("amx", 128)]
@@ -40,12 +47,7 @@ def by_block(tensor):
 
 def read(layout, cache):
     """Keys and values of all blocks, each [num_blocks, H, block_size, D]."""
-    return [
-        torch.cat(list(half(cache, torch.arange(NUM_BLOCKS))), dim=1)
-        .unflatten(1, (NUM_BLOCKS, BLOCK_SIZE))
-        .transpose(0, 1)
-        for half in (layout.keys, layout.values)
-    ]
+    return [half(cache, torch.arange(NUM_BLOCKS)) for half in (layout.keys, layout.values)]
 
 
 def check_moves(layout, cache, key, value):
@@ -69,6 +71,43 @@ def test_reading_gives_what_was_written(written):
 
 def test_copy_moves_single_tokens_of_single_heads(written):
     check_moves(*written)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_packing_that_no_strides_express(num_layers):
+    """Pairs of a key's dimensions lie side by side, token by token, as AMX wants them."""
+    torch.manual_seed(0)
+    head_size = 8
+    tokens, dims = torch.arange(BLOCK_SIZE), torch.arange(head_size)
+    packing = Packing(tokens=2 * tokens, dims=dims // 2 * 2 * BLOCK_SIZE + dims % 2)
+    offsets = packing.tokens[:, None] + packing.dims
+    key, value = torch.randn(2, num_layers, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, head_size)
+    caches = torch.empty(num_layers, NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, 2 * head_size)
+    keys, values = caches.flatten(3).chunk(2, dim=-1)
+    keys[..., offsets] = torch.stack([by_block(of_layer) for of_layer in key])
+    values[..., offsets] = torch.stack([by_block(of_layer) for of_layer in value])
+    layout, blocks, num = PackedPages(packing, packing), torch.tensor([3, 0, 2]), BLOCK_SIZE + 5
+    candidates = CandidatePages(layout, list(caches), blocks, num, window=BLOCK_SIZE)
+    slots = (blocks[:, None] * BLOCK_SIZE + tokens).flatten()[:num]
+    assert torch.equal(candidates.keys(), key[:, slots].permute(0, 2, 3, 1).flatten(0, 1))
+    values = torch.cat(list(candidates.values()), dim=1)
+    assert torch.equal(values, value[:, slots].transpose(1, 2).flatten(0, 1))
+    check_moves(layout, caches[0], key[0], value[0])
+
+
+def test_values_come_in_parts(monkeypatch):
+    """As many blocks at once as the limit allows, and never less than one."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, NUM_BLOCKS * BLOCK_SIZE, NUM_HEADS, 64)
+    cache = torch.cat([by_block(key), by_block(value)], dim=-1)
+    num = 4 * BLOCK_SIZE + 5
+    candidates = CandidatePages(PlainPages(), [cache], torch.arange(NUM_BLOCKS), num, window=1)
+    for num_blocks, sizes in ((2, [128, 128, 5]), (0.5, [64, 64, 64, 64, 5])):
+        limit = int(num_blocks * BLOCK_SIZE * NUM_HEADS * 64)
+        monkeypatch.setitem(pages._VALUES_TOGETHER, "cpu", limit)
+        parts = list(candidates.values())
+        assert [part.shape[1] for part in parts] == sizes
+        assert torch.equal(torch.cat(parts, dim=1), value[:num].transpose(0, 1))
 
 
 @pytest.mark.parametrize("order", ["heads-first", "tokens-first"])

@@ -252,9 +252,12 @@ class EvictionManager(FullAttentionManager):
         Nor is what a bounded prefill computes after its first eviction, which rearranges the blocks
         once this step's copies are made.
         """
+        start = self.num_cached_block.get(request.request_id, 0)
+        if start >= request.num_prompt_tokens // self.block_size:
+            # As in nearly every decode step.
+            return
         first, _, kept = self.numbers(request.request_id)
         num_computed = num_tokens if kept else min(request.num_computed_tokens, first)
-        start = self.num_cached_block.get(request.request_id, 0)
         stop = min(num_computed, request.num_prompt_tokens) // self.block_size
         if start >= stop:
             return

@@ -246,16 +246,10 @@ class _EvictionMixin(Scheduler):
     def _report(self, request: Request) -> dict[str, int]:
         """What a request that has ended has evicted, and holds per layer and KV head."""
         numbers = self._manager.numbers(request.request_id)
-        own = self._eviction_schedule.with_budget(numbers.budget)
         # The last token of an output is never fed back to the model.
         last_read = max(request.num_tokens - 2, 0)
-        evictions, evicted_tokens = own.evictions_until(last_read, numbers.first)
-        return {
-            "evictions": evictions,
-            "evicted_tokens": evicted_tokens,
-            "held_tokens": own.slots(last_read, numbers.first) + 1,
-            "logical_tokens": last_read + 1,
-        }
+        own = self._eviction_schedule.with_budget(numbers.budget)
+        return own.figures(last_read, numbers.first)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -152,6 +152,24 @@ class EvictionSchedule:
         num_evictions = (position - first) // self.window + 1
         return num_evictions, first - self.budget + (num_evictions - 1) * self.window
 
+    def figures(self, position: int, first: int) -> dict[str, int]:
+        """What a sequence holds and has evicted when the token at ``position`` has been computed.
+
+        >>> EvictionSchedule(budget=128, window=16).figures(position=200, first=144)
+        {'evictions': 4, 'evicted_tokens': 64, 'held_tokens': 137, 'logical_tokens': 201}
+
+        Returns:
+            ``evictions``; ``evicted_tokens`` and ``held_tokens`` per layer and KV head; and the
+            ``logical_tokens`` that have been computed.
+        """
+        evictions, evicted_tokens = self.evictions_until(position, first)
+        return {
+            "evictions": evictions,
+            "evicted_tokens": evicted_tokens,
+            "held_tokens": self.slots(position, first) + 1,
+            "logical_tokens": position + 1,
+        }
+
     def tokens_until_eviction(self, position: int, first: int) -> int:
         """How many tokens from ``position`` on one step may compute.
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
-from vase_vllm.kernels.torch_distinctness import distinctness
+from vase_vllm.kernels.torch_distinctness import mean_similarity, value_distinctness
 from vase_vllm.kernels.torch_eviction import vase_priority
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.protecting import ProtectingPolicy
@@ -74,10 +74,8 @@ class DistinctPolicy(ProtectingPolicy):
     def _priority(self, candidates: Candidates, attention: torch.Tensor) -> torch.Tensor:
         """The protected tokens, then the largest ``attention``: [H, n]."""
         limits = candidates.limits
-        # All values at once: on packed pages the products with parts take twice the time.
-        unlike = distinctness(
-            candidates.keys, candidates.values, candidates.window_values, self.ridge
-        )
+        of_values = value_distinctness(candidates.window_values, self.ridge)
+        unlike = (1 - mean_similarity(candidates.keys)) * candidates.of_values(of_values)
         return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters:

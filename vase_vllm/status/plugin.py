@@ -57,7 +57,7 @@ async def requests(request: Request) -> list[dict[str, Any]]:
     """The requests of the latest step, of the first engine if there are several.
 
     Each has ``request_id``, ``logical_tokens`` that it has computed, ``held_tokens`` of them that
-    every layer and KV head holds, ``evictions`` so far, and its ``budget``.
+    every layer and KV head holds, ``evictions`` and ``evicted_tokens`` so far, and its ``budget``.
     """
     _config(request)
     workers = await request.app.state.engine_client.collective_rpc("get_kv_eviction_requests")

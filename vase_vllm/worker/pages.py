@@ -15,10 +15,14 @@ from typing import Protocol
 import torch
 from vllm import _custom_ops as ops
 
+from vase_vllm.layout.arithmetic import cdiv
+
 At = tuple[torch.Tensor, torch.Tensor]
 """Where tokens lie: (block, token in the block), each [n] int64."""
-ReadHalf = Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]
+ReadHalf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Reads the keys, or the values, of blocks of a layer's cache: see :class:`PageLayout`."""
+_VALUES_TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Numbers in the values that are read at once, by device: 4 and 128 MiB of fp32."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,21 @@ class Packing:
             return pages.unflatten(-1, (num_dims, num_tokens)).transpose(-1, -2)
         return None
 
-    def unpack(self, pages: torch.Tensor) -> torch.Tensor:
-        """Packed pages [..., block_size * D] as [..., block_size, D], a view where possible."""
+    def read(
+        self, pages: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[n, H, block_size, D] of the blocks of packed pages: see :class:`PageLayout`.
+
+        Args:
+            pages: [num_blocks, H, block_size * D].
+        """
         view = self._view(pages)
         if view is not None:
-            return view
-        return pages[..., self._offsets]
+            # Copies runs of numbers, where ``view[blocks]`` would copy number by number.
+            return torch.index_select(view, 0, blocks, out=out)
+        # Block by block: several times faster than gathering the packed pages first.
+        parts = [pages[block][..., self._offsets] for block in blocks.tolist()]
+        return torch.stack(parts, out=out)
 
     def copy(
         self,
@@ -91,14 +104,19 @@ class Packing:
 class PageLayout(Protocol):
     """Pages of one layer. A cache is [num_blocks, H, block_size, 2 * D], however it is packed."""
 
-    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The keys of blocks in slot order, in parts of [H, m, D]: views where possible.
+    def keys(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The keys of blocks: [n, H, block_size, D] of the cache's dtype.
 
         Args:
             blocks: [n] int64.
+            out: where to write them instead of a new tensor, in any order of strides.
         """
 
-    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def values(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The values likewise."""
 
     def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
@@ -115,20 +133,17 @@ class PageLayout(Protocol):
 class PlainPages:
     """Pages as GPU backends have them: ``key | value`` for every token."""
 
-    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def keys(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See :class:`PageLayout`."""
-        return self._half(kv_cache, blocks, 0)
+        return torch.index_select(kv_cache.chunk(2, dim=-1)[0], 0, blocks, out=out)
 
-    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def values(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See :class:`PageLayout`."""
-        return self._half(kv_cache, blocks, 1)
-
-    def _half(
-        self, kv_cache: torch.Tensor, blocks: torch.Tensor, half: int
-    ) -> Iterator[torch.Tensor]:
-        # All at once: on a GPU launches cost more than memory.
-        pages = kv_cache.chunk(2, dim=-1)[half][blocks]
-        yield pages.transpose(0, 1).flatten(1, 2)
+        return torch.index_select(kv_cache.chunk(2, dim=-1)[1], 0, blocks, out=out)
 
     def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
         """See :class:`PageLayout`."""
@@ -142,16 +157,17 @@ class PackedPages:
     key_packing: Packing
     value_packing: Packing
 
-    def keys(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def keys(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See :class:`PageLayout`."""
-        pages, _ = self._split(kv_cache)
-        # Block by block: several times faster than gathering the packed pages first.
-        return (self.key_packing.unpack(pages[block]) for block in blocks.tolist())
+        return self.key_packing.read(self._split(kv_cache)[0], blocks, out)
 
-    def values(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
+    def values(
+        self, kv_cache: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See :class:`PageLayout`."""
-        _, pages = self._split(kv_cache)
-        return (self.value_packing.unpack(pages[block]) for block in blocks.tolist())
+        return self.value_packing.read(self._split(kv_cache)[1], blocks, out)
 
     def copy(self, kv_cache: torch.Tensor, head: torch.Tensor, source: At, destination: At) -> None:
         """See :class:`PageLayout`."""
@@ -187,23 +203,22 @@ class CandidatePages:
 
     def keys(self) -> torch.Tensor:
         """[H, D, n] fp32, after RoPE."""
-        _, num_heads, block_size, pair_size = self.kv_caches[0].shape
-        shape = (len(self.kv_caches), num_heads, pair_size // 2, len(self.blocks) * block_size)
-        keys = torch.empty(shape, device=self.kv_caches[0].device)
-        for of_layer, kv_cache in zip(keys, self.kv_caches, strict=True):
-            start = 0
-            for part in self.layout.keys(kv_cache, self.blocks):
-                of_layer[:, :, start : start + part.shape[1]] = part.transpose(-1, -2)
-                start += part.shape[1]
-        return keys.flatten(0, 1)[:, :, : self.num]
+        blocks = self._candidate_blocks
+        keys = self._empty(self._head_size, len(blocks) * self._block_size)
+        by_block = keys.unflatten(-1, (len(blocks), -1)).permute(0, 3, 1, 4, 2)
+        for kv_cache, of_layer in zip(self.kv_caches, by_block, strict=True):
+            self.layout.keys(kv_cache, blocks, of_layer)
+        return keys.flatten(0, 1)[..., : self.num].float()
 
     def values(self) -> Iterator[torch.Tensor]:
         """[H, m, D] of the cache's dtype, part by part."""
+        num_heads = len(self.kv_caches) * self.kv_caches[0].shape[1]
+        num_together = _VALUES_TOGETHER[self.blocks.device.type] // (num_heads * self._head_size)
         left = self.num
-        for part in self._parts(self.layout.values, self.blocks):
-            if left > 0:
-                yield part[:, :left]
+        for blocks in self._candidate_blocks.split(max(1, num_together // self._block_size)):
+            part = self._tokens(self.layout.values, blocks)[:, :left]
             left -= part.shape[1]
+            yield part
 
     def window_keys(self) -> torch.Tensor:
         """[H, W, D] of the cache's dtype, after RoPE."""
@@ -213,19 +228,34 @@ class CandidatePages:
         """[H, W, D] of the cache's dtype."""
         return self._of_window(self.layout.values)
 
-    def _of_window(self, read: ReadHalf) -> torch.Tensor:
-        first_block, start = divmod(self.num, self.kv_caches[0].shape[2])
-        parts = self._parts(read, self.blocks[first_block:])
-        return torch.cat(list(parts), dim=1)[:, start : start + self.window]
+    @property
+    def _block_size(self) -> int:
+        return self.kv_caches[0].shape[2]
 
-    def _parts(self, read: ReadHalf, blocks: torch.Tensor) -> Iterator[torch.Tensor]:
-        """[H, m, D] of the cache's dtype, part by part, over whole blocks."""
-        if len(self.kv_caches) == 1:
-            # Views, where the pages allow it.
-            yield from read(self.kv_caches[0], blocks)
-            return
-        layers = (read(kv_cache, blocks) for kv_cache in self.kv_caches)
-        yield from map(torch.cat, zip(*layers, strict=True))
+    @property
+    def _head_size(self) -> int:
+        return self.kv_caches[0].shape[3] // 2
+
+    @property
+    def _candidate_blocks(self) -> torch.Tensor:
+        return self.blocks[: cdiv(self.num, self._block_size)]
+
+    def _of_window(self, read: ReadHalf) -> torch.Tensor:
+        first_block, start = divmod(self.num, self._block_size)
+        return self._tokens(read, self.blocks[first_block:])[:, start : start + self.window]
+
+    def _tokens(self, read: ReadHalf, blocks: torch.Tensor) -> torch.Tensor:
+        """[H, m, D] of the cache's dtype: all tokens of blocks."""
+        tokens = self._empty(len(blocks) * self._block_size, self._head_size)
+        by_block = tokens.unflatten(2, (len(blocks), -1)).transpose(1, 2)
+        for kv_cache, of_layer in zip(self.kv_caches, by_block, strict=True):
+            read(kv_cache, blocks, of_layer)
+        return tokens.flatten(0, 1)
+
+    def _empty(self, rows: int, columns: int) -> torch.Tensor:
+        """[layers, heads of a layer, rows, columns] of the cache's dtype."""
+        num_heads = self.kv_caches[0].shape[1]
+        return self.kv_caches[0].new_empty(len(self.kv_caches), num_heads, rows, columns)
 
 
 @cache

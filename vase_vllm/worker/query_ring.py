@@ -40,7 +40,8 @@ def load_queries(
     """
     num_kv_heads, head_size = kv_cache.shape[1], kv_cache.shape[-1] // 2
     # Gathered first: a GPU's pages need not have a head's cells side by side.
-    entries = ring_view(ring, kv_cache[state_blocks]).transpose(0, 1).flatten(1, 2)
+    pages = kv_cache.index_select(0, state_blocks)
+    entries = ring_view(ring, pages).transpose(0, 1).flatten(1, 2)
     return entries[:, : ring.window].reshape(num_kv_heads, -1, head_size)
 
 

@@ -19,9 +19,8 @@ def request_status(
         schedule: of the server.
 
     Returns:
-        For each ``request_id``, ``logical_tokens`` computed, ``held_tokens`` per layer and KV
-        head, ``evictions`` so far, and the ``budget`` with the prompt that is kept; None for a
-        request that does not evict.
+        For each ``request_id`` its :meth:`EvictionSchedule.figures`, and the ``budget`` with the
+        prompt that is kept; None for a request that does not evict.
     """
     cached = latest.scheduled_cached_reqs
     starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -33,13 +32,7 @@ def request_status(
             continue
         own = schedule.with_budget(header.budget)
         last = starts[request_id] + num_tokens - 1
-        result.append(
-            {
-                "request_id": request_id,
-                "logical_tokens": last + 1,
-                "held_tokens": own.slots(last, header.first) + 1,
-                "evictions": own.evictions_until(last, header.first)[0],
-                "budget": None if header.first == NEVER else header.budget,
-            }
-        )
+        budget = None if header.first == NEVER else header.budget
+        figures = own.figures(last, header.first)
+        result.append({"request_id": request_id, **figures, "budget": budget})
     return result

@@ -180,9 +180,8 @@ class _DummySequence:
         for path in self._context.paths:
             for index, layer in path.layers.items():
                 of_layer = torch.tensor(blocks[layer.layer_name], device=layer.kv_cache.device)
-                parts = path.page_layout.keys(layer.kv_cache, of_layer)
-                keys = torch.cat([part.cpu() for part in parts], dim=1)
-                found[index] = keys[:, : self.schedule.bound]
+                keys = path.page_layout.keys(layer.kv_cache, of_layer).transpose(0, 1).cpu()
+                found[index] = keys.flatten(1, 2)[:, : self.schedule.bound]
         return found
 
     def _chunk(self, start: int, stop: int) -> SchedulerOutput:
