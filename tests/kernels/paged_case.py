@@ -42,6 +42,24 @@ class Sequence:
     kept: int = 0
 
 
+def ragged(parameters: EvictionParameters, *surplus: int) -> tuple[Sequence, ...]:
+    """Sequences at their first eviction and later, one of them not due.
+
+    Args:
+        surplus: tokens by which the first evictions of the second and of the last are later than
+            the earliest one.
+    """
+    first, window = parameters.budget + parameters.window, parameters.window
+    second, last = (first + tokens for tokens in surplus)
+    return (
+        Sequence(first, first, key=1),
+        Sequence(second, second, key=2),
+        Sequence(first, first + 3, key=3),
+        Sequence(first, first + 5 * window, key=4),
+        Sequence(last, last + window, key=2**31 - 1),
+    )
+
+
 def one_for_each(
     own: list[EvictionParameters | None], server: EvictionParameters
 ) -> tuple[Sequence, ...]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each
+from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each, ragged
 from tests.oracle.policies import distinctness as squared_length
 from vase_vllm.kernels.launch import HEAD_SIZES, INTERPRETER_LIMITS, DeviceLimits
 from vase_vllm.kernels.launch import distinctness_tile as tile_of
@@ -206,14 +206,7 @@ def test_long_first_eviction(extra):
 
 
 def test_ragged_batch():
-    sequences = (
-        Sequence(FIRST, FIRST, key=1),
-        Sequence(FIRST + 24, FIRST + 24, key=2),
-        Sequence(FIRST, FIRST + 3, key=3),
-        Sequence(FIRST, FIRST + 5 * DISTINCT.window, key=4),
-        Sequence(FIRST + 60, FIRST + 60 + DISTINCT.window, key=2**31 - 1),
-    )
-    check(Case(DISTINCT, sequences, layers=(0, 7), num_splits=2))
+    check(Case(DISTINCT, ragged(DISTINCT, 24, 60), layers=(0, 7), num_splits=2))
 
 
 def test_sequences_with_budgets_of_their_own():

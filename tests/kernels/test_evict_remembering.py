@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check
+from tests.kernels.paged_case import Case, Pool, Sequence, check, ragged
 from vase_vllm.kernels.parameters import EvictionParameters
 
 REMEMBERS = EvictionParameters(
@@ -88,14 +88,7 @@ def test_temperature():
 
 
 def test_ragged_batch():
-    sequences = (
-        Sequence(FIRST, FIRST, key=1),
-        Sequence(FIRST + 24, FIRST + 24, key=2),
-        Sequence(FIRST, FIRST + 3, key=3),
-        Sequence(FIRST, FIRST + 5 * REMEMBERS.window, key=4),
-        Sequence(FIRST + 60, FIRST + 60 + REMEMBERS.window, key=2**31 - 1),
-    )
-    check(Case(REMEMBERS, sequences, layers=(0, 7), num_splits=2))
+    check(Case(REMEMBERS, ragged(REMEMBERS, 24, 60), layers=(0, 7), num_splits=2))
 
 
 def test_sequences_with_budgets_of_their_own():

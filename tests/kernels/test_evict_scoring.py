@@ -5,20 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check
+from tests.kernels.paged_case import Case, Pool, Sequence, check, ragged
 from vase_vllm.kernels.parameters import EvictionParameters
 
 UNIFORM = EvictionParameters(40, 8, 4, scoring="uniform")
 AGE = EvictionParameters(40, 8, 4, sampling="greedy", scoring="age")
 BOTH = pytest.mark.parametrize("parameters", [UNIFORM, AGE], ids=lambda p: p.scoring)
 FIRST = UNIFORM.budget + UNIFORM.window
-RAGGED = (
-    Sequence(FIRST, FIRST, key=1),
-    Sequence(FIRST + 160, FIRST + 160, key=2),
-    Sequence(FIRST, FIRST + 3, key=3),
-    Sequence(FIRST, FIRST + 5 * UNIFORM.window, key=4),
-    Sequence(FIRST + 23, FIRST + 23 + UNIFORM.window, key=2**31 - 1),
-)
+RAGGED = ragged(UNIFORM, 160, 23)
 
 
 def number_the_tokens(keys, values, queries):
