@@ -182,16 +182,17 @@ def number_pointers(
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # that of the pages, which Triton 3.6 takes for a tensor there
 ):
     """Addresses of fp32 numbers behind the ring; of block 0 where not live."""
-    ENTRIES: tl.constexpr = 2 * pages.BLOCK_SIZE // GROUP
+    ENTRIES: tl.constexpr = 2 * BLOCK_SIZE // GROUP
     RING_BLOCKS: tl.constexpr = (WINDOW + ENTRIES - 1) // ENTRIES
     BITS: tl.constexpr = pages.base.dtype.element_ty.primitive_bitwidth
     CELL: tl.constexpr = 2 * HEAD_SIZE * BITS // 32
-    num_token_blocks = tl.cdiv(tl.load(pages.table_row), pages.BLOCK_SIZE)
-    columns = TOKEN_COLUMN + num_token_blocks + RING_BLOCKS + numbers // (CELL * pages.BLOCK_SIZE)
+    num_token_blocks = tl.cdiv(tl.load(pages.table_row), BLOCK_SIZE)
+    columns = TOKEN_COLUMN + num_token_blocks + RING_BLOCKS + numbers // (CELL * BLOCK_SIZE)
     blocks = tl.load(pages.table_row + columns, mask=live, other=0).to(tl.int64)
-    cell = numbers // CELL % pages.BLOCK_SIZE
+    cell = numbers // CELL % BLOCK_SIZE
     cells = pages.base + blocks * pages.block_stride + cell * pages.slot_stride
     return cells.to(tl.pointer_type(tl.float32)) + numbers % CELL
 

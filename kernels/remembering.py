@@ -160,9 +160,13 @@ def remember_attention(
             has_numbers = live & (slots >= kept) & (slots < task.budget)
             had_numbers = has_numbers & (slots < remembered_end)
             number = slots - kept
-            first = number_pointers(pages, number, has_numbers, WINDOW, GROUP, HEAD_SIZE)
+            first = number_pointers(
+                pages, number, has_numbers, WINDOW, GROUP, HEAD_SIZE, BLOCK_SIZE
+            )
             number += numbers_stride
-            second = number_pointers(pages, number, has_numbers, WINDOW, GROUP, HEAD_SIZE)
+            second = number_pointers(
+                pages, number, has_numbers, WINDOW, GROUP, HEAD_SIZE, BLOCK_SIZE
+            )
             received = tl.load(scores + slots, mask=live, other=0.0)
             received += memory * tl.load(first, mask=had_numbers, other=0.0)
             asked = WINDOW + memory * tl.load(second, mask=had_numbers, other=0.0)

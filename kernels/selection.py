@@ -294,8 +294,8 @@ def select_and_move(
                 received = tl.load(scores + slots, mask=kept, other=0.0)
                 asked = tl.minimum(candidates + WINDOW - slots, WINDOW).to(tl.float32)
                 number = target_slots - tl.load(task.table_row + KEPT_COLUMN)
-                first = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE)
+                first = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE, BLOCK_SIZE)
                 number += numbers_stride
-                second = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE)
+                second = number_pointers(pages, number, kept, WINDOW, GROUP, HEAD_SIZE, BLOCK_SIZE)
                 tl.store(first, received, mask=kept)
                 tl.store(second, asked, mask=kept)

@@ -18,6 +18,7 @@ class Item:
         most_minutes: that it may take.
         least_minutes: below which it is not worth starting.
         modules: that have to be installed.
+        alone: nothing runs beside it, because it times something.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Item:
     most_minutes: float
     least_minutes: float
     modules: tuple[str, ...] = ()
+    alone: bool = False
 
 
 def script(path: str, *arguments: str) -> Callable[[float, Path], list[str]]:
@@ -50,7 +52,7 @@ def resumed(
 ITEMS = (
     Item("device", module("gpu_check.device"), 2, 0.2),
     Item("kernels-compile", script("compile_check.py", "--device"), 3, 0.5),
-    Item("kernels-exact", resumed(script("eviction.py", "--check-only")), 6, 0.5),
+    Item("kernels-exact", resumed(script("eviction.py", "--check-only", "--workers", "4")), 6, 0.5),
     *(
         Item(f"engine-{name}", module("gpu_check.engine", "--backend", name), 4, 1, ("vllm",))
         for name in BACKENDS
@@ -62,13 +64,14 @@ ITEMS = (
         1,
         ("vllm",),
     ),
-    Item("kernels-timing", resumed(script("eviction.py", "--skip-check")), 8, 1),
+    Item("xformers", script("xformers_attention.py"), 2, 0.5, ("xformers",)),
+    Item("kernels-timing", resumed(script("eviction.py", "--skip-check")), 8, 1, alone=True),
     Item(
         "server",
         resumed(module("serving.run", "--suite", "sweep-qwen3-8b-small")),
         8,
         3,
         ("vllm",),
+        alone=True,
     ),
-    Item("xformers", script("xformers_attention.py"), 2, 0.5, ("xformers",)),
 )

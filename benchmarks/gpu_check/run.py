@@ -54,6 +54,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--items", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--minutes", type=float, help="stop in time; call again to go on")
     parser.add_argument(
+        "--jobs", type=int, default=1, help="checks side by side; what times something runs alone"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=RESULTS / "gpu",
@@ -99,7 +102,7 @@ def main() -> int:
     )
     items = [item for item in ITEMS if args.items is None or item.name in args.items]
     with sigterm_unwinds():
-        outcomes = run_all(items, results, Clock(args.minutes, start), source)
+        outcomes = run_all(items, results, Clock(args.minutes, start), source, jobs=args.jobs)
     text = page(results.content, source)
     path.with_suffix(".md").write_text(text)
     print(f"\n{text}\nresults, page and logs are in {args.output}")

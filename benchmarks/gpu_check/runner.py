@@ -1,4 +1,4 @@
-"""Runs one item after the other, each in a process of its own, and says what came of it."""
+"""Runs the items, each in a process of its own, and says what came of them."""
 
 import os
 import re
@@ -6,13 +6,12 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.exit_codes import SKIPPED
@@ -23,6 +22,7 @@ from benchmarks.gpu_check.items import Item
 PASSED, FAILED, LEFT_OUT = "passed", "failed", "skipped"
 GRACE_SECONDS = 45
 """What an item that is told to end has for it: a server of its own gets 30 s, see ``Server``."""
+POLL_SECONDS = 0.2
 SIGN_OFF_SECONDS = 10
 """What an item with a clock of its own has after it, to write its results."""
 REASON = re.compile(
@@ -56,59 +56,58 @@ def reason_of(output: str, verdict: str) -> str:
     return lines[-1][:MOST_REASON] if lines else "it printed nothing"
 
 
-def run_item(item: Item, clock: Clock, output: Path) -> Outcome:
-    """Run an item, its output to a log in ``output``; it has ended when this returns.
+class Running:
+    """An item's process, which writes to a log in ``output``.
 
     Raises:
         OutOfTimeError: there is too little time for it.
     """
-    if missing := [name for name in item.modules if find_spec(name) is None]:
-        return Outcome(LEFT_OUT, f"{', '.join(missing)} is not installed")
-    least = 60 * item.least_minutes + GRACE_SECONDS
-    left = clock.left(least)
-    seconds = 60 * item.most_minutes
-    if left is not None:
-        seconds = min(seconds, left - GRACE_SECONDS)
-    own_clock = max(seconds - SIGN_OFF_SECONDS, seconds / 2)
-    command = item.command(own_clock / 60, output)
-    log = output / "logs" / f"{item.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        in_time = _wait(process, seconds)
-    spent = round(time.monotonic() - begin, 1)
-    if not in_time:
-        return Outcome(FAILED, f"not done after {seconds:.0f} s", spent, shlex.join(command))
-    verdict = {0: PASSED, SKIPPED: LEFT_OUT}.get(process.returncode, FAILED)
-    reason = "" if verdict == PASSED else reason_of(log.read_text(errors="replace"), verdict)
-    return Outcome(verdict, reason, spent, shlex.join(command))
 
+    def __init__(self, item: Item, clock: Clock, output: Path) -> None:
+        left = clock.left(60 * item.least_minutes + GRACE_SECONDS)
+        self.seconds = 60 * item.most_minutes
+        if left is not None:
+            self.seconds = min(self.seconds, left - GRACE_SECONDS)
+        own_clock = max(self.seconds - SIGN_OFF_SECONDS, self.seconds / 2)
+        self.command = item.command(own_clock / 60, output)
+        self.log = output / "logs" / f"{item.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(python_path), "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+        self.begin = time.monotonic()
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether a process ends in time; else, and on Ctrl-C, it is told to, and its group killed."""
-    in_time = True
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        in_time = False
-    finally:
-        if process.poll() is None:
-            process.terminate()
+    def outcome(self) -> Outcome | None:
+        """What came of it; None while it may go on."""
+        code = self.process.poll()
+        spent = time.monotonic() - self.begin
+        if code is None and spent < self.seconds:
+            return None
+        self.end()
+        facts = round(spent, 1), shlex.join(self.command)
+        if code is None:
+            return Outcome(FAILED, f"not done after {self.seconds:.0f} s", *facts)
+        verdict = {0: PASSED, SKIPPED: LEFT_OUT}.get(code, FAILED)
+        text = self.log.read_text(errors="replace")
+        return Outcome(verdict, "" if verdict == PASSED else reason_of(text, verdict), *facts)
+
+    def end(self) -> None:
+        """Tell it to end if it has not, and kill what it leaves behind: that may hold the GPU."""
+        if self.process.poll() is None:
+            self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-        # Nothing that it has left behind may hold the GPU.
+                self.process.wait(GRACE_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return in_time
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def run_all(
@@ -117,31 +116,59 @@ def run_all(
     clock: Clock,
     source: str,
     say: Callable[[str], None] = print,
+    jobs: int = 1,
 ) -> dict[str, Outcome]:
     """Run the items that have not passed yet, and write every outcome.
 
     Args:
         source: digest of the sources: what has passed with others is run again.
+        jobs: items that run side by side at most; those that time something run alone.
 
     Returns:
-        The outcome of every item, those that had passed before included.
+        The outcome of every item in order, those that had passed before included.
     """
-    outcomes = {}
-    for item in items:
-        key: dict[str, Any] = {"name": item.name, "source": source}
-        earlier = results.find(**key)
-        if earlier is not None and earlier["verdict"] == PASSED:
-            outcomes[item.name] = Outcome(PASSED, "", earlier["seconds"], earlier["command"])
-            say(f"{item.name}: passed on {earlier['date'][:10]}")
-            continue
-        say(f"{item.name}: running, at most {item.most_minutes:g} minutes")
-        try:
-            outcome = run_item(item, clock, results.path.parent)
-        except OutOfTimeError as error:
-            outcome = Outcome(LEFT_OUT, f"no time: {error}")
+    outcomes: dict[str, Outcome] = {}
+    waiting, running = list(items), dict[Item, Running]()
+
+    def ended(item: Item, outcome: Outcome) -> None:
         outcomes[item.name] = outcome
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        results.put(key, {"date": date, **asdict(outcome)})
+        results.put({"name": item.name, "source": source}, {"date": date, **asdict(outcome)})
         reason = f": {outcome.reason}" if outcome.reason else ""
         say(f"{item.name}: {outcome.verdict} after {outcome.seconds:.0f} s{reason}")
-    return outcomes
+
+    try:
+        while waiting or running:
+            for item, process in list(running.items()):
+                if outcome := process.outcome():
+                    del running[item]
+                    ended(item, outcome)
+            while waiting and may_start(waiting[0], running, jobs):
+                item = waiting.pop(0)
+                earlier = results.find(name=item.name, source=source)
+                if earlier is not None and earlier["verdict"] == PASSED:
+                    outcomes[item.name] = Outcome(
+                        PASSED, "", earlier["seconds"], earlier["command"]
+                    )
+                    say(f"{item.name}: passed on {earlier['date'][:10]}")
+                    continue
+                if missing := [name for name in item.modules if find_spec(name) is None]:
+                    ended(item, Outcome(LEFT_OUT, f"{', '.join(missing)} is not installed"))
+                    continue
+                say(f"{item.name}: running, at most {item.most_minutes:g} minutes")
+                try:
+                    running[item] = Running(item, clock, results.path.parent)
+                except OutOfTimeError as error:
+                    ended(item, Outcome(LEFT_OUT, f"no time: {error}"))
+            time.sleep(POLL_SECONDS if running else 0)
+    finally:
+        for process in running.values():
+            process.end()
+    return {item.name: outcomes[item.name] for item in items}
+
+
+def may_start(item: Item, running: Collection[Item], jobs: int) -> bool:
+    """Whether an item may run beside those that do."""
+    if item.alone or any(other.alone for other in running):
+        return not running
+    return len(running) < jobs

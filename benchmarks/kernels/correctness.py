@@ -1,7 +1,9 @@
 """Shapes that reach every path of the kernels, each compared with the reference in fp32."""
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from vase_vllm.kernels.parameters import EvictionParameters
 
 SPLITS = (None, 3)
 """Programs that share a head: as many as the launcher counts, and another number."""
+MOST_ERROR = 300
+"""Characters of an error that are kept."""
 
 
 def correctness_shapes() -> dict[str, Shape]:
@@ -77,39 +81,72 @@ def wrong_parts(shape: Shape, device: torch.device) -> dict[str, Any]:
     """What of a shape is not right.
 
     Returns:
-        ``wrong_heads`` of all evictions, and ``ring_is_right``: whether stored queries are found.
+        ``wrong_heads`` of all evictions, and ``ring_is_right``: whether stored queries are found;
+        or the ``error`` that was raised in place of them.
     """
     num_wrong = 0
-    for num_splits in SPLITS:
-        torch.manual_seed(0)
-        num_wrong += wrong_heads(shape, device, num_splits)
-    return {"wrong_heads": num_wrong, "ring_is_right": ring_is_right(shape, device)}
+    try:
+        for num_splits in SPLITS:
+            torch.manual_seed(0)
+            num_wrong += wrong_heads(shape, device, num_splits)
+        return {"wrong_heads": num_wrong, "ring_is_right": ring_is_right(shape, device)}
+    except Exception as error:  # It must not cost the verdicts of the others.
+        return {"error": f"{type(error).__name__}: {error}"[:MOST_ERROR]}
 
 
 def is_right(row: dict[str, Any] | None) -> bool:
     """Whether a shape was compared, and everything agreed."""
-    return row is not None and row["wrong_heads"] == 0 and row["ring_is_right"]
+    return row is not None and row.get("wrong_heads") == 0 and row["ring_is_right"]
+
+
+def compared(
+    shapes: dict[str, Shape], device: torch.device, clock: Clock, workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every shape's name and ``wrong_parts``, in the order in which they end.
+
+    Args:
+        workers: processes that compare side by side: almost all of the time goes into compiling
+            kernels and into the reference.
+
+    Raises:
+        OutOfTimeError: the time is over.
+    """
+    if workers == 1:
+        for name, shape in shapes.items():
+            clock.left()
+            yield name, wrong_parts(shape, device)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        futures = {pool.submit(wrong_parts, shape, device): name for name, shape in shapes.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                clock.left()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def check(
-    results: Rows, device: torch.device, clock: Clock, stamp: dict[str, Any]
+    results: Rows, device: torch.device, clock: Clock, stamp: dict[str, Any], workers: int = 1
 ) -> Iterator[str]:
     """Compare every shape that is not known to be right, write each outcome, and name the wrong.
 
     Args:
         stamp: fields of every row that say what was compared: see ``eviction.py``.
+        workers: see ``compared``.
 
     Raises:
         OutOfTimeError: the time is over.
     """
-    for name, shape in correctness_shapes().items():
-        key = {"kind": "check", "shape": name, **stamp}
-        row = results.find(**key)
-        if row is None or not is_right(row):
-            clock.left()
-            row = wrong_parts(shape, device)
-            results.put(key, row)
-            verdict = "right" if is_right(row) else f"WRONG: {row}"
-            print(f"  {name}: {verdict}", flush=True)
+    key = {"kind": "check", **stamp}
+    shapes = {
+        name: shape
+        for name, shape in correctness_shapes().items()
+        if not is_right(results.find(shape=name, **key))
+    }
+    for name, row in compared(shapes, device, clock, workers):
+        results.put({"shape": name, **key}, row)
+        verdict = "right" if is_right(row) else f"WRONG: {row}"
+        print(f"  {name}: {verdict}", flush=True)
         if not is_right(row):
             yield name

@@ -215,6 +215,9 @@ def parse_arguments() -> argparse.Namespace:
     only.add_argument("--check-only", action="store_true", help="time nothing")
     only.add_argument("--skip-check", action="store_true", help="do not look whether it is right")
     parser.add_argument("--minutes", type=float, help="stop in time; call again to go on")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that compare with the reference"
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--due", type=int, nargs="+", default=DUE, help="sequences that evict")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -240,7 +243,7 @@ def run(options: argparse.Namespace, results: Rows, device: torch.device, clock:
     results.content |= stamp
     if not options.skip_check:
         print("correctness, against the reference in fp32:")
-        if failed := list(check(results, device, clock, stamp)):
+        if failed := list(check(results, device, clock, stamp, options.workers)):
             raise SystemExit(f"FAILED, nothing is timed: {', '.join(failed)}")
     if options.check_only:
         return

@@ -35,7 +35,9 @@ def rows_of(content: dict[str, Any], kind: str) -> list[Row]:
 
 def correctness(rows: list[Row]) -> str:
     """What was compared with the reference."""
-    wrong = [row["shape"] for row in rows if row["wrong_heads"] or not row["ring_is_right"]]
+    wrong = [
+        row["shape"] for row in rows if row.get("wrong_heads") != 0 or not row["ring_is_right"]
+    ]
     if wrong:
         return f"**WRONG: {', '.join(wrong)}**"
     return f"{len(rows)} shapes compared, all right" if rows else "**not compared (--skip-check)**"

@@ -138,6 +138,41 @@ def test_the_total_limit_leaves_out_what_does_not_fit(results):
     assert outcomes["long"].verdict == PASSED
 
 
+def test_checks_run_side_by_side_and_what_times_something_runs_alone(results, tmp_path):
+    def meets(name, *others):
+        """Passes once all the others have begun as well."""
+        return item(
+            name,
+            f"""
+import pathlib, time
+here = pathlib.Path({str(tmp_path)!r})
+(here / {name!r}).touch()
+while not all((here / other).exists() for other in {others!r}):
+    time.sleep(0.01)
+""",
+            most_minutes=0.5,
+        )
+
+    def sees(name, expected):
+        """Passes if exactly these have begun, and ended."""
+        seen = f"set(os.listdir({str(tmp_path)!r}))"
+        return item(name, f"import os; raise SystemExit({seen} != {expected!r})", alone=True)
+
+    known = {"logs", "check.json"}
+    chosen = [
+        meets("a", "b"),
+        meets("b", "a"),
+        sees("timing", {"a", "b", *known}),
+        meets("c"),
+        sees("last", {"a", "b", "c", *known}),
+    ]
+    outcomes = run_all(chosen, results, ENDLESS, "sources", jobs=2)
+    assert {name: outcome.verdict for name, outcome in outcomes.items()} == dict.fromkeys(
+        ("a", "b", "timing", "c", "last"), PASSED
+    )
+    assert list(outcomes) == ["a", "b", "timing", "c", "last"]
+
+
 def test_an_item_with_a_clock_of_its_own_ends_before_the_limit(results):
     given = []
 
@@ -203,10 +238,13 @@ def test_without_a_gpu_it_says_so_in_one_line():
 @pytest.mark.parametrize(("verdict", "code"), [(PASSED, 0), (LEFT_OUT, 0), (FAILED, 1)])
 def test_the_exit_code_says_whether_an_item_failed(verdict, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "device_name", lambda: "A GPU")
-    monkeypatch.setattr(runner, "run_item", lambda *_: Outcome(verdict, "why", 1.0, "python"))
+    code_of = {PASSED: 0, LEFT_OUT: SKIPPED, FAILED: 1}[verdict]
+    chosen = item("device", f"print('why'); raise SystemExit({code_of})")
+    monkeypatch.setattr(run, "ITEMS", (chosen,))
     monkeypatch.setattr(sys, "argv", ["run", "--items", "device", "--output", str(tmp_path)])
     assert run.main() == code
-    assert f"| device | {verdict} | why |" in (tmp_path / "check-a-gpu.md").read_text()
+    reason = "" if verdict == PASSED else "why"
+    assert f"| device | {verdict} | {reason} |" in (tmp_path / "check-a-gpu.md").read_text()
     # A file of other versions is not gone on with.
     path = tmp_path / "check-a-gpu.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"python": "2.7"}))

@@ -4,6 +4,7 @@ import math
 import time
 
 import pytest
+import torch
 
 from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.provenance import source_digest
@@ -62,6 +63,35 @@ def test_shapes_that_are_right_are_not_compared_again(tmp_path, monkeypatch):
         assert failed == ["two", "three"]
     assert compared == ["one", "two", "three", "two", "three"]
     assert "**WRONG: two, three**" in markdown({**results.content, "kernels": "new", "command": ""})
+
+
+def test_an_error_of_one_shape_is_its_verdict_alone(tmp_path, monkeypatch):
+    def wrong_heads(shape, device, num_splits):
+        if shape == "bad":
+            raise ValueError("a launch failed")
+        return 0
+
+    monkeypatch.setattr(correctness, "wrong_heads", wrong_heads)
+    monkeypatch.setattr(correctness, "ring_is_right", lambda shape, device: True)
+    monkeypatch.setattr(
+        correctness, "correctness_shapes", lambda: {name: name for name in ("bad", "good")}
+    )
+    results = Rows(tmp_path / "rows.json", HEADER)
+    stamp = {"kernels": "new"}
+    assert list(correctness.check(results, None, ENDLESS, stamp)) == ["bad"]
+    assert results.find(shape="bad")["error"] == "ValueError: a launch failed"
+    assert correctness.is_right(results.find(shape="good"))
+    assert "**WRONG: bad**" in markdown({**results.content, "kernels": "new", "command": ""})
+
+
+def test_processes_compare_side_by_side():
+    device = torch.device("cpu")
+    shapes = {name: None for name in ("one", "two")}
+    # What a process is given it cannot compare: each says so for itself.
+    rows = dict(correctness.compared(shapes, device, ENDLESS, 2))
+    assert {name: "error" in row for name, row in rows.items()} == {"one": True, "two": True}
+    with pytest.raises(OutOfTimeError):
+        list(correctness.compared(shapes, device, OVER, 2))
 
 
 def test_a_change_of_a_source_changes_its_digest(tmp_path):
