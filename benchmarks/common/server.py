@@ -12,7 +12,11 @@ from vllm.platforms import current_platform
 
 from vase_vllm.tools.server import Server
 
-ERROR = re.compile(r"^.*(?:\bERROR\b|\bCRITICAL\b|Traceback \(most recent|CUDA error).*$", re.M)
+ERROR = re.compile(
+    r"^(?!(?:\(.*?\) )?WARNING ).*(?:\bERROR\b|\bCRITICAL\b|Traceback \(most recent|CUDA error).*$",
+    re.M,
+)
+"""A line of a server's output. vLLM logs tracebacks of optional modules as warnings."""
 
 
 @contextmanager

@@ -111,8 +111,9 @@ def test_outputs_that_the_model_ends_itself(lengths, complaint):
         ("Traceback (most recent call last):", True),
         ("INFO 01-02 03:04:05 [core.py:1] on_error=raise", False),
         ("WARNING 01-02 03:04:05 [core.py:1] careful", False),
+        ("(EngineCore pid=7) WARNING 01-02 03:04:05 [i.py:1] Traceback (most recent call", False),
     ],
-    ids=["error", "traceback", "info", "warning"],
+    ids=["error", "traceback", "info", "warning", "traceback of an optional module"],
 )
 def test_errors_in_the_log(line, is_error):
     assert bool(ERROR.search(f"INFO start\n{line}\n")) == is_error
