@@ -132,7 +132,7 @@ def record(heading: str, rows: list[Row], predictions: list[Prediction]) -> None
         "",
         f"{heading}; `{report['command']}`. What the columns and the prediction are:",
         "[compile_check.py](../../kernels/compile_check.py),",
-        "[prediction.py](../../kernels/prediction.py). No GPU has run any of it.",
+        "[prediction.py](../../kernels/prediction.py). That for the H200 was compared with one.",
         "",
         "```",
         *prediction_lines(predictions),

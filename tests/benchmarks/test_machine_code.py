@@ -87,39 +87,51 @@ def loop(num_issued: int, num_exponentials: int, in_flight: int) -> Loop:
 COST = LoopCost(264, 64, 2 * 256 * 64 * 128, 1.0, num_warps=8, programs_per_sm=2)
 
 
-def test_the_slowest_of_issue_exponentials_and_products():
+def test_issue_exponentials_and_products_add_up():
     gpu = GPUS[90]
     # 8 warps, 4 schedulers, 2 programs: 4 cycles for each instruction.
-    assert COST.microseconds(loop(1000, 64, 1), gpu) == pytest.approx(64 * 4000 / gpu.clock * 1e6)
+    issue = 64 * 4 * 400
     # 32 exponentials of a warp take two cycles.
-    expected = 64 * 2 * 8 * 300 * 2 / gpu.clock * 1e6
+    exponentials = 64 * 2 * 8 * 300 * 2
+    products = 64 * 2 * COST.operations / gpu.operations_per_cycle
+    expected = (issue + exponentials + products) / gpu.clock * 1e6
     assert COST.microseconds(loop(400, 300, 1), gpu) == pytest.approx(expected)
-    products = 64 * 2 * COST.operations / gpu.operations_per_cycle / gpu.clock * 1e6
-    assert COST.microseconds(loop(10, 1, 1), gpu) == pytest.approx(products)
+
+
+def test_the_sm_with_most_programs_is_waited_for():
+    gpu, body = GPUS[90], loop(400, 64, 1)
+    two, three = (replace(COST, num_programs=n).microseconds(body, gpu) for n in (264, 265))
+    # The third runs alone, and no longer than one of two that share the SM.
+    assert three == pytest.approx(1.5 * two)
 
 
 def test_a_wait_for_what_was_just_asked_for_costs_its_latency():
-    alone = replace(COST, programs_per_sm=1, num_programs=132)
-    prefetched, waiting = (alone.microseconds(loop(690, 68, n), GPUS[90]) for n in (1, 0))
-    assert waiting > 1.3 * prefetched
+    alone = replace(COST, programs_per_sm=1, num_programs=132, operations=0)
+    busy = 8 * 690 / 4
+    prefetched, waiting = (alone.microseconds(loop(690, 0, n), GPUS[90]) for n in (1, 0))
+    assert prefetched == pytest.approx(64 * busy / GPUS[90].clock * 1e6)
+    assert waiting == pytest.approx(64 * (busy + LATENCY) / GPUS[90].clock * 1e6)
+    # Another program on the SM fills the wait.
+    shared = replace(alone, programs_per_sm=2, num_programs=264)
+    assert shared.microseconds(loop(690, 0, 0), GPUS[90]) == pytest.approx(2 * prefetched)
 
 
 def test_bytes_bound_a_launch():
-    bound = replace(COST, num_bytes=4.8e12)
+    bound = replace(COST, num_bytes=GPUS[90].reached_bandwidth)
     assert bound.microseconds(loop(10, 1, 1), GPUS[90]) == pytest.approx(1e6)
 
 
 def test_the_parts_of_a_program_wait_for_loads_and_barriers_or_for_other_programs():
     gpu = GPUS[90]
-    part = Part("", rounds=10, issued=500, loads=1, barriers=2)
+    part = Part("", rounds=10, issued=1000, loads=1, barriers=2)
     # 300 heads on 132 SMs: three programs on some, of which each issues for all of four warps.
     together = part.microseconds(300, num_warps=4, programs_per_sm=4, gpu=gpu)
-    assert together == pytest.approx(10 * 3 * 500 / gpu.clock * 1e6)
+    assert together == pytest.approx(10 * 3 * 1000 / gpu.clock * 1e6)
     alone = part.microseconds(132, num_warps=4, programs_per_sm=4, gpu=gpu)
-    assert alone == pytest.approx(10 * (500 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
+    assert alone == pytest.approx(10 * (1000 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
     in_waves = part.microseconds(300, num_warps=4, programs_per_sm=1, gpu=gpu)
     assert in_waves == pytest.approx(3 * alone)
-    moving = replace(part, num_bytes=4.8e12)
+    moving = replace(part, num_bytes=gpu.reached_bandwidth)
     assert moving.microseconds(300, 4, 4, gpu) == pytest.approx(1e6)
 
 
