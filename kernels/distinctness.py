@@ -1,4 +1,4 @@
-"""How unlike the others the candidates are: two kernels that ``distinctness`` adds to the scoring.
+"""How unlike the others the candidates are: what ``distinctness`` adds to the scoring.
 
 Per head, with n candidates, the values of the window as the rows of Y [W, D], and a floor r, which
 is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
@@ -11,16 +11,15 @@ is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
 ``torch_distinctness.py`` is the same in plain torch, and says where it comes from. The sum u must
 be complete before the first product with it, so a third pass over K comes first:
 
-1. ``key_statistics``: s, and of every split of the candidates its part of u. The program of the
-   first split also makes B, a chain of W short steps, while the others read K.
+1. ``key_statistics``: s, and of every split of the candidates its part of u.
 2. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone, and writes ``k[j] . u`` beside
    the scores, for it has K in shared memory.
-3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
+3. ``window_whitening`` makes B and r, see ``whitening.py``.
+4. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
    distinctness in the place of the value range.
 
-Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py``: 1 MiB of K,
-2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v, and for B 64 steps that wait for one another, of
-2 * 64 * 192 operations each.
+Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py`` and
+``whitening.py``: 1 MiB of K, and 2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v.
 
 V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
 count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the
@@ -40,7 +39,6 @@ from vase_vllm.kernels.launch import (
     DeviceLimits,
     Launch,
     distinctness_tile,
-    padded_window,
 )
 from vase_vllm.kernels.paged import (
     Batch,
@@ -48,7 +46,6 @@ from vase_vllm.kernels.paged import (
     load_task,
     load_vectors,
     slot_blocks,
-    slot_pointers,
     task_pages,
 )
 from vase_vllm.kernels.scoring import multiply, row_range, split_range
@@ -58,51 +55,9 @@ from vase_vllm.layout.arithmetic import cdiv
 
 LEAST_LENGTH = tl.constexpr(1e-8)
 """What is added to a key's length, so that a key of zeros is similar to nothing."""
-LEAST_FLOOR = tl.constexpr(1e-8)
-"""The floor of a window whose values are zeros: what is left then is the plain length."""
 
 
-@triton.jit
-def window_sample(pages, first_slot, WINDOW: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """The window's values [ROWS, D] in fp32, and their squared lengths.
-
-    Rows beyond the window are zeros, and so are those that are not finite.
-    """
-    rows = tl.arange(0, ROWS)
-    live = rows < WINDOW
-    cells = slot_pointers(pages, first_slot + rows, live)
-    sample = load_vectors(cells, live, SIZE, SIZE).to(tl.float32)
-    squares = tl.sum(sample * sample, axis=1)
-    # False for NaN as well.
-    is_finite = squares < float("inf")
-    return tl.where(is_finite[:, None], sample, 0.0), tl.where(is_finite, squares, 0.0)
-
-
-@triton.jit
-def whitening_basis(gram, sample, floor, WINDOW: tl.constexpr, ROWS: tl.constexpr):
-    """``L^-1 sample`` with ``L L^T = gram + floor I``: [ROWS, D] fp32.
-
-    Gaussian elimination of the symmetric matrix gives ``L D^1/2``, and along the way carries the
-    sample to ``(L D^1/2)^-1 sample``: a step for each row, and no triangular system at the end.
-    """
-    rows = tl.arange(0, ROWS)
-    gram += tl.where(rows[:, None] == rows[None, :], floor, 0.0)
-    pivots = tl.full([ROWS], 1.0, tl.float32)
-    for step in range(WINDOW):
-        is_pivot = rows == step
-        gram_row = tl.sum(tl.where(is_pivot[:, None], gram, 0.0), axis=0)
-        sample_row = tl.sum(tl.where(is_pivot[:, None], sample, 0.0), axis=0)
-        # No pivot is below the floor but by rounding, for no eigenvalue is.
-        pivot = tl.maximum(tl.sum(tl.where(is_pivot, gram_row, 0.0), axis=0), floor)
-        pivots = tl.where(is_pivot, pivot, pivots)
-        # What is left of the matrix is symmetric: its row is its column.
-        factors = tl.where(rows > step, gram_row / pivot, 0.0)
-        gram -= factors[:, None] * gram_row[None, :]
-        sample -= factors[:, None] * sample_row[None, :]
-    return sample / tl.sqrt(pivots)[:, None]
-
-
-@triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity", "ridge"])
+@triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity"])
 def key_statistics(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
@@ -111,12 +66,9 @@ def key_statistics(
     positions,  # [R] int32 or int64
     key_scales,  # [tasks, capacity] fp32, out: s
     key_sums,  # [tasks, splits, D] fp32, out: parts of u
-    bases,  # [tasks, W, D] fp32, out: B
-    floors,  # [tasks] fp32, out: r
     task_offset,
     num_splits,
     capacity,
-    ridge,
     num_layers,
     num_kv_heads,
     table_stride,
@@ -124,14 +76,12 @@ def key_statistics(
     head_stride,
     slot_stride,
     KV_TYPE: tl.constexpr,
-    EXACT: tl.constexpr,
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SAMPLE_ROWS: tl.constexpr,
     KEY_TILE: tl.constexpr,
 ):
-    """The scale of each key to length 1 and the sum of the unit keys of a split; the whitening."""
+    """The scale of each key to length 1, and the sum of the unit keys of a split."""
     program = tl.program_id(0)
     split = program % num_splits
     local_task = program // num_splits
@@ -142,17 +92,6 @@ def key_statistics(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-        if split == 0:
-            sample, squares = window_sample(pages, task.candidates, WINDOW, SAMPLE_ROWS, HEAD_SIZE)
-            floor = tl.maximum(ridge * tl.sum(squares, axis=0) / HEAD_SIZE, LEAST_FLOOR)
-            vectors = sample.to(KV_TYPE)
-            gram = multiply(vectors, tl.trans(vectors), EXACT)
-            basis = whitening_basis(gram, sample, floor, WINDOW, SAMPLE_ROWS)
-            sample_rows = tl.arange(0, SAMPLE_ROWS)
-            bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
-            mask = (sample_rows < WINDOW)[:, None] & (dims < HEAD_SIZE)[None, :]
-            tl.store(bases + sample_rows[:, None] * HEAD_SIZE + dims[None, :], basis, mask=mask)
-            tl.store(floors + local_task, floor)
         key_scales += local_task.to(tl.int64) * capacity
         unit_sum = tl.zeros([KEY_TILE, triton.next_power_of_2(HEAD_SIZE)], tl.float32)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
@@ -272,11 +211,7 @@ def value_distinctness(
 
 
 def key_launch(
-    num_programs: int,
-    arguments: dict[str, Any],
-    scratch: dict[str, torch.Tensor],
-    limits: DeviceLimits,
-    ridge: float,
+    num_programs: int, arguments: dict[str, Any], scratch: dict[str, torch.Tensor]
 ) -> Launch:
     """The launch of ``key_statistics``.
 
@@ -284,20 +219,14 @@ def key_launch(
         num_programs: heads times splits.
         arguments: those that all kernels have which read K or V.
         scratch: the parts of the scratch memory by name.
-        limits: of the device.
-        ridge: see ``EvictionParameters``.
     """
-    is_half, is_large = element_size(arguments) == 2, arguments["HEAD_SIZE"] > 128
-    # Two programs share an SM, where this causes no spills; an fp32 product takes many registers.
-    paired = is_half and not is_large and limits.capability != 10
+    is_half = element_size(arguments) == 2
     own = dict(
-        ridge=ridge,
-        SAMPLE_ROWS=padded_window(arguments["WINDOW"]),
         KEY_TILE=KEY_TILE if is_half else KEY_TILE // 2,
-        num_warps=8 if is_half else 16,
-        maxnreg=128 if paired or not is_half else 255,
+        num_warps=8,
+        maxnreg=128 if arguments["HEAD_SIZE"] <= 128 else 255,
     )
-    parts = some(scratch, "key_scales", "key_sums", "bases", "floors")
+    parts = some(scratch, "key_scales", "key_sums")
     return Launch(key_statistics, num_programs, arguments | parts | own)
 
 
@@ -310,7 +239,8 @@ def value_launches(
     """The launches of ``value_distinctness``, one tile of the basis after the other.
 
     Args:
-        num_programs, arguments, scratch, limits: see :func:`key_launch`.
+        num_programs, arguments, scratch: see :func:`key_launch`.
+        limits: of the device.
     """
     window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
     tile = distinctness_tile(window, head_size, element_size(arguments), limits)

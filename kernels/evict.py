@@ -20,12 +20,12 @@ queries and need the third kernel alone: ``uniform`` gives every candidate a sco
 Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
-Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
+Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes three
 more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by attention
 that tokens have received from earlier windows as well: two more, in ``remembering.py``.
 
 What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
-``launch.py``. No launch has been timed yet; ``benchmarks/kernels/eviction.py`` does that.
+``launch.py``, what they take on a GPU by ``benchmarks/kernels/eviction.py``.
 """
 
 import math
@@ -62,6 +62,7 @@ from vase_vllm.kernels.remembering import remember_launches
 from vase_vllm.kernels.scoring import MAX_SPLITS, candidate_scores, row_statistics
 from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch, some
 from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.kernels.whitening import whitening_launch
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow
 
@@ -224,8 +225,7 @@ class PagedEviction:
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
             if self._by_distinctness:
-                arguments = part | streaming
-                yield key_launch(num * num_splits, arguments, scratch, limits, parameters.ridge)
+                yield key_launch(num * num_splits, part | dict(num_splits=num_splits), scratch)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
@@ -242,6 +242,7 @@ class PagedEviction:
             if parameters.memory:
                 yield from remember_launches(num, part, scoring, scratch, parameters)
             if self._by_distinctness:
+                yield whitening_launch(num, part, scratch, parameters.ridge)
                 yield from value_launches(num * num_splits, part | streaming, scratch, limits)
             yield Launch(select_and_move, num, part | selecting)
 

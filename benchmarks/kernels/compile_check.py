@@ -79,6 +79,7 @@ from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
 from vase_vllm.kernels.ring import store_ring  # noqa: E402
 from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: E402
 from vase_vllm.kernels.selection import select_and_move  # noqa: E402
+from vase_vllm.kernels.whitening import window_whitening  # noqa: E402
 
 SCORING = (row_statistics, candidate_scores, key_statistics, value_distinctness)
 PREDICTED = {QWEN3_8B: "vase", QWEN3_8B_DISTINCT: "distinct"}
@@ -105,8 +106,8 @@ def key_loop(launch: Launch, code: MachineCode) -> Loop | None:
     if launch.kernel not in SCORING:
         return None
     if launch.kernel is key_statistics:
-        # It multiplies nothing, and another of its loops, the whitening, has more additions.
-        return code.loop_of(WIDE_ASYNC_LOAD, shortest=True)
+        # It multiplies nothing.
+        return code.loop_of(WIDE_ASYNC_LOAD)
     return code.loop_of(FUSED_MULTIPLY_ADD if launch.arguments["EXACT"] else TENSOR_CORE)
 
 
@@ -133,7 +134,7 @@ def look_at(
         if launch.kernel in (store_ring, remap_sequences) and configuration.is_distinct:
             # Those of another configuration.
             continue
-        of_others = (key_statistics, candidate_scores, value_distinctness)
+        of_others = (key_statistics, candidate_scores, window_whitening, value_distinctness)
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue

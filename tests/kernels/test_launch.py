@@ -229,7 +229,7 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     ("changes", "num_scoring"),
     [
         ({}, 2),
-        (dict(parameters=replace(PARAMETERS, protect_by="distinctness")), 4),
+        (dict(parameters=replace(PARAMETERS, protect_by="distinctness")), 5),
         (dict(parameters=UNIFORM), 0),
         (AGED | priorities(1, 40), 0),
     ],

@@ -1,0 +1,129 @@
+"""The whitening of a window's values, which ``distinctness.py`` measures the others with.
+
+Per head, with the values of the window as the rows of Y [W, D], and r, which is ``ridge`` times the
+mean eigenvalue of ``Y^T Y``::
+
+    B = L^-1 Y  with  L L^T = Y Y^T + r I
+
+Row k of L^-1 has nothing right of its diagonal. So ``L[i, k] = B[k] . Y[i]`` for a later row i, and
+the rows of B come one after the other, as in Gram and Schmidt's method, without L or ``Y Y^T``:
+
+    Z[k] = Y[k] - sum_{j < k} L[k, j] B[j],  B[k] = Z[k] / sqrt(Y[k] . Z[k] + r)
+
+A program takes PART rows of Y at a time. It subtracts from them what they have of all rows of B
+before them, which it has written, and makes its own rows of B in as many steps that wait for one
+another: of 4 operations for each of PART * D numbers.
+
+On an H200, elimination of ``[Y Y^T + r I | Y]`` as a whole, 64 steps of W * (W + D) numbers for
+Qwen3-8B, took 128 us for the 288 heads of a sequence with 2 warps, 220 with 4 and 383 with 8
+(benchmarks/results/gpu/): in every step all warps wait for one another. This has not been timed.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vase_vllm.kernels.launch import Launch
+from vase_vllm.kernels.paged import Batch, load_task, load_vectors, slot_pointers, task_pages
+from vase_vllm.kernels.scratch import some
+
+LEAST_FLOOR = tl.constexpr(1e-8)
+"""The floor of a window whose values are zeros: what is left then is the plain length."""
+PART = 16
+
+
+@triton.jit
+def window_values(pages, first_slot, rows, WINDOW: tl.constexpr, SIZE: tl.constexpr):
+    """Values [rows, D] of the window in fp32, and their squared lengths.
+
+    Rows beyond the window are zeros, and so are those that are not finite.
+    """
+    live = rows < WINDOW
+    cells = slot_pointers(pages, first_slot + rows, live)
+    values = load_vectors(cells, live, SIZE, SIZE).to(tl.float32)
+    squares = tl.sum(values * values, axis=1)
+    # False for NaN as well.
+    is_finite = squares < float("inf")
+    return tl.where(is_finite[:, None], values, 0.0), tl.where(is_finite, squares, 0.0)
+
+
+@triton.jit(do_not_specialize=["task_offset", "capacity", "ridge"])
+def window_whitening(
+    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
+    block_table,  # [R, columns] int32
+    rows,  # [due] int32
+    counts,  # [due, 3] int32: budget, sinks, protected
+    positions,  # [R] int32 or int64
+    bases,  # [tasks, W, D] fp32, out: B
+    floors,  # [tasks] fp32, out: r
+    task_offset,
+    capacity,
+    ridge,
+    num_layers,
+    num_kv_heads,
+    table_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    KV_TYPE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The basis and the floor of one head."""
+    local_task = tl.program_id(0)
+    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
+    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
+    if task.candidates > 0:
+        pages = task_pages(
+            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
+        )
+        lanes = tl.arange(0, PART)
+        total = tl.zeros([PART], tl.float32)
+        for begin in range(0, WINDOW, PART):
+            _, squares = window_values(pages, task.candidates, begin + lanes, WINDOW, HEAD_SIZE)
+            total += squares
+        floor = tl.maximum(ridge * tl.sum(total, axis=0) / HEAD_SIZE, LEAST_FLOOR)
+        tl.store(floors + local_task, floor)
+        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
+        has_dim = dims < HEAD_SIZE
+        bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
+        # No pipelines: what a round stores, a later one loads.
+        for begin in tl.range(0, WINDOW, PART, num_stages=1):
+            own = begin + lanes
+            values, _ = window_values(pages, task.candidates, own, WINDOW, HEAD_SIZE)
+            left = values
+            for row in tl.range(0, begin, num_stages=1):
+                basis = tl.load(bases + row * HEAD_SIZE + dims, mask=has_dim, other=0.0)
+                factors = tl.sum(values * basis[None, :], axis=1)
+                left -= factors[:, None] * basis[None, :]
+            for row in tl.range(begin, tl.minimum(begin + PART, WINDOW), num_stages=1):
+                is_row = own == row
+                vector = tl.sum(tl.where(is_row[:, None], left, 0.0), axis=0)
+                products = tl.sum(values * vector[None, :], axis=1)
+                # No pivot is below the floor but by rounding, for no eigenvalue is.
+                pivot = tl.maximum(tl.sum(tl.where(is_row, products, 0.0), axis=0), 0.0) + floor
+                basis = vector / tl.sqrt(pivot)
+                tl.store(bases + row * HEAD_SIZE + dims, basis, mask=has_dim)
+                factors = tl.where(own > row, products / pivot, 0.0)
+                left -= factors[:, None] * vector[None, :]
+            tl.debug_barrier()
+
+
+def whitening_launch(
+    num_tasks: int, arguments: dict[str, Any], scratch: dict[str, torch.Tensor], ridge: float
+) -> Launch:
+    """The launch of ``window_whitening``.
+
+    Args:
+        num_tasks: heads.
+        arguments: those that all kernels have.
+        scratch: the parts of the scratch memory by name.
+        ridge: see ``EvictionParameters``.
+    """
+    # Few warps wait for few others; the numbers of two parts are 64 registers of each for D = 128.
+    own = dict(ridge=ridge, PART=PART, num_warps=2)
+    return Launch(window_whitening, num_tasks, arguments | some(scratch, "bases", "floors") | own)
