@@ -17,6 +17,7 @@ from benchmarks.kernels.machine_code import (
 from benchmarks.kernels.machine_code_report import Row, over_budget
 from benchmarks.kernels.prediction import BARRIER, GPUS, LATENCY, LoopCost, Part, programs_per_sm
 from benchmarks.kernels.selection_parts import PRIORITY_BITS, PROTECTED_BITS, selection_parts
+from benchmarks.kernels.whitening_parts import whitening_parts
 
 RESOURCES = "Function kernel: REG:115 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:640"
 LISTING = """
@@ -161,6 +162,26 @@ def test_loops_that_are_in_no_other():
     loops = code_of(*SELECTION, loops=LOOPS).outer_loops()
     begins = [loop.instructions[0].address // 16 for loop in loops]
     assert begins == [1, 3, 5, 9, 12, 15, 18, 21]
+
+
+def test_the_parts_of_the_whitening():
+    names = [
+        *("LDC", "LDG", "BRA"),  # lengths
+        *("LDG", "LDG", "FFMA", "BRA", "BAR", "FFMA", "FFMA", "BRA", "STG", "BRA", "EXIT"),
+    ]
+    # The values, around the rows before and the own rows of a part.
+    code = code_of(*names, loops=[(1, 2), (4, 6), (7, 10), (3, 12)])
+    arguments = dict(WINDOW=40, PART=16)
+    parts = whitening_parts(code, arguments)
+    assert [(part.name, part.rounds, part.issued, part.barriers) for part in parts] == [
+        ("once", 1, 2, 1),
+        ("lengths", 3, 2, 0),
+        ("values", 3, 3, 1),
+        ("rows before", 16 + 32, 3, 0),
+        ("own rows", 40, 4, 1),
+    ]
+    with pytest.raises(ValueError, match="3 loops, not 4"):
+        whitening_parts(code_of(*names, loops=[(1, 2), (7, 10), (3, 12)]), arguments)
 
 
 def test_the_parts_of_the_selection():
