@@ -13,13 +13,13 @@ Values are asked for at the start of the round that uses them at its end, and a 
 LATENCY. A launch takes at least its bytes at the data sheet's bandwidth times BANDWIDTH_SHARE.
 
 ``select_and_move`` is one program for each head, which runs several loops one after the other
-(``selection_parts.py``). It neither multiplies nor asks ahead: a round issues its instructions, and
-waits for loads that depend on one another, LATENCY each, and at barriers, BARRIER each. While one
-program waits, others of the SM issue::
+(``selection_parts.py``), and so is ``window_whitening`` (``whitening_parts.py``). Neither multiplies
+on tensor cores: a round issues its instructions, and waits for loads that depend on one another,
+LATENCY each, and at barriers, BARRIER each. While one program waits, others of the SM issue::
 
     max(P * busy, busy + loads * LATENCY + barriers * BARRIER)        cycles
 
-P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
+A warp issues one instruction per cycle at most. P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
 some SMs have three, and the others, which have two, wait for them.
 
 Compared with one GPU, an H200 on 2026-11-26, where Triton 3.6 compiled the kernels: microseconds
@@ -40,6 +40,9 @@ far off: ``row_statistics`` 14 to 32 % too long, ``candidate_scores`` between 12
 too long. The sum, BARRIER and BANDWIDTH_SHARE were chosen after these measurements: the largest of
 the three in place of their sum gave half of what was measured. No other GPU's prediction has been
 compared with anything.
+
+``window_whitening`` has not been timed: of its predicted time half are BARRIERs, which were chosen
+for programs of four warps, and it has one.
 
 What is not counted: starting programs, bank conflicts, the barriers of the scoring, and the values
 that ``candidate_scores`` reads beside its keys but for their instructions.
@@ -191,6 +194,8 @@ class Part:
         waves = cdiv(num_programs, gpu.num_sms * programs_per_sm)
         together = min(programs_per_sm, cdiv(num_programs, gpu.num_sms))
         busy = self.issued * num_warps / NUM_SCHEDULERS
+        # A scheduler of its own is all that a single warp can use.
+        alone = max(busy, self.issued)
         waiting = self.loads * LATENCY + self.barriers * BARRIER
-        cycles = waves * self.rounds * max(together * busy, busy + waiting)
+        cycles = waves * self.rounds * max(together * busy, alone + waiting)
         return 1e6 * max(cycles / gpu.clock, self.num_bytes / gpu.reached_bandwidth)

@@ -130,6 +130,8 @@ def test_the_parts_of_a_program_wait_for_loads_and_barriers_or_for_other_program
     assert together == pytest.approx(10 * 3 * 1000 / gpu.clock * 1e6)
     alone = part.microseconds(132, num_warps=4, programs_per_sm=4, gpu=gpu)
     assert alone == pytest.approx(10 * (1000 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
+    one_warp = part.microseconds(300, num_warps=1, programs_per_sm=4, gpu=gpu)
+    assert one_warp == pytest.approx(alone), "three of four schedulers have nothing to issue"
     in_waves = part.microseconds(300, num_warps=4, programs_per_sm=1, gpu=gpu)
     assert in_waves == pytest.approx(3 * alone)
     moving = replace(part, num_bytes=gpu.reached_bandwidth)
