@@ -12,14 +12,15 @@ holds at once take turns. So a round of one program takes::
 Values are asked for at the start of the round that uses them at its end, and a round is longer than
 LATENCY. A launch takes at least its bytes at the data sheet's bandwidth times BANDWIDTH_SHARE.
 
-``select_and_move`` is one program for each head, which runs several loops one after the other
-(``selection_parts.py``), and so is ``window_whitening`` (``whitening_parts.py``). Neither multiplies
-on tensor cores: a round issues its instructions, and waits for loads that depend on one another,
-LATENCY each, and at barriers, BARRIER each. While one program waits, others of the SM issue::
+``select_and_move`` and ``window_whitening`` are one program for each head, which runs several loops
+one after the other (``selection_parts.py``, ``whitening_parts.py``) without tensor cores. A round
+issues its instructions, a warp one per cycle at most, and waits for loads that depend on one
+another, LATENCY each, and at barriers, BARRIER each. While one program waits, others of the SM
+issue::
 
     max(P * busy, busy + loads * LATENCY + barriers * BARRIER)        cycles
 
-A warp issues one instruction per cycle at most. P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
+P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
 some SMs have three, and the others, which have two, wait for them.
 
 Compared with one GPU, an H200 on 2026-11-26, where Triton 3.6 compiled the kernels: microseconds
