@@ -1,10 +1,11 @@
 """How an eviction is divided into launches, programs and tiles, by counted costs.
 
-Why candidates are split: one due sequence of Qwen3-8B is 36 * 8 = 288 heads, for which an H200 has
-264 program slots (2 per SM): two waves, of which the second is 9 % full. Counted in K tiles and
-waves (:func:`plan_launch`), one program per head takes 132 tile times at budget 4096, 4 splits
-take 90, and 70 would be perfect. At 64 due sequences one program per head is within 4 % of perfect,
-and is what is chosen.
+Why candidates are split: one due sequence of Qwen3-8B is 36 * 8 = 288 heads, of which some of an
+H200's 132 SMs have three and the others two. Two programs that share an SM take as long as one
+after the other, as an H200 showed. So one program per head takes three times its 64 K tiles at
+budget 4096, and with its start 198 tile times; 4 splits take 162, and 140 would be perfect
+(:func:`plan_launch`). Measured were 675 us for the scoring with one split, and 492 with 4, the best
+(benchmarks/results/gpu/); with two due sequences 2 are the best, by count and by time.
 """
 
 from collections.abc import Iterable
@@ -241,21 +242,21 @@ def plan_launch(
 ) -> LaunchPlan:
     """The division of an eviction into launches and splits that takes the least time.
 
-    A program takes as long as its K tiles and its start, and ``slots`` programs run at once, so s
-    splits take ``launches * ceil(tasks * s / slots) * (ceil(tiles / s) + overhead)``. The scratch
-    memory of a head grows with the splits, so more splits may mean more launches. The fewest splits
-    win a tie.
+    A program takes as long as its K tiles and its start, and those of an SM take turns, so s splits
+    take ``launches * ceil(tasks * s / SMs) * (ceil(tiles / s) + overhead)``. The scratch memory of
+    a head grows with the splits, so more splits may mean more launches. The fewest splits win a
+    tie.
 
-    One due sequence of Qwen3-8B at budget 4096 on an H200, four, and 64 of them:
+    One due sequence of Qwen3-8B at budget 4096 on an H200, two, and 64 of them:
 
     >>> h200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
     >>> tile = scoring_tile(num_rows=256, head_size=128, element_size=2, limits=h200)
-    >>> for num_due in (1, 4, 64):
+    >>> for num_due in (1, 2, 64):
     ...     num_heads, head = num_due * 36 * 8, HeadScratch(num_rows=256)
     ...     plan = plan_launch(num_heads, 4096, head, SCRATCH_BYTES, tile, h200)
     ...     print(plan.tasks_per_launch, plan.num_splits)
     288 4
-    1152 2
+    576 2
     1844 1
 
     Args:
@@ -271,7 +272,7 @@ def plan_launch(
         ValueError: if the scratch of a single head does not fit.
     """
     capacity = padded_words(max_candidates)
-    num_tiles, num_slots = cdiv(capacity, tile.keys), limits.num_sms * tile.programs_per_sm
+    num_tiles = cdiv(capacity, tile.keys)
     choices = range(1, min(MAX_SPLITS, num_tiles) + 1) if head.num_rows else (1,)
     best: tuple[int, LaunchPlan] | None = None
     for splits in choices if num_splits is None else (num_splits,):
@@ -280,8 +281,8 @@ def plan_launch(
             break
         num_launches = cdiv(num_tasks, min(num_tasks, scratch_bytes // per_task))
         tasks = cdiv(num_tasks, num_launches)
-        waves = num_launches * cdiv(tasks * splits, num_slots)
-        cost = waves * (cdiv(num_tiles, splits) + SPLIT_OVERHEAD)
+        turns = num_launches * cdiv(tasks * splits, limits.num_sms)
+        cost = turns * (cdiv(num_tiles, splits) + SPLIT_OVERHEAD)
         if best is None or cost < best[0]:
             best = cost, LaunchPlan(tasks, splits, capacity, tasks * per_task)
     if best is None:

@@ -7,7 +7,8 @@ entry, and none before the last ``window`` ahead of its first eviction: no evict
 This is a launch of its own per layer beside the backend's cache write, which stays unchanged. It
 reads and writes Hq * D elements per token: for Qwen3-8B in bf16 8 KiB in each direction, 2 MiB in
 all at batch 128, which is 0.44 us of an H200's bandwidth. So what it costs is a node of the CUDA
-graph. Fusing the two writes is worth measuring on a GPU; it has not been measured.
+graph: on an H200 the launches of 36 layers took 77 us at batch 16, 81 at 64 and 100 at 256, 2.1 to
+2.8 us each (2026-11-26, Triton 3.6). Fusing the two writes has not been measured.
 
 The launch is safe inside a CUDA graph: there is one program per token of the padded batch, and each
 decides on the device whether it stores anything. A token beyond ``query_start_loc[R]`` and a token

@@ -4,9 +4,12 @@ Cost of one head with n = 4096 candidates, W = 64, G = 4, D = 128 in bf16. K and
 is read twice and V once: 3 MiB. Each of the two passes over K multiplies 2 * 256 * 128 * 4096 =
 268 MFLOP and takes 256 * 4096 = 1.05 M exponentials. On an H200 (4.8 TB/s; 989 TFLOP/s; 132 SMs, 16
 exp2 per cycle each at 1.8 GHz) the head takes 0.66 us of memory, 0.54 us of tensor cores and
-0.55 us of exponentials. They are balanced, so they have to overlap: two programs of 8 warps share
-an SM, each with at most 128 registers per thread and 113 KiB of shared memory: 256 query rows, the
-K tile that is multiplied and two in flight, whose blocks are read a round before their keys.
+0.55 us of exponentials. Two programs of 8 warps share an SM, each with at most 128 registers per
+thread and 113 KiB of shared memory: 256 query rows, the K tile that is multiplied and two in
+flight, whose blocks are read a round before their keys. That was to let the three overlap, and an
+H200 hardly does: it takes 0.73 us a head for the first pass and 0.97 for the second, of which the
+values are 0.34 (2026-11-26, Triton 3.6). One program an SM, other tiles, and a product issued
+ahead of the exponentials were slower: benchmarks/kernels/README.md.
 
 What would avoid the second product costs more: the logits are 4 MiB in fp32, and to write and read
 them takes 1.7 us; to keep them on chip between the passes takes 4 MiB of registers per head, so

@@ -10,9 +10,9 @@ the rows of B come one after the other, as in Gram and Schmidt's method, without
 
     Z[k] = Y[k] - sum_{j < k} L[k, j] B[j],  B[k] = Z[k] / sqrt(Y[k] . Z[k] + r)
 
-A program takes PART rows of Y at a time. It subtracts from them what they have of all rows of B
-before them, which it has written, and makes its own rows of B in as many steps that wait for one
-another: of 4 operations for each of PART * D numbers.
+A program is a single warp and takes PART rows of Y at a time. It subtracts from them what they have
+of all rows of B before them, which it has written, and makes its own rows of B in as many steps
+that wait for one another: of 4 operations for each of PART * D numbers.
 
 On an H200, elimination of ``[Y Y^T + r I | Y]`` as a whole, 64 steps of W * (W + D) numbers for
 Qwen3-8B, took 128 us for the 288 heads of a sequence with 2 warps, 220 with 4 and 383 with 8
@@ -31,7 +31,8 @@ from vase_vllm.kernels.scratch import some
 
 LEAST_FLOOR = tl.constexpr(1e-8)
 """The floor of a window whose values are zeros: what is left then is the plain length."""
-PART = 16
+MAX_PART = 16
+"""More rows at a time take more operations: in each of its steps, all rows of the part do."""
 
 
 @triton.jit
@@ -91,12 +92,12 @@ def window_whitening(
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         has_dim = dims < HEAD_SIZE
         bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
-        # No pipelines: what a round stores, a later one loads.
+        # No pipeline around the loads of what a round before has stored.
         for begin in tl.range(0, WINDOW, PART, num_stages=1):
             own = begin + lanes
             values, _ = window_values(pages, task.candidates, own, WINDOW, HEAD_SIZE)
             left = values
-            for row in tl.range(0, begin, num_stages=1):
+            for row in tl.range(0, begin, num_stages=3):
                 basis = tl.load(bases + row * HEAD_SIZE + dims, mask=has_dim, other=0.0)
                 factors = tl.sum(values * basis[None, :], axis=1)
                 left -= factors[:, None] * basis[None, :]
@@ -124,6 +125,7 @@ def whitening_launch(
         scratch: the parts of the scratch memory by name.
         ridge: see ``EvictionParameters``.
     """
-    # Few warps wait for few others; the numbers of two parts are 64 registers of each for D = 128.
-    own = dict(ridge=ridge, PART=PART, num_warps=2)
+    # A warp that is alone waits for no other; two parts are 128 of its registers.
+    part = 2048 // triton.next_power_of_2(arguments["HEAD_SIZE"])
+    own = dict(ridge=ridge, PART=min(part, MAX_PART), num_warps=1, maxnreg=255)
     return Launch(window_whitening, num_tasks, arguments | some(scratch, "bases", "floors") | own)

@@ -7,7 +7,7 @@
 
 The launches are those of the launchers themselves, on tensors without storage. A line per kernel
 says what it takes of an SM, and what a warp issues: for one tile of the loop over K tiles; for all
-of its work in ``select_and_move``. Fails if
+of its work in ``select_and_move`` and ``window_whitening``. Fails if
 
 - a kernel spills registers or needs more shared memory than there is;
 - fewer programs share an SM than the launcher counts on;
@@ -40,8 +40,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from benchmarks.common.exit_codes import SKIPPED  # noqa: E402
 from benchmarks.kernels.launch_prediction import (  # noqa: E402
+    has_parts,
+    predict_parts,
     predict_scoring,
-    predict_selection,
 )
 from benchmarks.kernels.machine_code import (  # noqa: E402
     FUSED_MULTIPLY_ADD,
@@ -138,8 +139,8 @@ def look_at(
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue
-        selects = launch.kernel is select_and_move and configuration in PREDICTED
-        whole = launch.kernel in SCORING or selects
+        by_parts = has_parts(launch) and configuration in PREDICTED
+        whole = launch.kernel in SCORING or by_parts
         code, shared, num_warps = compile_launch(launch, architecture, whole)
         loop = key_loop(launch, code)
         row = Row(
@@ -154,9 +155,9 @@ def look_at(
             **({} if loop is None else of_loop(loop)),
         )
         reasons = [*resource_reasons(row, code, limits)]
-        if selects:
+        if by_parts:
             try:
-                prediction = predict_selection(PREDICTED[configuration], launch, code, row, gpu)
+                prediction = predict_parts(PREDICTED[configuration], launch, code, row, gpu)
             except ValueError as error:
                 reasons.append(str(error))
             else:
@@ -200,7 +201,7 @@ def loop_reasons(
         return
     if row.programs < expected_programs:
         yield f"{row.programs} programs on an SM, and the launcher counts on more"
-    if launch.arguments["EXACT"]:
+    if launch.arguments.get("EXACT"):
         # Products in fp32 have no tensor cores, and their tiles are small.
         return
     if launch.kernel is not key_statistics and row.tensor != TENSOR_CORES[architecture]:

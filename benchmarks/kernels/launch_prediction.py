@@ -5,9 +5,12 @@ from benchmarks.kernels.machine_code_report import Prediction, Row
 from benchmarks.kernels.prediction import Gpu, LoopCost
 from benchmarks.kernels.selection_parts import selection_parts
 from benchmarks.kernels.shipped import BUDGET, NUM_KV_HEADS, NUM_LAYERS
+from benchmarks.kernels.whitening_parts import whitening_parts
 from vase_vllm.kernels.distinctness import value_distinctness
 from vase_vllm.kernels.launch import Launch
 from vase_vllm.kernels.scoring import candidate_scores
+from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.kernels.whitening import window_whitening
 from vase_vllm.layout.arithmetic import cdiv
 
 
@@ -52,10 +55,13 @@ def rows_multiplied(launch: Launch) -> int:
     return launch.arguments.get("QUERY_TILE", 0)
 
 
-def predict_selection(
-    policy: str, launch: Launch, code: MachineCode, row: Row, gpu: Gpu
-) -> Prediction:
-    """What the launch of ``select_and_move`` takes.
+def has_parts(launch: Launch) -> bool:
+    """Whether a launch's kernel is predicted by the parts that its programs run."""
+    return launch.kernel in (select_and_move, window_whitening)
+
+
+def predict_parts(policy: str, launch: Launch, code: MachineCode, row: Row, gpu: Gpu) -> Prediction:
+    """What the launch of ``select_and_move`` or of ``window_whitening`` takes.
 
     Args:
         policy: under which it runs.
@@ -67,7 +73,10 @@ def predict_selection(
     Raises:
         ValueError: the machine code is not made of the parts that are known.
     """
-    parts = selection_parts(code, launch.arguments, BUDGET, launch.num_programs)
+    if launch.kernel is select_and_move:
+        parts = selection_parts(code, launch.arguments, BUDGET, launch.num_programs)
+    else:
+        parts = whitening_parts(code, launch.arguments)
     fit = launch.num_programs, row.warps, row.programs, gpu
     return Prediction(
         row.arch,

@@ -26,7 +26,8 @@ class Row:
         tensor: kind of tensor-core instructions of the loop over K tiles.
         loads: asynchronous loads of 128 bits in it.
         ahead: K tiles that it leaves in flight where it waits.
-        issued: instructions of one round of it; of ``select_and_move`` all that a warp issues.
+        issued: instructions of one round of it; of ``select_and_move`` and
+            ``window_whitening`` all that a warp issues.
     """
 
     kernel: str
@@ -132,7 +133,7 @@ def record(heading: str, rows: list[Row], predictions: list[Prediction]) -> None
         "",
         f"{heading}; `{report['command']}`. What the columns and the prediction are:",
         "[compile_check.py](../../kernels/compile_check.py),",
-        "[prediction.py](../../kernels/prediction.py). No GPU has run any of it.",
+        "[prediction.py](../../kernels/prediction.py). That for the H200 was compared with one.",
         "",
         "```",
         *prediction_lines(predictions),

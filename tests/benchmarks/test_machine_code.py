@@ -17,6 +17,7 @@ from benchmarks.kernels.machine_code import (
 from benchmarks.kernels.machine_code_report import Row, over_budget
 from benchmarks.kernels.prediction import BARRIER, GPUS, LATENCY, LoopCost, Part, programs_per_sm
 from benchmarks.kernels.selection_parts import PRIORITY_BITS, PROTECTED_BITS, selection_parts
+from benchmarks.kernels.whitening_parts import whitening_parts
 
 RESOURCES = "Function kernel: REG:115 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:640"
 LISTING = """
@@ -87,39 +88,53 @@ def loop(num_issued: int, num_exponentials: int, in_flight: int) -> Loop:
 COST = LoopCost(264, 64, 2 * 256 * 64 * 128, 1.0, num_warps=8, programs_per_sm=2)
 
 
-def test_the_slowest_of_issue_exponentials_and_products():
+def test_issue_exponentials_and_products_add_up():
     gpu = GPUS[90]
     # 8 warps, 4 schedulers, 2 programs: 4 cycles for each instruction.
-    assert COST.microseconds(loop(1000, 64, 1), gpu) == pytest.approx(64 * 4000 / gpu.clock * 1e6)
+    issue = 64 * 4 * 400
     # 32 exponentials of a warp take two cycles.
-    expected = 64 * 2 * 8 * 300 * 2 / gpu.clock * 1e6
+    exponentials = 64 * 2 * 8 * 300 * 2
+    products = 64 * 2 * COST.operations / gpu.operations_per_cycle
+    expected = (issue + exponentials + products) / gpu.clock * 1e6
     assert COST.microseconds(loop(400, 300, 1), gpu) == pytest.approx(expected)
-    products = 64 * 2 * COST.operations / gpu.operations_per_cycle / gpu.clock * 1e6
-    assert COST.microseconds(loop(10, 1, 1), gpu) == pytest.approx(products)
+
+
+def test_the_sm_with_most_programs_is_waited_for():
+    gpu, body = GPUS[90], loop(400, 64, 1)
+    two, three = (replace(COST, num_programs=n).microseconds(body, gpu) for n in (264, 265))
+    # The third runs alone, and no longer than one of two that share the SM.
+    assert three == pytest.approx(1.5 * two)
 
 
 def test_a_wait_for_what_was_just_asked_for_costs_its_latency():
-    alone = replace(COST, programs_per_sm=1, num_programs=132)
-    prefetched, waiting = (alone.microseconds(loop(690, 68, n), GPUS[90]) for n in (1, 0))
-    assert waiting > 1.3 * prefetched
+    alone = replace(COST, programs_per_sm=1, num_programs=132, operations=0)
+    busy = 8 * 690 / 4
+    prefetched, waiting = (alone.microseconds(loop(690, 0, n), GPUS[90]) for n in (1, 0))
+    assert prefetched == pytest.approx(64 * busy / GPUS[90].clock * 1e6)
+    assert waiting == pytest.approx(64 * (busy + LATENCY) / GPUS[90].clock * 1e6)
+    # Another program on the SM fills the wait.
+    shared = replace(alone, programs_per_sm=2, num_programs=264)
+    assert shared.microseconds(loop(690, 0, 0), GPUS[90]) == pytest.approx(2 * prefetched)
 
 
 def test_bytes_bound_a_launch():
-    bound = replace(COST, num_bytes=4.8e12)
+    bound = replace(COST, num_bytes=GPUS[90].reached_bandwidth)
     assert bound.microseconds(loop(10, 1, 1), GPUS[90]) == pytest.approx(1e6)
 
 
 def test_the_parts_of_a_program_wait_for_loads_and_barriers_or_for_other_programs():
     gpu = GPUS[90]
-    part = Part("", rounds=10, issued=500, loads=1, barriers=2)
+    part = Part("", rounds=10, issued=1000, loads=1, barriers=2)
     # 300 heads on 132 SMs: three programs on some, of which each issues for all of four warps.
     together = part.microseconds(300, num_warps=4, programs_per_sm=4, gpu=gpu)
-    assert together == pytest.approx(10 * 3 * 500 / gpu.clock * 1e6)
+    assert together == pytest.approx(10 * 3 * 1000 / gpu.clock * 1e6)
     alone = part.microseconds(132, num_warps=4, programs_per_sm=4, gpu=gpu)
-    assert alone == pytest.approx(10 * (500 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
+    assert alone == pytest.approx(10 * (1000 + LATENCY + 2 * BARRIER) / gpu.clock * 1e6)
+    one_warp = part.microseconds(300, num_warps=1, programs_per_sm=4, gpu=gpu)
+    assert one_warp == pytest.approx(alone), "three of four schedulers have nothing to issue"
     in_waves = part.microseconds(300, num_warps=4, programs_per_sm=1, gpu=gpu)
     assert in_waves == pytest.approx(3 * alone)
-    moving = replace(part, num_bytes=4.8e12)
+    moving = replace(part, num_bytes=gpu.reached_bandwidth)
     assert moving.microseconds(300, 4, 4, gpu) == pytest.approx(1e6)
 
 
@@ -149,6 +164,26 @@ def test_loops_that_are_in_no_other():
     loops = code_of(*SELECTION, loops=LOOPS).outer_loops()
     begins = [loop.instructions[0].address // 16 for loop in loops]
     assert begins == [1, 3, 5, 9, 12, 15, 18, 21]
+
+
+def test_the_parts_of_the_whitening():
+    names = [
+        *("LDC", "LDG", "BRA"),  # lengths
+        *("LDG", "LDG", "FFMA", "BRA", "BAR", "FFMA", "FFMA", "BRA", "STG", "BRA", "EXIT"),
+    ]
+    # The values, around the rows before and the own rows of a part.
+    code = code_of(*names, loops=[(1, 2), (4, 6), (7, 10), (3, 12)])
+    arguments = dict(WINDOW=40, PART=16)
+    parts = whitening_parts(code, arguments)
+    assert [(part.name, part.rounds, part.issued, part.barriers) for part in parts] == [
+        ("once", 1, 2, 1),
+        ("lengths", 3, 2, 0),
+        ("values", 3, 3, 1),
+        ("rows before", 16 + 32, 3, 0),
+        ("own rows", 40, 4, 1),
+    ]
+    with pytest.raises(ValueError, match="3 loops, not 4"):
+        whitening_parts(code_of(*names, loops=[(1, 2), (7, 10), (3, 12)]), arguments)
 
 
 def test_the_parts_of_the_selection():

@@ -107,8 +107,8 @@ def test_the_choice_is_the_fastest_of_all():
             for splits in range(1, 17):
                 fit = scratch_bytes // (8 * (4096 + 256 * splits))
                 launches = cdiv(num_tasks, min(num_tasks, fit))
-                waves = launches * cdiv(cdiv(num_tasks, launches) * splits, 264)
-                costs[splits] = waves * (cdiv(64, splits) + 2)
+                turns = launches * cdiv(cdiv(num_tasks, launches) * splits, 132)
+                costs[splits] = turns * (cdiv(64, splits) + 2)
             chosen = plan(num_tasks, scratch_bytes=scratch_bytes).num_splits
             assert costs[chosen] == min(costs.values())
 

@@ -153,6 +153,14 @@ def test_eviction_costs_what_the_kernel_reads():
     assert part.num_bytes == (3 * 4096 * 128 + 64 * 4 * 128 + 64 * 4 * 128) * 2
 
 
+def test_an_eviction_takes_its_bytes_and_its_operations_and_attention_the_longer():
+    shard, schedule = Shard(ModelShape(1, 4, 1, 128, 512, 2, 1, 2)), EvictionSchedule(4096, 64)
+    step, machine = shard.step(8, 4096, schedule), Machine(bandwidth=2.0, peak=1024.0)
+    for part in (shard.eviction(schedule), step.eviction):
+        assert part.seconds(machine) == part.num_bytes / 2 + part.operations / 1024
+    assert step.attention.seconds(machine) == step.attention.num_bytes / 2
+
+
 def test_a_step_is_the_sum_of_its_parts():
     machine = Machine(bandwidth=1e12, peak=1e15, overhead=1e-3, link_latency=1e-5)
     step = Shard(SHAPE, 2).step(batch=8, num_cached=1000)

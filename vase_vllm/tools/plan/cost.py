@@ -2,10 +2,12 @@
 
 A decode step reads all weights and all cached bytes once, and does little arithmetic with them
 (Pope et al., Efficiently Scaling Transformer Inference, arXiv 2211.05102, section 3). It has three
-parts, the linear layers, attention and eviction. Each is bound by memory or by arithmetic (the
-roofline model: Williams et al., CACM 52(4), 2009)::
+parts, the linear layers, attention and eviction. The first two are bound by memory or by arithmetic
+(the roofline model: Williams et al., CACM 52(4), 2009); an eviction takes both, one after the other
+(measured on an H200: ``docs/scaling.md``)::
 
-    time = overhead + sum over parts of max(bytes / bandwidth, operations / peak) + communication
+    time = overhead + sum over layers and attention of max(bytes / bandwidth, operations / peak)
+         + bytes / bandwidth + operations / peak of eviction + communication
 
 Symbols of the formulas: B batch, n mean number of cached tokens of a sequence, l layers, H KV heads
 and Q query heads *of one GPU*, D head size, e bytes of an element, T budget, W window.
@@ -74,13 +76,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a step: the bytes that it moves from and to memory, and its operations."""
+    """A part of a step: the bytes that it moves from and to memory, and its operations.
+
+    Attributes:
+        overlaps: whether it computes while it moves bytes, or takes the time of both.
+    """
 
     num_bytes: float = 0.0
     operations: float = 0.0
+    overlaps: bool = True
 
     def seconds(self, machine: Machine) -> float:
-        return max(self.num_bytes / machine.bandwidth, self.operations / machine.peak)
+        moving, computing = self.num_bytes / machine.bandwidth, self.operations / machine.peak
+        return max(moving, computing) if self.overlaps else moving + computing
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ class Shard:
             eviction = Part(
                 batch * (evicting * one.num_bytes / schedule.window + self.query_bytes_per_token),
                 batch * evicting * one.operations / schedule.window,
+                overlaps=False,
             )
         return Step(
             linear=Part(self.weight_bytes_read(batch), self.linear_operations(batch)),
@@ -245,7 +254,8 @@ class Shard:
         num_bytes = (1.5 * budget + 2 * window) * self.kv_bytes_per_token
         num_heads = self.model.num_layers * self.num_query_heads
         operations = 4 * window * budget * self.model.head_size * num_heads
-        return Part(num_bytes + window * self.query_bytes_per_token, operations)
+        num_bytes += window * self.query_bytes_per_token
+        return Part(num_bytes, operations, overlaps=False)
 
 
 def mean_cached(prompt: int, output: int, schedule: EvictionSchedule | None = None) -> float:
