@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.common.clock import Clock
 from benchmarks.common.results import Rows
+from benchmarks.kernels.eviction_report import is_right
 from benchmarks.kernels.policies import distinct, parameters_of, remembering, snapkv, unscored
 from benchmarks.kernels.workload import Shape, ring_is_right, wrong_heads
 from vase_vllm.kernels.checks import interpreted
@@ -92,11 +93,6 @@ def wrong_parts(shape: Shape, device: torch.device) -> dict[str, Any]:
         return {"wrong_heads": num_wrong, "ring_is_right": ring_is_right(shape, device)}
     except Exception as error:  # It must not cost the verdicts of the others.
         return {"error": f"{type(error).__name__}: {error}"[:MOST_ERROR]}
-
-
-def is_right(row: dict[str, Any] | None) -> bool:
-    """Whether a shape was compared, and everything agreed."""
-    return row is not None and row.get("wrong_heads") == 0 and row["ring_is_right"]
 
 
 def compared(

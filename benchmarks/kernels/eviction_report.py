@@ -33,11 +33,14 @@ def rows_of(content: dict[str, Any], kind: str) -> list[Row]:
     return sorted(rows, key=lambda row: (row.get("budget", 0), row.get("due", row.get("batch", 0))))
 
 
+def is_right(row: Row | None) -> bool:
+    """Whether a shape was compared, and everything agreed."""
+    return row is not None and row.get("wrong_heads") == 0 and row["ring_is_right"]
+
+
 def correctness(rows: list[Row]) -> str:
     """What was compared with the reference."""
-    wrong = [
-        row["shape"] for row in rows if row.get("wrong_heads") != 0 or not row["ring_is_right"]
-    ]
+    wrong = [row["shape"] for row in rows if not is_right(row)]
     if wrong:
         return f"**WRONG: {', '.join(wrong)}**"
     return f"{len(rows)} shapes compared, all right" if rows else "**not compared (--skip-check)**"

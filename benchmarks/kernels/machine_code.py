@@ -106,16 +106,12 @@ class MachineCode:
             outer = [other for other in outer if other.instructions[0].address < first] + [loop]
         return outer
 
-    def loop_of(self, pattern: re.Pattern[str], shortest: bool = False) -> Loop | None:
-        """The loop with most instructions of a pattern, and of several the shortest.
-
-        Args:
-            shortest: of all loops that have any such instruction.
-        """
+    def loop_of(self, pattern: re.Pattern[str]) -> Loop | None:
+        """The loop with most instructions of a pattern, and of several the shortest."""
         best: tuple[tuple[int, int], Loop] | None = None
         for loop in self.loops():
             count = loop.count(pattern)
-            rank = 0 if shortest else count, -len(loop.instructions)
+            rank = count, -len(loop.instructions)
             if count and (best is None or rank > best[0]):
                 best = rank, loop
         return best[1] if best else None

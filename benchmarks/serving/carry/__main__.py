@@ -22,8 +22,8 @@ from pathlib import Path
 
 from benchmarks.serving.carry.archives import write_archives
 from benchmarks.serving.carry.left_out import Selection
-from benchmarks.serving.carry.unpack import MANIFEST, python_version, sha256, unpack
-from benchmarks.serving.carry.wheels import MIB, download, needed, supported_vllm, unpack_wheel
+from benchmarks.serving.carry.unpack import MANIFEST, MIB, python_version, sha256, unpack
+from benchmarks.serving.carry.wheels import download, needed, supported_vllm, unpack_wheel
 
 PIECE_SIZE = 64
 PLATFORM = "manylinux_2_34_x86_64"

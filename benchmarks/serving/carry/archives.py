@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
-from benchmarks.serving.carry.unpack import SUFFIX
+from benchmarks.serving.carry.unpack import MIB, SUFFIX
 
-MIB = 2**20
 # The kernels of a library are variants of one another, and all of FlashAttention 3, 165 MiB, lies
 # within one dictionary. Compressing takes about eleven times as much memory, unpacking once.
 DICTIONARY = 192 * MIB

@@ -14,6 +14,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 SUFFIX = ".tar.xz"
+MIB = 2**20
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -26,7 +27,7 @@ def sha256(path: Path) -> str:
     """Checksum of a file, read in parts."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(2**20):
+        while part := file.read(MIB):
             digest.update(part)
     return digest.hexdigest()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.serving.carry.fat_binary import trim
 from benchmarks.serving.carry.left_out import NOT_BROUGHT, Selection
+from benchmarks.serving.carry.unpack import MIB
 
-MIB = 2**20
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 PIN = re.compile(r"([\w.-]+)==\S+")
 NAME = re.compile(r"[\w.-]+")
