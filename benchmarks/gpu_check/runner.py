@@ -81,7 +81,7 @@ class Running:
                 cwd=ROOT,
                 env=os.environ
                 | {"PYTHONPATH": os.pathsep.join(python_path), "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
+                process_group=0,
             )
         self.begin = time.monotonic()
 

@@ -47,6 +47,13 @@ def test_nothing_survives_the_with_block():
     assert not survivors(pids)
 
 
+def test_a_server_shares_the_processors_with_its_clients():
+    # Linux schedules by session: see where the server is started.
+    with stubborn_server() as server:
+        assert os.getsid(server._process.pid) == os.getsid(0)
+        assert os.getpgid(server._process.pid) != os.getpgid(0)
+
+
 def test_nothing_survives_a_server_that_is_stopped_while_it_starts():
     with stubborn_server() as server:
         time.sleep(0.2)
