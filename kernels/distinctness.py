@@ -1,25 +1,20 @@
-"""How unlike the others the candidates are: what ``distinctness`` adds to the scoring.
+"""How unlike those around them the values are: what ``distinctness`` adds to the scoring.
 
 Per head, with n candidates, the values of the window as the rows of Y [W, D], and a floor r, which
 is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
 
-    s[j] = 1 / (|k[j]| + 1e-8),  u = sum_j s[j] k[j]
-    similarity[j] = (s[j] k[j] . u - (s[j] |k[j]|)^2) / n
     length[j]^2 = (|v[j]|^2 - |B v[j]|^2) / r,  B = L^-1 Y with L L^T = Y Y^T + r I
-    distinctness[j] = (1 - similarity[j]) * (max_d v[j] - min_d v[j]) * length[j]
+    distinctness[j] = (max_d v[j] - min_d v[j]) * length[j]
 
-``torch_distinctness.py`` is the same in plain torch, and says where it comes from. The sum u must
-be complete before the first product with it, so a third pass over K comes first:
+``torch_distinctness.py`` is the same in plain torch, and says where it comes from.
 
-1. ``key_statistics``: s, and of every split of the candidates its part of u.
-2. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone, and writes ``k[j] . u`` beside
-   the scores, for it has K in shared memory.
-3. ``window_whitening`` makes B and r, see ``whitening.py``.
-4. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
+1. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone.
+2. ``window_whitening`` makes B and r, see ``whitening.py``.
+3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
    distinctness in the place of the value range.
 
 Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py`` and
-``whitening.py``: 1 MiB of K, and 2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v.
+``whitening.py``: 2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v.
 
 V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
 count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the
@@ -35,7 +30,6 @@ import triton
 import triton.language as tl
 
 from vase_vllm.kernels.launch import (
-    KEY_TILE,
     DeviceLimits,
     Launch,
     distinctness_tile,
@@ -52,64 +46,6 @@ from vase_vllm.kernels.scoring import multiply, row_range, split_range
 from vase_vllm.kernels.scratch import some
 from vase_vllm.kernels.selection import HIGHEST, ordered_bits
 from vase_vllm.layout.arithmetic import cdiv
-
-LEAST_LENGTH = tl.constexpr(1e-8)
-"""What is added to a key's length, so that a key of zeros is similar to nothing."""
-
-
-@triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity"])
-def key_statistics(
-    kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
-    block_table,  # [R, columns] int32
-    rows,  # [due] int32
-    counts,  # [due, 3] int32: budget, sinks, protected
-    positions,  # [R] int32 or int64
-    key_scales,  # [tasks, capacity] fp32, out: s
-    key_sums,  # [tasks, splits, D] fp32, out: parts of u
-    task_offset,
-    num_splits,
-    capacity,
-    num_layers,
-    num_kv_heads,
-    table_stride,
-    block_stride,
-    head_stride,
-    slot_stride,
-    KV_TYPE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-):
-    """The scale of each key to length 1, and the sum of the unit keys of a split."""
-    program = tl.program_id(0)
-    split = program % num_splits
-    local_task = program // num_splits
-    batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
-    task = load_task(batch, local_task + task_offset, capacity, WINDOW)
-    if task.candidates > 0:
-        pages = task_pages(
-            task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
-        )
-        dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-        key_scales += local_task.to(tl.int64) * capacity
-        unit_sum = tl.zeros([KEY_TILE, triton.next_power_of_2(HEAD_SIZE)], tl.float32)
-        begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
-        lanes = tl.arange(0, KEY_TILE)
-        blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
-        for start in tl.range(begin, end, KEY_TILE, num_stages=3):
-            slots = start + lanes
-            live = slots < end
-            cells = cell_pointers(pages, blocks, slots)
-            # The next tile's, so that two tiles can be on their way while this one is worked on.
-            ahead = slots + KEY_TILE
-            blocks = slot_blocks(pages, ahead, ahead < end)
-            keys = load_vectors(cells, live, 0, HEAD_SIZE).to(tl.float32)
-            scale = 1.0 / (tl.sqrt(tl.sum(keys * keys, axis=1)) + LEAST_LENGTH)
-            tl.store(key_scales + slots, scale, mask=live)
-            unit_sum += keys * scale[:, None]
-        key_sums += (local_task.to(tl.int64) * num_splits + split) * HEAD_SIZE
-        tl.store(key_sums + dims, tl.sum(unit_sum, axis=0), mask=dims < HEAD_SIZE)
 
 
 @triton.jit
@@ -128,8 +64,6 @@ def value_distinctness(
     rows,  # [due] int32
     counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
-    key_scales,  # [tasks, capacity] fp32: s
-    key_products,  # [tasks, capacity] fp32: k . u
     bases,  # [tasks, W, D] fp32: B
     floors,  # [tasks] fp32: r
     ordered,  # [tasks, capacity] int32, out: ordered bits of the distinctness
@@ -197,37 +131,11 @@ def value_distinctness(
                 left = tl.where(chunk > 0, before.to(tl.float32, bitcast=True), left)
             left -= tl.sum(parts * parts, axis=1)
             square = tl.maximum(left / floor, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            scale = tl.load(key_scales + out + slots, mask=live, other=0.0)
-            product = tl.load(key_products + out + slots, mask=live, other=0.0)
-            # The length of the key over itself and the least length: 0 for a key of zeros.
-            own = 1.0 - LEAST_LENGTH * scale
-            similarity = (product * scale - own * own) / task.candidates
-            value_range = row_range(values, dims < HEAD_SIZE)
-            bits = ordered_bits((1.0 - similarity) * value_range * tl.sqrt(square))
+            bits = ordered_bits(row_range(values, dims < HEAD_SIZE) * tl.sqrt(square))
             bits = tl.where(slots < task.sinks, HIGHEST, bits)
             if NUM_CHUNKS > 1:
                 bits = tl.where(chunk < NUM_CHUNKS - 1, left.to(tl.uint32, bitcast=True), bits)
             tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
-
-
-def key_launch(
-    num_programs: int, arguments: dict[str, Any], scratch: dict[str, torch.Tensor]
-) -> Launch:
-    """The launch of ``key_statistics``.
-
-    Args:
-        num_programs: heads times splits.
-        arguments: those that all kernels have which read K or V.
-        scratch: the parts of the scratch memory by name.
-    """
-    is_half = element_size(arguments) == 2
-    own = dict(
-        KEY_TILE=KEY_TILE if is_half else KEY_TILE // 2,
-        num_warps=8,
-        maxnreg=128 if arguments["HEAD_SIZE"] <= 128 else 255,
-    )
-    parts = some(scratch, "key_scales", "key_sums")
-    return Launch(key_statistics, num_programs, arguments | parts | own)
 
 
 def value_launches(
@@ -239,13 +147,15 @@ def value_launches(
     """The launches of ``value_distinctness``, one tile of the basis after the other.
 
     Args:
-        num_programs, arguments, scratch: see :func:`key_launch`.
+        num_programs: heads times splits.
+        arguments: those that all kernels have which read V.
+        scratch: the parts of the scratch memory by name.
         limits: of the device.
     """
     window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
     tile = distinctness_tile(window, head_size, element_size(arguments), limits)
     own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps, maxnreg=255)
-    parts = some(scratch, "key_scales", "key_products", "bases", "floors", "ordered")
+    parts = some(scratch, "bases", "floors", "ordered")
     for chunk in range(cdiv(window, tile.rows)):
         yield Launch(value_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
 

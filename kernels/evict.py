@@ -20,7 +20,7 @@ queries and need the third kernel alone: ``uniform`` gives every candidate a sco
 Gumbel noise draws uniformly; ``age`` ranks by numbers that the caller passes. Both protect the
 sinks alone, by their slots: a sink never moves, for survivors below the budget stay where they are.
 
-Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes three
+Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
 more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by attention
 that tokens have received from earlier windows as well: two more, in ``remembering.py``.
 
@@ -45,7 +45,7 @@ from vase_vllm.kernels.checks import (
     check_slot_priority,
     check_tensor,
 )
-from vase_vllm.kernels.distinctness import key_launch, value_launches
+from vase_vllm.kernels.distinctness import value_launches
 from vase_vllm.kernels.launch import (
     DeviceLimits,
     Launch,
@@ -224,20 +224,15 @@ class PagedEviction:
         for offset in range(0, self._num_tasks, plan.tasks_per_launch):
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
-            if self._by_distinctness:
-                yield key_launch(num * num_splits, part | dict(num_splits=num_splits), scratch)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
-                # The keys are multiplied with their sum once, not with every tile of the queries.
-                of_keys = scratch if chunk == 0 else {}
-                products = {name: of_keys.get(name) for name in ("key_sums", "key_products")}
                 of_chunk = dict(
                     chunk=chunk,
                     VALUE_TILE=0 if self._by_distinctness else value_tile(tile.keys, num_chunks),
                     PREFETCH_VALUES=tile.programs_per_sm == 1,
                 )
-                chunked = part | scoring | results | products | of_chunk
+                chunked = part | scoring | results | of_chunk
                 yield Launch(candidate_scores, num * num_splits, chunked)
             if parameters.memory:
                 yield from remember_launches(num, part, scoring, scratch, parameters)

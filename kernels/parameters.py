@@ -64,7 +64,7 @@ class EvictionParameters:
             uniform. ``age``: a number that the caller gives for each slot, such as the position of
             its token; the largest survive. The last two protect the sinks alone.
         protect_by: ``value_range``: the range of the value over its elements. ``distinctness``: how
-            unlike the others the key and the value are (``torch_distinctness.py``); with scoring
+            unlike the window's values the value is (``torch_distinctness.py``); with scoring
             ``attention`` alone.
         ridge: of the distinctness, above 0: how much a value counts in directions that the window's
             values do not have.

@@ -177,17 +177,6 @@ def merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS: tl.constex
 
 
 @triton.jit
-def merged_key_sum(key_sums, task, num_splits, HEAD_SIZE: tl.constexpr):
-    """The sum of the unit keys over all splits of a task: [D] fp32, padded with zeros."""
-    splits = tl.arange(0, _MAX_SPLITS)
-    dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
-    vectors = task.to(tl.int64) * num_splits + splits
-    live = (splits < num_splits)[:, None] & (dims < HEAD_SIZE)[None, :]
-    parts = tl.load(key_sums + vectors[:, None] * HEAD_SIZE + dims[None, :], mask=live, other=0.0)
-    return tl.sum(parts, axis=0)
-
-
-@triton.jit
 def row_range(x, live):
     """``max - min`` of each row of ``x`` over its live columns."""
     highest = tl.max(tl.where(live[None, :], x, float("-inf")), axis=1)
@@ -203,10 +192,8 @@ def candidate_scores(
     positions,  # [R] int32 or int64
     maxima,  # [tasks, splits, G * W] fp32
     sums,  # [tasks, splits, G * W] fp32
-    key_sums,  # [tasks, splits, D] fp32; None where the value range protects
     scores,  # [tasks, capacity + WINDOW_SCORES] fp32, out: sum over the query rows, before pooling
-    ordered,  # [tasks, capacity] int32, out without key_sums: ordered bits of the value range
-    key_products,  # [tasks, capacity] fp32, out with key_sums: products of the keys with their sum
+    ordered,  # [tasks, capacity] int32, out if values are read: ordered bits of their range
     task_offset,
     num_splits,
     capacity,
@@ -232,7 +219,7 @@ def candidate_scores(
 ):
     """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
 
-    With ``key_sums`` V is left to ``value_distinctness``, and ``k . key_sum`` is written.
+    Without a VALUE_TILE V is left to ``value_distinctness``.
     """
     ROWS: tl.constexpr = GROUP * WINDOW
     NUM_CHUNKS: tl.constexpr = (ROWS + QUERY_TILE - 1) // QUERY_TILE
@@ -249,17 +236,11 @@ def candidate_scores(
         scores += local_task.to(tl.int64) * (capacity + WINDOW_SCORES)
         ordered += local_task.to(tl.int64) * capacity
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
-        if key_sums is not None:
-            key_sum = merged_key_sum(key_sums, local_task, num_splits, HEAD_SIZE)
-            key_products += local_task.to(tl.int64) * capacity
         index = chunk * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        queries = load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE)
-        if key_sums is None:
-            # Keys are the rows of the product: then a candidate's weights lie in few threads, and
-            # few shuffles add them up. The queries are transposed here, for in the loop they would
-            # be written to shared memory in every round. Beside the products with the keys' sum
-            # there are no registers for that.
-            queries = tl.trans(queries)
+        # Keys are the rows of the product: then a candidate's weights lie in few threads, and few
+        # shuffles add them up. The queries are transposed here, for in the loop they would be
+        # written to shared memory in every round.
+        queries = tl.trans(load_queries(pages, index, WINDOW, GROUP, HEAD_SIZE))
         row_offset = local_task.to(tl.int64) * num_splits * ROWS
         log_sum = merged_log_sum(maxima, sums, row_offset, index, num_splits, ROWS)
         # The first chunk has nothing to add to.
@@ -285,14 +266,8 @@ def candidate_scores(
                 if PREFETCH_VALUES:
                     values = load_vectors(value_cells, has_value, HEAD_SIZE, HEAD_SIZE)
             keys = load_vectors(cells, live, 0, HEAD_SIZE)
-            if key_sums is not None:
-                logits = multiply(queries, tl.trans(keys), EXACT) * scale
-                score = tl.sum(tl.exp2(logits - log_sum[:, None]), axis=0)
-                product = tl.sum(keys.to(tl.float32) * key_sum[None, :], axis=1)
-                tl.store(key_products + slots, product, mask=live)
-            else:
-                logits = multiply(keys, queries, EXACT) * scale
-                score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
+            logits = multiply(keys, queries, EXACT) * scale
+            score = tl.sum(tl.exp2(logits - log_sum[None, :]), axis=1)
             if NUM_CHUNKS > 1:
                 score += tl.load(scores + slots, mask=slots < summed_end, other=0.0)
             tl.store(scores + slots, score, mask=live)

@@ -51,9 +51,6 @@ class HeadScratch:
         if self.sample_shape is not None:
             window, head_size = self.sample_shape
             words |= {
-                "key_scales": capacity,
-                "key_products": capacity,
-                "key_sums": padded_words(num_splits * head_size),
                 "bases": padded_words(window * head_size),
                 # The last, so that nothing that has to be aligned comes after it.
                 "floors": 1,

@@ -1,4 +1,4 @@
-"""How unlike the text around it a token is, in plain fp32 torch.
+"""How unlike those around them values are, in plain fp32 torch.
 
 What the policy ``distinct`` protects by, and the reference of the kernels in ``distinctness.py``.
 
@@ -11,38 +11,16 @@ import torch
 
 from vase_vllm.kernels.torch_eviction import value_range
 
-_KEYS_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}
-"""Numbers in the keys that are compared at once, by device: 2 and 128 MiB of fp32."""
 
-
-def distinctness(
-    keys: torch.Tensor, values: torch.Tensor, sample: torch.Tensor, ridge: float
-) -> torch.Tensor:
-    """How unlike the others each candidate is: [H, n] fp32, not negative but by rounding.
-
-    The product of three numbers: 1 less the mean cosine similarity of the key to the others, the
-    range of the value, and its :func:`whitened_length` beside a sample of values.
-
-    Args:
-        keys: [H, D, n] fp32.
-        values: [H, n, D] fp32.
-        sample: [H, m, D] fp32.
-        ridge: see :func:`whitened_length`.
-    """
-    return (1 - mean_similarity(keys)) * value_distinctness(sample, ridge)(values)
-
-
-def value_distinctness(
-    sample: torch.Tensor, ridge: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What the values say of it: their range, times their whitened length beside a sample.
+def distinctness(sample: torch.Tensor, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How unlike a sample of values others are: their range, times their whitened length.
 
     Args:
         sample: [H, m, D] fp32.
         ridge: see :func:`whitened_length`.
 
     Returns:
-        From the values of any tokens, [H, n, D], to [H, n] fp32.
+        From the values of any tokens, [H, n, D], to [H, n] fp32, not negative.
     """
     length = whitened_length(sample, ridge)
 
@@ -51,39 +29,6 @@ def value_distinctness(
         return value_range(values) * length(values)
 
     return of_values
-
-
-def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity of each key to all keys, where its similarity to itself counts as 0.
-
-    The sum over the others is a product with the sum of all normalised keys: n * D operations
-    instead of the n * n * D of the similarity matrix.
-
-    Of three keys the first two are alike:
-
-    >>> keys = torch.tensor([[[1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]])
-    >>> mean_similarity(keys)
-    tensor([[0.3333, 0.3333, 0.0000]])
-
-    Args:
-        keys: [H, D, n] fp32.
-
-    Returns:
-        [H, n] fp32.
-    """
-    num_together = max(1, _KEYS_TOGETHER[keys.device.type] // keys[0].numel())
-    return torch.cat([_mean_similarity(heads) for heads in keys.split(num_together)])
-
-
-def _mean_similarity(keys: torch.Tensor) -> torch.Tensor:
-    # A fifth of the time of norm(dim=1). The sum and the products with it are matrix products with
-    # one row each, so that unit vectors are never written.
-    length = (keys * keys).sum(dim=1).sqrt()
-    scale = 1 / (length + 1e-8)
-    total = scale[:, None] @ keys.transpose(-1, -2)
-    to_all = (total @ keys)[:, 0] * scale
-    to_itself = (length * scale).square()
-    return (to_all - to_itself) / keys.shape[-1]
 
 
 def whitened_length(sample: torch.Tensor, ridge: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -12,11 +12,12 @@ from torch.nn.functional import pad
 
 from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_place
 from benchmarks.accuracy.teacher_forcing import Rule
-from vase_vllm.kernels.torch_distinctness import mean_similarity, whitened_length
+from vase_vllm.kernels.torch_distinctness import whitened_length
 from vase_vllm.kernels.torch_eviction import largest, value_range
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.policies.registry import find_policy
+from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.tools.policy_label import parse_policy_label
 
 Score = Callable[[Candidates], Tensor]

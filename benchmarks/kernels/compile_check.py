@@ -74,7 +74,7 @@ from benchmarks.kernels.shipped import (  # noqa: E402
     shipped_launches,
     source_of,
 )
-from vase_vllm.kernels.distinctness import key_statistics, value_distinctness  # noqa: E402
+from vase_vllm.kernels.distinctness import value_distinctness  # noqa: E402
 from vase_vllm.kernels.launch import DeviceLimits, Launch  # noqa: E402
 from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
 from vase_vllm.kernels.ring import store_ring  # noqa: E402
@@ -82,7 +82,7 @@ from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: 
 from vase_vllm.kernels.selection import select_and_move  # noqa: E402
 from vase_vllm.kernels.whitening import window_whitening  # noqa: E402
 
-SCORING = (row_statistics, candidate_scores, key_statistics, value_distinctness)
+SCORING = (row_statistics, candidate_scores, value_distinctness)
 PREDICTED = {QWEN3_8B: "vase", QWEN3_8B_DISTINCT: "distinct"}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """The tensor-core instruction of each architecture."""
@@ -106,9 +106,6 @@ def key_loop(launch: Launch, code: MachineCode) -> Loop | None:
     """The loop over tiles of K, or of V, of a kernel that scores."""
     if launch.kernel not in SCORING:
         return None
-    if launch.kernel is key_statistics:
-        # It multiplies nothing.
-        return code.loop_of(WIDE_ASYNC_LOAD)
     return code.loop_of(FUSED_MULTIPLY_ADD if launch.arguments["EXACT"] else TENSOR_CORE)
 
 
@@ -124,8 +121,7 @@ def look_at(
     limits, gpu = ARCHITECTURES[architecture], GPUS[architecture]
     launches = list(shipped_launches(configuration, limits))
     rows, wrong, predictions = [], [], []
-    # Launches that differ in numbers alone are one kernel. Where distinctness protects, the later
-    # tiles of the query rows are scored as under vase.
+    # Launches that differ in numbers alone are one kernel.
     kernels: dict[Any, Launch] = {}
     for launch in launches:
         kernels.setdefault(launch.kernel, launch)
@@ -135,7 +131,7 @@ def look_at(
         if launch.kernel in (store_ring, remap_sequences) and configuration.is_distinct:
             # Those of another configuration.
             continue
-        of_others = (key_statistics, candidate_scores, window_whitening, value_distinctness)
+        of_others = (candidate_scores, window_whitening, value_distinctness)
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue
@@ -204,7 +200,7 @@ def loop_reasons(
     if launch.arguments.get("EXACT"):
         # Products in fp32 have no tensor cores, and their tiles are small.
         return
-    if launch.kernel is not key_statistics and row.tensor != TENSOR_CORES[architecture]:
+    if row.tensor != TENSOR_CORES[architecture]:
         yield f"{row.tensor or 'no'} tensor cores instead of {TENSOR_CORES[architecture]}"
     if not row.loads:
         yield "no asynchronous load of 128 bits"

@@ -208,12 +208,11 @@ class Workload:
     def magnitudes(self, layer: int, row: int) -> torch.Tensor:
         """The reference's numbers that protect the candidates, on the CPU: [H, n] fp32."""
         shape, parameters = self.shape, self.shape.parameters
-        keys, values = self.cells(layer, row).cpu().float().chunk(2, dim=-1)
+        _, values = self.cells(layer, row).cpu().float().chunk(2, dim=-1)
         candidates, window = values.tensor_split([shape.num_candidates], dim=1)
         if parameters.protect_by == "value_range":
             return value_range(candidates)
-        keys = keys[:, : shape.num_candidates].transpose(1, 2)
-        return distinctness(keys, candidates, window, parameters.ridge)
+        return distinctness(window, parameters.ridge)(candidates)
 
 
 def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = None) -> int:

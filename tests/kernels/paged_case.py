@@ -319,8 +319,7 @@ class Pool:
                 magnitudes = value_range(values)
                 if parameters.protect_by == "distinctness":
                     sample = all_values[:, candidates:]
-                    of_keys = keys.transpose(1, 2)
-                    magnitudes = distinctness(of_keys, values, sample, parameters.ridge)
+                    magnitudes = distinctness(sample, parameters.ridge)(values)
                     separated &= _is_clear(magnitudes, parameters)
                 keep = select_survivors(parameters, scores, magnitudes, noise)
                 separated &= _separated(scores if noise is None else scores.log() + noise, keep)

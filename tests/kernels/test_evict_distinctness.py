@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 
 from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each, ragged
 from tests.oracle.policies import distinctness as squared_length
@@ -49,25 +48,21 @@ def num_candidates(pool: Pool) -> int:
     return pool.case.num_cached(pool.case.sequences[0]) - pool.case.parameters.window
 
 
-def tokens(pool: Pool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values of the candidates [H, n, D] and values of the window [H, W, D]: fp32."""
+def tokens(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of the candidates [H, n, D] and of the window [H, W, D]: fp32."""
     slots = torch.arange(pool.case.num_cached(pool.case.sequences[0]))
     cells = pool.caches[0][pool.blocks(0, slots), :, slots % pool.case.block_size]
-    keys, values = cells.transpose(0, 1).float().split(pool.case.head_size, dim=-1)
-    values, sample = values.tensor_split([num_candidates(pool)], dim=1)
-    return keys[:, : num_candidates(pool)], values, sample
+    _, values = cells.transpose(0, 1).float().split(pool.case.head_size, dim=-1)
+    return values.tensor_split([num_candidates(pool)], dim=1)
 
 
 def by_definition(pool: Pool) -> torch.Tensor:
-    """The same from the matrix of all similarities and the principal axes, in fp64: [H, n]."""
-    keys, values, sample = (part.double() for part in tokens(pool))
-    units = normalize(keys, dim=-1)
-    similarity = units @ units.transpose(1, 2)
-    similarity.diagonal(dim1=1, dim2=2).zero_()
+    """The same from the principal axes, in fp64: [H, n]."""
+    values, sample = (part.double() for part in tokens(pool))
     ridge = pool.case.parameters.ridge
     squares = [squared_length(*of_head, ridge) for of_head in zip(values, sample, strict=True)]
     ranges = values.amax(dim=-1) - values.amin(dim=-1)
-    return (1 - similarity.mean(dim=-1)) * ranges * torch.stack(squares).double().sqrt()
+    return ranges * torch.stack(squares).double().sqrt()
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,13 +72,11 @@ def test_the_numbers_are_those_of_the_definition(data):
     window = data.draw(st.sampled_from([1, 3, 8, 17, 33]))
     head_size = data.draw(st.sampled_from([64, 96, 128]))
     rank = data.draw(st.integers(1, 20))
-    offset = data.draw(st.sampled_from([0.0, 1.0, 5.0]))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
 
     def fill(keys, values, queries):
         directions = torch.randn(rank, head_size)
         values.mul_(0.05).add_(torch.randn(len(values), rank) @ directions)
-        keys.add_(offset * torch.randn(head_size))
 
     ridge = data.draw(st.sampled_from([0.1, 2.0]))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -122,8 +115,8 @@ def test_a_basis_of_one_bf16_number_each_would_not_do():
     def error(numbers):
         return (numbers[:, DISTINCT.sinks :] / expected - 1).abs().max()
 
-    keys, values, sample = tokens(pool)
-    whole = distinctness(keys.transpose(1, 2), values, sample, DISTINCT.ridge)
+    values, sample = tokens(pool)
+    whole = distinctness(sample, DISTINCT.ridge)(values)
     rounded = whole / lengths(values, sample) * lengths(values, sample, torch.bfloat16)
     assert error(whole) < 1e-3
     assert error(kernels_numbers(pool)) < 1e-2
@@ -190,7 +183,6 @@ def test_settings(changes):
 
 
 def test_query_rows_in_several_chunks():
-    """The keys are multiplied with their sum beside the first chunk of 320 query rows alone."""
     parameters = replace(DISTINCT, budget=90, window=64)
     check(case(parameters, group_size=5, num_kv_heads=1, dtype=torch.float16, num_splits=2))
 
@@ -222,9 +214,9 @@ def test_sequences_with_budgets_of_their_own():
 
 def test_more_heads_than_the_scratch_memory_holds():
     sequences = tuple(due(DISTINCT, key=key) for key in (1, 2, 3))
-    # 12 heads in room for 5: three parts. A head has 4 numbers for each of 48 candidates, 2 for
-    # each of 16 query rows, the sum of the keys, the whitening's basis and its floor.
-    words = 4 * 48 + 2 * 16 + 64 + 8 * 64 + 1
+    # 12 heads in room for 5: three parts. A head has 2 numbers for each of 48 candidates and each of
+    # 16 query rows, the whitening's basis and its floor.
+    words = 2 * 48 + 2 * 16 + 8 * 64 + 1
     changes = dict(scratch_bytes=5 * 4 * words + 16, num_splits=1)
     check(Case(DISTINCT, sequences, layers=(1, 2), **changes))
 

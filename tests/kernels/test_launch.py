@@ -142,11 +142,11 @@ def test_the_size_of_the_scratch_memory():
 
 
 def test_distinctness_needs_more_scratch_memory():
-    """Two numbers more for each candidate, the sums of the keys, a basis and its floor."""
+    """A basis and its floor."""
     parameters = EvictionParameters(40, 8, 10)
     assert HeadScratch.of(parameters, group_size=2, head_size=64) == HeadScratch(num_rows=16)
     head = HeadScratch.of(replace(parameters, protect_by="distinctness"), 2, 64)
-    more = 4 * (2 * 48 + 3 * 64 + 8 * 64 + 1)
+    more = 4 * (8 * 64 + 1)
     assert head.num_bytes(48, num_splits=3) == HeadScratch(16).num_bytes(48, 3) + more
     parts = head.divide(torch.zeros(5 * head.num_bytes(48, 3) + 7, dtype=torch.uint8), 5, 48, 3)
     starts = [part.data_ptr() for part in parts.values()]
@@ -229,7 +229,7 @@ def test_refuses_a_cpu_without_the_interpreter(monkeypatch):
     ("changes", "num_scoring"),
     [
         ({}, 2),
-        (dict(parameters=replace(PARAMETERS, protect_by="distinctness")), 5),
+        (dict(parameters=replace(PARAMETERS, protect_by="distinctness")), 4),
         (dict(parameters=UNIFORM), 0),
         (AGED | priorities(1, 40), 0),
     ],

@@ -218,7 +218,7 @@ def triattention_scores(
 
 
 def distinct(ridge: float, remembers: bool = False) -> Ranking:
-    """The P tokens that are the least like the others and the window, then the largest attention.
+    """The P tokens whose values are the least like the window's, then the largest attention.
 
     Args:
         ridge: See `distinctness`.
@@ -227,10 +227,8 @@ def distinct(ridge: float, remembers: bool = False) -> Ranking:
     """
 
     def view(candidates: Candidates) -> Candidates:
-        units = normalize(candidates.keys, dim=-1)
-        similarity = (units @ units.T).fill_diagonal_(0).mean(dim=-1)
         of_values = distinctness(candidates.values, candidates.window_values, ridge).sqrt()
-        scores = (1 - similarity) * value_magnitudes(candidates.values, "range") * of_values
+        scores = value_magnitudes(candidates.values, "range") * of_values
         if remembers:
             window = len(candidates.window_values)
             first_query = candidates.step - window * (candidates.eviction_index + 1)

@@ -13,6 +13,7 @@ import pytest
         "expected",
         "protecting",
         "query_statistics",
+        "rkv",
         "streaming",
         "triattention",
         "vase",
