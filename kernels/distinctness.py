@@ -1,20 +1,21 @@
-"""How unlike those around them the values are: what ``distinctness`` adds to the scoring.
+"""How unlike the window the candidates are: what ``distinctness`` adds to the scoring.
 
 Per head, with n candidates, the values of the window as the rows of Y [W, D], and a floor r, which
 is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
 
+    m = mean over the window of k / (|k| + 1e-8),  similarity[j] = k[j] . m / (|k[j]| + 1e-8)
     length[j]^2 = (|v[j]|^2 - |B v[j]|^2) / r,  B = L^-1 Y with L L^T = Y Y^T + r I
-    distinctness[j] = (max_d v[j] - min_d v[j]) * length[j]
+    distinctness[j] = (1 - similarity[j]) * (max_d v[j] - min_d v[j]) * length[j]
 
 ``torch_distinctness.py`` is the same in plain torch, and says where it comes from.
 
 1. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone.
-2. ``window_whitening`` makes B and r, see ``whitening.py``.
-3. ``value_distinctness``: reads V, multiplies it with B on tensor cores, and writes the
+2. ``window_whitening`` makes m, B and r, see ``whitening.py``.
+3. ``token_distinctness``: reads K and V, multiplies V with B on tensor cores, and writes the
    distinctness in the place of the value range.
 
 Cost of one head with n = 4096, W = 64, D = 128 in bf16, beside that of ``scoring.py`` and
-``whitening.py``: 2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v.
+``whitening.py``: 1 MiB of K, and 2 * 2 * 64 * 128 * 4096 = 134 MFLOP for B v.
 
 V is multiplied with B as the sum of two numbers of the cache's dtype, which V has already: of B
 count 16 bits in bf16 and 22 in fp16. One bf16 number would not do, for the difference of the
@@ -45,6 +46,7 @@ from vase_vllm.kernels.paged import (
 from vase_vllm.kernels.scoring import multiply, row_range, split_range
 from vase_vllm.kernels.scratch import some
 from vase_vllm.kernels.selection import HIGHEST, ordered_bits
+from vase_vllm.kernels.whitening import LEAST_LENGTH
 from vase_vllm.layout.arithmetic import cdiv
 
 
@@ -58,12 +60,13 @@ def load_basis(bases, first_row, WINDOW: tl.constexpr, ROWS: tl.constexpr, SIZE:
 
 
 @triton.jit(do_not_specialize=["task_offset", "num_splits", "capacity", "chunk"])
-def value_distinctness(
+def token_distinctness(
     kv_pointers,  # [layers] int64, addresses of [blocks, heads, block_size, 2 * D] caches
     block_table,  # [R, columns] int32
     rows,  # [due] int32
     counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
+    key_means,  # [tasks, D] fp32: m
     bases,  # [tasks, W, D] fp32: B
     floors,  # [tasks] fp32: r
     ordered,  # [tasks, capacity] int32, out: ordered bits of the distinctness
@@ -106,6 +109,8 @@ def value_distinctness(
             # Transposed here, they are copied to shared memory once, and not in every round.
             high, low = tl.trans(high), tl.trans(low)
         floor = tl.load(floors + local_task)
+        key_means += local_task.to(tl.int64) * HEAD_SIZE
+        key_mean = tl.load(key_means + dims, mask=dims < HEAD_SIZE, other=0.0)
         begin, end = split_range(split, num_splits, task.candidates, KEY_TILE)
         lanes = tl.arange(0, KEY_TILE)
         blocks = slot_blocks(pages, begin + lanes, begin + lanes < end)
@@ -131,7 +136,12 @@ def value_distinctness(
                 left = tl.where(chunk > 0, before.to(tl.float32, bitcast=True), left)
             left -= tl.sum(parts * parts, axis=1)
             square = tl.maximum(left / floor, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            bits = ordered_bits(row_range(values, dims < HEAD_SIZE) * tl.sqrt(square))
+            # The last chunk alone needs it, the only one up to a window of 64.
+            keys = load_vectors(cells, live, 0, HEAD_SIZE).to(tl.float32)
+            key_length = tl.sqrt(tl.sum(keys * keys, axis=1)) + LEAST_LENGTH
+            similarity = tl.sum(keys * key_mean[None, :], axis=1) / key_length
+            value_range = row_range(values, dims < HEAD_SIZE)
+            bits = ordered_bits((1.0 - similarity) * value_range * tl.sqrt(square))
             bits = tl.where(slots < task.sinks, HIGHEST, bits)
             if NUM_CHUNKS > 1:
                 bits = tl.where(chunk < NUM_CHUNKS - 1, left.to(tl.uint32, bitcast=True), bits)
@@ -144,20 +154,20 @@ def value_launches(
     scratch: dict[str, torch.Tensor],
     limits: DeviceLimits,
 ) -> Iterator[Launch]:
-    """The launches of ``value_distinctness``, one tile of the basis after the other.
+    """The launches of ``token_distinctness``, one tile of the basis after the other.
 
     Args:
         num_programs: heads times splits.
-        arguments: those that all kernels have which read V.
+        arguments: those that all kernels have which read K or V.
         scratch: the parts of the scratch memory by name.
         limits: of the device.
     """
     window, head_size = arguments["WINDOW"], arguments["HEAD_SIZE"]
     tile = distinctness_tile(window, head_size, element_size(arguments), limits)
     own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps, maxnreg=255)
-    parts = some(scratch, "bases", "floors", "ordered")
+    parts = some(scratch, "key_means", "bases", "floors", "ordered")
     for chunk in range(cdiv(window, tile.rows)):
-        yield Launch(value_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
+        yield Launch(token_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
 
 
 def element_size(arguments: dict[str, Any]) -> int:

@@ -219,7 +219,7 @@ def candidate_scores(
 ):
     """``sum_gw 2^(x_gwj - m_gw) / l_gw`` and ``max_d v - min_d v`` per candidate of one split.
 
-    Without a VALUE_TILE V is left to ``value_distinctness``.
+    Without a VALUE_TILE V is left to ``token_distinctness``.
     """
     ROWS: tl.constexpr = GROUP * WINDOW
     NUM_CHUNKS: tl.constexpr = (ROWS + QUERY_TILE - 1) // QUERY_TILE

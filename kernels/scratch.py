@@ -51,6 +51,7 @@ class HeadScratch:
         if self.sample_shape is not None:
             window, head_size = self.sample_shape
             words |= {
+                "key_means": padded_words(head_size),
                 "bases": padded_words(window * head_size),
                 # The last, so that nothing that has to be aligned comes after it.
                 "floors": 1,

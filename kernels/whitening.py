@@ -29,6 +29,8 @@ from vase_vllm.kernels.launch import Launch
 from vase_vllm.kernels.paged import Batch, load_task, load_vectors, slot_pointers, task_pages
 from vase_vllm.kernels.scratch import some
 
+LEAST_LENGTH = tl.constexpr(1e-8)
+"""What is added to a key's length, so that a key of zeros is similar to nothing."""
 LEAST_FLOOR = tl.constexpr(1e-8)
 """The floor of a window whose values are zeros: what is left then is the plain length."""
 MAX_PART = 16
@@ -36,18 +38,25 @@ MAX_PART = 16
 
 
 @triton.jit
-def window_values(pages, first_slot, rows, WINDOW: tl.constexpr, SIZE: tl.constexpr):
-    """Values [rows, D] of the window in fp32, and their squared lengths.
+def window_vectors(
+    pages,
+    first_slot,
+    rows,
+    FIRST: tl.constexpr,  # 0 for keys, D for values
+    WINDOW: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Keys or values [rows, D] of the window in fp32, and their squared lengths.
 
     Rows beyond the window are zeros, and so are those that are not finite.
     """
     live = rows < WINDOW
     cells = slot_pointers(pages, first_slot + rows, live)
-    values = load_vectors(cells, live, SIZE, SIZE).to(tl.float32)
-    squares = tl.sum(values * values, axis=1)
+    vectors = load_vectors(cells, live, FIRST, SIZE).to(tl.float32)
+    squares = tl.sum(vectors * vectors, axis=1)
     # False for NaN as well.
     is_finite = squares < float("inf")
-    return tl.where(is_finite[:, None], values, 0.0), tl.where(is_finite, squares, 0.0)
+    return tl.where(is_finite[:, None], vectors, 0.0), tl.where(is_finite, squares, 0.0)
 
 
 @triton.jit(do_not_specialize=["task_offset", "capacity", "ridge"])
@@ -57,6 +66,7 @@ def window_whitening(
     rows,  # [due] int32
     counts,  # [due, 3] int32: budget, sinks, protected
     positions,  # [R] int32 or int64
+    key_means,  # [tasks, D] fp32, out: m
     bases,  # [tasks, W, D] fp32, out: B
     floors,  # [tasks] fp32, out: r
     task_offset,
@@ -74,7 +84,7 @@ def window_whitening(
     BLOCK_SIZE: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The basis and the floor of one head."""
+    """The mean of the unit keys, the basis and the floor of one head."""
     local_task = tl.program_id(0)
     batch = Batch(rows, counts, positions, block_table, table_stride, num_layers, num_kv_heads)
     task = load_task(batch, local_task + task_offset, capacity, WINDOW)
@@ -83,19 +93,25 @@ def window_whitening(
             task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
         )
         lanes = tl.arange(0, PART)
-        total = tl.zeros([PART], tl.float32)
-        for begin in range(0, WINDOW, PART):
-            _, squares = window_values(pages, task.candidates, begin + lanes, WINDOW, HEAD_SIZE)
-            total += squares
-        floor = tl.maximum(ridge * tl.sum(total, axis=0) / HEAD_SIZE, LEAST_FLOOR)
-        tl.store(floors + local_task, floor)
         dims = tl.arange(0, triton.next_power_of_2(HEAD_SIZE))
         has_dim = dims < HEAD_SIZE
+        first = task.candidates
+        total = tl.zeros([PART], tl.float32)
+        unit_sum = tl.zeros([triton.next_power_of_2(HEAD_SIZE)], tl.float32)
+        for begin in range(0, WINDOW, PART):
+            _, squares = window_vectors(pages, first, begin + lanes, HEAD_SIZE, WINDOW, HEAD_SIZE)
+            total += squares
+            keys, squares = window_vectors(pages, first, begin + lanes, 0, WINDOW, HEAD_SIZE)
+            unit_sum += tl.sum(keys / (tl.sqrt(squares) + LEAST_LENGTH)[:, None], axis=0)
+        key_means += local_task.to(tl.int64) * HEAD_SIZE
+        tl.store(key_means + dims, unit_sum / WINDOW, mask=has_dim)
+        floor = tl.maximum(ridge * tl.sum(total, axis=0) / HEAD_SIZE, LEAST_FLOOR)
+        tl.store(floors + local_task, floor)
         bases += local_task.to(tl.int64) * (WINDOW * HEAD_SIZE)
         # No pipeline around the loads of what a round before has stored.
         for begin in tl.range(0, WINDOW, PART, num_stages=1):
             own = begin + lanes
-            values, _ = window_values(pages, task.candidates, own, WINDOW, HEAD_SIZE)
+            values, _ = window_vectors(pages, first, own, HEAD_SIZE, WINDOW, HEAD_SIZE)
             left = values
             for row in tl.range(0, begin, num_stages=3):
                 basis = tl.load(bases + row * HEAD_SIZE + dims, mask=has_dim, other=0.0)
@@ -128,4 +144,6 @@ def whitening_launch(
     # A warp that is alone waits for no other; two parts are 128 of its registers.
     part = 2048 // triton.next_power_of_2(arguments["HEAD_SIZE"])
     own = dict(ridge=ridge, PART=min(part, MAX_PART), num_warps=1, maxnreg=255)
-    return Launch(window_whitening, num_tasks, arguments | some(scratch, "bases", "floors") | own)
+    return Launch(
+        window_whitening, num_tasks, arguments | some(scratch, "key_means", "bases", "floors") | own
+    )

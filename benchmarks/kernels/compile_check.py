@@ -74,7 +74,7 @@ from benchmarks.kernels.shipped import (  # noqa: E402
     shipped_launches,
     source_of,
 )
-from vase_vllm.kernels.distinctness import value_distinctness  # noqa: E402
+from vase_vllm.kernels.distinctness import token_distinctness  # noqa: E402
 from vase_vllm.kernels.launch import DeviceLimits, Launch  # noqa: E402
 from vase_vllm.kernels.remap import remap_sequences  # noqa: E402
 from vase_vllm.kernels.ring import store_ring  # noqa: E402
@@ -82,7 +82,7 @@ from vase_vllm.kernels.scoring import candidate_scores, row_statistics  # noqa: 
 from vase_vllm.kernels.selection import select_and_move  # noqa: E402
 from vase_vllm.kernels.whitening import window_whitening  # noqa: E402
 
-SCORING = (row_statistics, candidate_scores, value_distinctness)
+SCORING = (row_statistics, candidate_scores, token_distinctness)
 PREDICTED = {QWEN3_8B: "vase", QWEN3_8B_DISTINCT: "distinct"}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """The tensor-core instruction of each architecture."""
@@ -131,7 +131,7 @@ def look_at(
         if launch.kernel in (store_ring, remap_sequences) and configuration.is_distinct:
             # Those of another configuration.
             continue
-        of_others = (candidate_scores, window_whitening, value_distinctness)
+        of_others = (candidate_scores, window_whitening, token_distinctness)
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue

@@ -6,7 +6,7 @@ from benchmarks.kernels.prediction import Gpu, LoopCost
 from benchmarks.kernels.selection_parts import selection_parts
 from benchmarks.kernels.shipped import BUDGET, NUM_KV_HEADS, NUM_LAYERS
 from benchmarks.kernels.whitening_parts import whitening_parts
-from vase_vllm.kernels.distinctness import value_distinctness
+from vase_vllm.kernels.distinctness import token_distinctness
 from vase_vllm.kernels.launch import Launch
 from vase_vllm.kernels.scoring import candidate_scores
 from vase_vllm.kernels.selection import select_and_move
@@ -49,7 +49,7 @@ def predict_scoring(
 
 def rows_multiplied(launch: Launch) -> int:
     """Vectors that a program multiplies every key or value of its tile with."""
-    if launch.kernel is value_distinctness:
+    if launch.kernel is token_distinctness:
         # The rows of a basis in two parts.
         return 2 * launch.arguments["ROW_TILE"]
     return launch.arguments.get("QUERY_TILE", 0)

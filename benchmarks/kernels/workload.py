@@ -208,11 +208,12 @@ class Workload:
     def magnitudes(self, layer: int, row: int) -> torch.Tensor:
         """The reference's numbers that protect the candidates, on the CPU: [H, n] fp32."""
         shape, parameters = self.shape, self.shape.parameters
-        _, values = self.cells(layer, row).cpu().float().chunk(2, dim=-1)
-        candidates, window = values.tensor_split([shape.num_candidates], dim=1)
+        cells = self.cells(layer, row).cpu().float().tensor_split([shape.num_candidates], dim=1)
+        (keys, values), (window_keys, window_values) = (part.chunk(2, dim=-1) for part in cells)
         if parameters.protect_by == "value_range":
-            return value_range(candidates)
-        return distinctness(window, parameters.ridge)(candidates)
+            return value_range(values)
+        keys, window_keys = keys.transpose(1, 2), window_keys.transpose(1, 2)
+        return distinctness(keys, values, window_keys, window_values, parameters.ridge)
 
 
 def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = None) -> int:

@@ -319,7 +319,10 @@ class Pool:
                 magnitudes = value_range(values)
                 if parameters.protect_by == "distinctness":
                     sample = all_values[:, candidates:]
-                    magnitudes = distinctness(sample, parameters.ridge)(values)
+                    key_sample = all_keys[:, candidates:].transpose(1, 2)
+                    magnitudes = distinctness(
+                        keys.transpose(1, 2), values, key_sample, sample, parameters.ridge
+                    )
                     separated &= _is_clear(magnitudes, parameters)
                 keep = select_survivors(parameters, scores, magnitudes, noise)
                 separated &= _separated(scores if noise is None else scores.log() + noise, keep)

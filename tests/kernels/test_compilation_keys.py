@@ -26,12 +26,12 @@ MAX_NUM_SEQS, BLOCK_SIZE = 6, 16
 KERNELS = {
     "attention": ("row_statistics", "candidate_scores", "select_and_move"),
     "distinctness": (
-        *("row_statistics", "candidate_scores", "window_whitening", "value_distinctness"),
+        *("row_statistics", "candidate_scores", "window_whitening", "token_distinctness"),
         "select_and_move",
     ),
     "memory": (
         *("row_statistics", "candidate_scores", "window_scores", "remember_attention"),
-        *("window_whitening", "value_distinctness", "select_and_move"),
+        *("window_whitening", "token_distinctness", "select_and_move"),
     ),
     "uniform": ("select_and_move",),
     "age": ("select_and_move",),

@@ -20,7 +20,7 @@ def test_qwen3_8b_shape_compiles_without_spills():
     lines = result.stdout.splitlines()
     for kernel in (
         *("row_statistics", "candidate_scores", "select_and_move", "store_ring"),
-        *("window_whitening", "value_distinctness"),
+        *("window_whitening", "token_distinctness"),
         *("window_scores", "remember_attention"),
     ):
         assert any(line.startswith(kernel) for line in lines), result.stdout

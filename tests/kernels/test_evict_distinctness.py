@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
 from tests.kernels.paged_case import Case, Pool, Sequence, check, one_for_each, ragged
 from tests.oracle.policies import distinctness as squared_length
@@ -48,21 +49,23 @@ def num_candidates(pool: Pool) -> int:
     return pool.case.num_cached(pool.case.sequences[0]) - pool.case.parameters.window
 
 
-def tokens(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the candidates [H, n, D] and of the window [H, W, D]: fp32."""
+def tokens(pool: Pool) -> tuple[torch.Tensor, ...]:
+    """Keys and values of the candidates [H, n, D], and of the window [H, W, D]: fp32."""
     slots = torch.arange(pool.case.num_cached(pool.case.sequences[0]))
     cells = pool.caches[0][pool.blocks(0, slots), :, slots % pool.case.block_size]
-    _, values = cells.transpose(0, 1).float().split(pool.case.head_size, dim=-1)
-    return values.tensor_split([num_candidates(pool)], dim=1)
+    parts = cells.transpose(0, 1).float().tensor_split([num_candidates(pool)], dim=1)
+    return tuple(vectors for part in parts for vectors in part.chunk(2, dim=-1))
 
 
 def by_definition(pool: Pool) -> torch.Tensor:
-    """The same from the principal axes, in fp64: [H, n]."""
-    values, sample = (part.double() for part in tokens(pool))
+    """The same from the matrix of all similarities and the principal axes, in fp64: [H, n]."""
+    keys, values, window_keys, sample = (part.double() for part in tokens(pool))
+    units, window_units = normalize(keys, dim=-1), normalize(window_keys, dim=-1)
+    similarity = (units @ window_units.transpose(1, 2)).mean(dim=-1)
     ridge = pool.case.parameters.ridge
     squares = [squared_length(*of_head, ridge) for of_head in zip(values, sample, strict=True)]
     ranges = values.amax(dim=-1) - values.amin(dim=-1)
-    return ranges * torch.stack(squares).double().sqrt()
+    return (1 - similarity) * ranges * torch.stack(squares).double().sqrt()
 
 
 @settings(max_examples=20, deadline=None)
@@ -72,11 +75,13 @@ def test_the_numbers_are_those_of_the_definition(data):
     window = data.draw(st.sampled_from([1, 3, 8, 17, 33]))
     head_size = data.draw(st.sampled_from([64, 96, 128]))
     rank = data.draw(st.integers(1, 20))
+    offset = data.draw(st.sampled_from([0.0, 1.0, 5.0]))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
 
     def fill(keys, values, queries):
         directions = torch.randn(rank, head_size)
         values.mul_(0.05).add_(torch.randn(len(values), rank) @ directions)
+        keys.add_(offset * torch.randn(head_size))
 
     ridge = data.draw(st.sampled_from([0.1, 2.0]))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -115,8 +120,10 @@ def test_a_basis_of_one_bf16_number_each_would_not_do():
     def error(numbers):
         return (numbers[:, DISTINCT.sinks :] / expected - 1).abs().max()
 
-    values, sample = tokens(pool)
-    whole = distinctness(sample, DISTINCT.ridge)(values)
+    keys, values, window_keys, sample = tokens(pool)
+    whole = distinctness(
+        keys.transpose(1, 2), values, window_keys.transpose(1, 2), sample, DISTINCT.ridge
+    )
     rounded = whole / lengths(values, sample) * lengths(values, sample, torch.bfloat16)
     assert error(whole) < 1e-3
     assert error(kernels_numbers(pool)) < 1e-2
@@ -214,9 +221,9 @@ def test_sequences_with_budgets_of_their_own():
 
 def test_more_heads_than_the_scratch_memory_holds():
     sequences = tuple(due(DISTINCT, key=key) for key in (1, 2, 3))
-    # 12 heads in room for 5: three parts. A head has 2 numbers for each of 48 candidates and each of
-    # 16 query rows, the whitening's basis and its floor.
-    words = 2 * 48 + 2 * 16 + 8 * 64 + 1
+    # 12 heads in room for 5: three parts. A head has 2 numbers for each of 48 candidates and of 16
+    # query rows, the mean of the window's keys, the whitening's basis and its floor.
+    words = 2 * 48 + 2 * 16 + 64 + 8 * 64 + 1
     changes = dict(scratch_bytes=5 * 4 * words + 16, num_splits=1)
     check(Case(DISTINCT, sequences, layers=(1, 2), **changes))
 
@@ -231,6 +238,7 @@ def check_filled(fill, **changes: object) -> Pool:
 def test_keys_and_window_values_of_zeros():
     def fill(keys, values, queries):
         keys[5::4] = 0
+        keys[-2] = 0
         values[-DISTINCT.window :] = 0
 
     check_filled(fill)
@@ -245,10 +253,11 @@ def test_values_of_zeros_tie_and_the_lower_slot_is_kept():
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_window_values_that_are_not_finite_have_no_part(number):
+def test_window_keys_and_values_that_are_not_finite_have_no_part(number):
     def fill(keys, values, queries):
         values[-3, 5] = number
         values[-1] = number
+        keys[-4, 3] = number
 
     check_filled(fill)
 

@@ -142,11 +142,11 @@ def test_the_size_of_the_scratch_memory():
 
 
 def test_distinctness_needs_more_scratch_memory():
-    """A basis and its floor."""
+    """The mean of the window's keys, a basis and its floor."""
     parameters = EvictionParameters(40, 8, 10)
     assert HeadScratch.of(parameters, group_size=2, head_size=64) == HeadScratch(num_rows=16)
     head = HeadScratch.of(replace(parameters, protect_by="distinctness"), 2, 64)
-    more = 4 * (8 * 64 + 1)
+    more = 4 * (64 + 8 * 64 + 1)
     assert head.num_bytes(48, num_splits=3) == HeadScratch(16).num_bytes(48, 3) + more
     parts = head.divide(torch.zeros(5 * head.num_bytes(48, 3) + 7, dtype=torch.uint8), 5, 48, 3)
     starts = [part.data_ptr() for part in parts.values()]

@@ -274,6 +274,7 @@ class EvictingDecoder:
             keys=cache.keys[kv_head, :count],
             values=cache.values[kv_head, :count],
             queries=cache.queries[kv_head * group : (kv_head + 1) * group],
+            window_keys=cache.keys[kv_head, count:],
             window_values=cache.values[kv_head, count:],
             received=cache.received_so_far()[kv_head, :count],
         )

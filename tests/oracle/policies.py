@@ -218,7 +218,7 @@ def triattention_scores(
 
 
 def distinct(ridge: float, remembers: bool = False) -> Ranking:
-    """The P tokens whose values are the least like the window's, then the largest attention.
+    """The P tokens that are the least like the window's, then the largest attention.
 
     Args:
         ridge: See `distinctness`.
@@ -227,8 +227,11 @@ def distinct(ridge: float, remembers: bool = False) -> Ranking:
     """
 
     def view(candidates: Candidates) -> Candidates:
+        vectors = candidates.keys, candidates.window_keys
+        units, window_units = (normalize(keys, dim=-1) for keys in vectors)
+        similarity = (units @ window_units.T).mean(dim=-1)
         of_values = distinctness(candidates.values, candidates.window_values, ridge).sqrt()
-        scores = value_magnitudes(candidates.values, "range") * of_values
+        scores = (1 - similarity) * value_magnitudes(candidates.values, "range") * of_values
         if remembers:
             window = len(candidates.window_values)
             first_query = candidates.step - window * (candidates.eviction_index + 1)

@@ -67,7 +67,7 @@ class Candidates:
         keys: [n, D], float32, after RoPE.
         values: [n, D], float32.
         queries: [G, W, D], float32, after RoPE, of the window.
-        window_values: [W, D], float32.
+        window_keys, window_values: [W, D], float32; the keys after RoPE.
         received: [n], float32, attention received so far, summed over queries and query heads. Of
             the queries before the first eviction the last W count, and all of those that follow.
     """
@@ -85,6 +85,7 @@ class Candidates:
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
+    window_keys: torch.Tensor
     window_values: torch.Tensor
     received: torch.Tensor
 

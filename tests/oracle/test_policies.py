@@ -52,6 +52,7 @@ def by_hand(
         keys=torch.tensor(keys or [[1.0, 0.0]] * len(scores)),
         values=torch.tensor(values),
         queries=torch.empty(0, 0, 2),
+        window_keys=torch.empty(0, 2),
         window_values=torch.empty(0, 2),
         received=torch.empty(0),
     )

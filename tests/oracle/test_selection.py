@@ -76,6 +76,7 @@ def by_hand(scores: list[float], ranges: list[float], protected: int, keep: int)
         keys=nothing,
         values=nothing,
         queries=torch.empty(0, 0, 2),
+        window_keys=torch.empty(0, 2),
         window_values=torch.empty(0, 2),
         received=torch.empty(0),
     )

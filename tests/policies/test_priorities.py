@@ -19,6 +19,7 @@ from tests.support.dense_eviction import DenseEviction
 from tests.support.query_statistics import query_means, statistics_file
 from vase_vllm.config import EvictionConfig
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.torch_distinctness import similarity_to
 from vase_vllm.kernels.torch_eviction import value_range
 from vase_vllm.worker.evictor import TorchEvictor
 
@@ -192,7 +193,9 @@ def test_a_window_value_that_is_not_finite_is_left_out_of_the_comparison():
         eviction.window_values[:, 3, 2] = number
         assert torch.equal(eviction.priority(), without)
     eviction.window_values[:] = torch.nan
-    scores = value_range(eviction.values) * eviction.values.norm(dim=-1)
+    keys, window_keys = eviction.keys.transpose(-1, -2), eviction.window_keys.transpose(-1, -2)
+    unlike = 1 - similarity_to(window_keys, keys)
+    scores = unlike * value_range(eviction.values) * eviction.values.norm(dim=-1)
     expected = scores >= scores.topk(6).values[:, -1:]
     assert torch.equal(eviction.priority().isinf(), expected)
     assert not torch.equal(expected, without.isinf())

@@ -138,6 +138,7 @@ class DenseEviction:
             keys=self.keys[head],
             values=self.values[head],
             queries=self.queries[head],
+            window_keys=self.window_keys[head],
             window_values=self.window_values[head],
             received=self._received(head),
         )

@@ -10,10 +10,10 @@ import torch
 
 from vase_vllm.config import EvictionConfig
 from vase_vllm.engine.spec import EvictionSpec
-from vase_vllm.kernels import torch_eviction
+from vase_vllm.kernels import torch_distinctness, torch_eviction
 from vase_vllm.layout.block_table_row import RowHeader
 from vase_vllm.layout.query_ring import RingLayout
-from vase_vllm.policies import rkv, triattention
+from vase_vllm.policies import triattention
 from vase_vllm.policies.query_statistics import QueryStatistics
 from vase_vllm.policies.registry import policy_names
 from vase_vllm.policies.rkv import RKVPolicy
@@ -34,7 +34,7 @@ def watched(monkeypatch):
         evictor._KEYS_TOGETHER,
         pages._VALUES_TOGETHER,
         torch_eviction._LOGITS_TOGETHER,
-        rkv._KEYS_TOGETHER,
+        torch_distinctness._KEYS_TOGETHER,
     ):
         monkeypatch.setitem(at_once, "meta", at_once["cuda"])
     own = statistics()

@@ -1,4 +1,4 @@
-"""Keeps the tokens whose values the text around them does not have."""
+"""Keeps the tokens whose keys and values the text around them does not have."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
-from vase_vllm.kernels.torch_distinctness import distinctness
+from vase_vllm.kernels.torch_distinctness import similarity_to, value_distinctness
 from vase_vllm.kernels.torch_eviction import vase_priority
 from vase_vllm.policies.candidates import Candidates
 from vase_vllm.policies.protecting import ProtectingPolicy
@@ -17,12 +17,13 @@ class DistinctPolicy(ProtectingPolicy):
     """Keeps the tokens that are least like the text around them, then the most attended ones.
 
     What resembles the rest of a text can be lost without much harm; a fact that is stated once
-    cannot. ``protected`` tokens are kept for the product of two numbers: the value range (VaSE's),
-    and the whitened length of the value beside the window's values. The rest are kept for the
-    attention that the window pays them. Nothing is drawn.
+    cannot. ``protected`` tokens are kept for the product of three numbers: 1 less the mean cosine
+    similarity of the key to the window's keys, the value range (VaSE's), and the whitened length of
+    the value beside the window's values. The rest are kept for the attention that the window pays
+    them. Nothing is drawn.
 
-    The values are compared with the window's because the window is a fair sample of the text. The
-    candidates are not: they have survived for being distinct.
+    Keys and values are compared with the window's because the window is a fair sample of the text.
+    The candidates are not: they have survived for being distinct.
 
     Operations for n candidates of one KV head of size D, multiplications and additions counted
     apart: 2 W n D + 2 W^2 D for the whitening, beside the 2 G W n D of the attention.
@@ -31,7 +32,7 @@ class DistinctPolicy(ProtectingPolicy):
     name: ClassVar[str] = "distinct"
 
     protected: int | float = Field(default=0.375, ge=0)
-    """Tokens kept for their distinct values: a fraction of the budget, or a count. The
+    """Tokens kept for their distinct keys and values: a fraction of the budget, or a count. The
     sinks are among them."""
     ridge: float = Field(default=0.1, ge=1e-4, le=1e4)
     """How much a value counts in directions that the window's values do not have: the larger, the
@@ -73,7 +74,9 @@ class DistinctPolicy(ProtectingPolicy):
     def _priority(self, candidates: Candidates, attention: torch.Tensor) -> torch.Tensor:
         """The protected tokens, then the largest ``attention``: [H, n]."""
         limits = candidates.limits
-        unlike = candidates.of_values(distinctness(candidates.window_values, self.ridge))
+        of_values = value_distinctness(candidates.window_values, self.ridge)
+        similarity = similarity_to(candidates.window_keys, candidates.keys)
+        unlike = (1 - similarity) * candidates.of_values(of_values)
         return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters:

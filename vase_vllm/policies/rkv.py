@@ -5,11 +5,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from vase_vllm.kernels.torch_distinctness import LEAST_LENGTH, key_lengths
 from vase_vllm.policies.base import AttentionPolicy
 from vase_vllm.policies.candidates import Candidates
-
-_KEYS_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}
-"""Numbers in the keys that are compared at once, by device: 2 and 128 MiB of fp32."""
 
 
 class RKVPolicy(AttentionPolicy):
@@ -44,15 +42,10 @@ def mean_similarity(keys: torch.Tensor) -> torch.Tensor:
     Returns:
         [H, n] fp32.
     """
-    num_together = max(1, _KEYS_TOGETHER[keys.device.type] // keys[0].numel())
-    return torch.cat([_mean_similarity(heads) for heads in keys.split(num_together)])
-
-
-def _mean_similarity(keys: torch.Tensor) -> torch.Tensor:
-    # A fifth of the time of norm(dim=1). The sum and the products with it are matrix products with
-    # one row each, so that unit vectors are never written.
-    length = (keys * keys).sum(dim=1).sqrt()
-    scale = 1 / (length + 1e-8)
+    # The sum and the products with it are matrix products with one row each, so that unit vectors
+    # are never written.
+    length = key_lengths(keys)
+    scale = 1 / (length + LEAST_LENGTH)
     total = scale[:, None] @ keys.transpose(-1, -2)
     to_all = (total @ keys)[:, 0] * scale
     to_itself = (length * scale).square()
