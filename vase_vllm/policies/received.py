@@ -19,13 +19,16 @@ def received_attention(candidates: Candidates, temperature: float = 1.0) -> torc
     # The query at position p is ring entry p mod W: rolled, they come in order of position.
     queries = candidates.queries.unflatten(1, (window, -1)).roll(-candidates.position % window, 1)
     age = torch.arange(window, device=device)
-    is_later = torch.zeros(window, 1, keys.shape[-1], dtype=torch.bool, device=device)
-    is_later[:, 0, -window:] = age[None, :] > age[:, None]
+    is_later = (age[None, :] > age[:, None])[:, None]
     scale = candidates.scale / temperature
     received = queries.new_empty(len(keys), keys.shape[-1])
-    for head, (of_head, to) in enumerate(zip(queries, keys, strict=True)):
-        logits = (of_head @ to).mul_(scale).masked_fill_(is_later, -torch.inf)
-        received[head] = logits.softmax(dim=-1).sum(dim=(0, 1))
+    # Head by head in one buffer, which is written in place; all queries see all candidates.
+    logits = queries.new_empty(*queries.shape[1:3], keys.shape[-1])
+    by_query = logits.flatten(0, 1)
+    for of_head, to, total in zip(queries.flatten(1, 2), keys, received, strict=True):
+        torch.addmm(by_query, of_head, to, beta=0, alpha=scale, out=by_query)
+        logits[..., -window:].masked_fill_(is_later, -torch.inf)
+        torch.sum(torch.softmax(by_query, dim=-1, out=by_query), dim=0, out=total)
     return received
 
 

@@ -21,8 +21,8 @@ At = tuple[torch.Tensor, torch.Tensor]
 """Where tokens lie: (block, token in the block), each [n] int64."""
 ReadHalf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Reads the keys, or the values, of blocks of a layer's cache: see :class:`PageLayout`."""
-_VALUES_TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Numbers in the values that are read at once, by device: 4 and 128 MiB of fp32."""
+_VALUES_TOGETHER = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Numbers in the values that are read at once, by device: 2 and 128 MiB of fp32."""
 
 
 @dataclass(frozen=True)
