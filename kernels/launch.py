@@ -186,11 +186,12 @@ def value_tile(key_tile: int, num_chunks: int) -> int:
 def distinctness_tile(
     window: int, head_size: int, element_size: int, limits: DeviceLimits
 ) -> DistinctnessTile:
-    """The largest tiles of a whitening's basis and of V that fit beside each other.
+    """The largest tiles of a whitening's basis, of K and of V that fit beside each other.
 
-    There are two of each: the basis has two parts, or is read anew for each tile of an fp32 V, and
-    one tile of V is on its way. V is read once for each tile of the basis, which has all rows of a
-    window of 64 at once for every GPU up to D = 128.
+    The basis has two parts, or is read anew for each tile of an fp32 V, and two tiles of K and of V
+    are on their way. K and V are read once for each tile of the basis, which has all rows of a
+    window of 64 at once for every GPU up to D = 128. Smaller tiles of K and V let a second program
+    share the SM.
 
     Args:
         window: W, the rows of the basis.
@@ -202,11 +203,20 @@ def distinctness_tile(
     # Products in fp32 run on the FMA units, whose operands are registers.
     largest = 32 if element_size == 4 else 64
     rows, keys = min(largest, padded_window(window)), largest
-    while 2 * (rows + keys) * padded * element_size + 2048 > limits.shared_memory:
-        if keys > 32 or rows == 16:
-            keys //= 2
-        else:
-            rows //= 2
+
+    def fits(programs: int) -> bool:
+        needed = (2 * rows + 4 * keys) * padded * element_size + 2048
+        return programs * needed <= limits.shared_memory
+
+    if not fits(programs=2):
+        keys = 32
+    if not fits(programs=2):
+        keys = largest
+        while not fits(programs=1):
+            if keys > 32 or rows == 16:
+                keys //= 2
+            else:
+                rows //= 2
     return DistinctnessTile(rows, keys, 8 if padded > 128 or element_size == 4 else 4)
 
 

@@ -216,7 +216,10 @@ def unit_of(of: Vectors) -> Vectors:
 
 unit_centred_keys, unit_centred_values = unit_of(centred(keys)), unit_of(centred(values))
 range_, unlike, novelty = range_of_value, unlike_the_mean, novelty_with(0.1)
+# As the policy was when the rules with its name were tried: keys beside all candidates' keys.
 distinct, expected = product(unlike, range_, novelty), score("expected")
+root_of_novelty = square_root(novelty)
+by_all_keys = product(unlike, range_, root_of_novelty)
 quarter_range = (range_, 0.25)
 of_both = leverage_of(joint)
 of_unit_keys = leverage_of(unit_of(keys))
@@ -290,6 +293,10 @@ OTHERS: dict[str, Rule] = {
     "unlike * range .5": parts([(product(unlike, range_), 0.5)]),
     "unlike^2 * range .375": parts([(product(unlike, unlike, range_), 0.375)]),
     "unlike * norm .375": parts([(product(unlike, norm_of_value), 0.375)]),
+    "distinct by all keys": parts([(by_all_keys, 0.375)]),
+    "distinct by all keys .25": parts([(by_all_keys, 0.25)]),
+    "distinct by all keys .5": parts([(by_all_keys, 0.5)]),
+    "distinct by no keys": parts([(product(range_, root_of_novelty), 0.375)]),
     "novelty .25": parts([(novelty, 0.25)]),
     "novelty .375": parts([(novelty, 0.375)]),
     "novelty .375, ridge 1": parts([(novelty_with(1.0), 0.375)]),
@@ -307,7 +314,7 @@ OTHERS: dict[str, Rule] = {
     "distinct 0.375, then expected without norms": parts(
         [(distinct, 0.375)], score("expected", value_norm=False)
     ),
-    "unlike * root of novelty .4375": parts([(product(unlike, square_root(novelty)), 0.4375)]),
+    "unlike * root of novelty .4375": parts([(product(unlike, root_of_novelty), 0.4375)]),
 }
 REMEMBERING: dict[str, Rule] = {
     "received": remembering([]),

@@ -34,6 +34,9 @@ def predict_scoring(
     if launch.kernel is candidate_scores:
         # Every chunk of the query rows reads K, and all of them together may read V.
         num_bytes *= len(same) + (arguments["VALUE_TILE"] > 0)
+    elif launch.kernel is token_distinctness:
+        # Keys and values, for each tile of the basis.
+        num_bytes *= 2 * len(same)
     operations = 2 * rows_multiplied(launch) * arguments["KEY_TILE"] * arguments["HEAD_SIZE"]
     cost = LoopCost(
         num_programs=sum(other.num_programs for other in same),

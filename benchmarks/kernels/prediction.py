@@ -31,9 +31,9 @@ for one sequence of Qwen3-8B at budget 4096, predicted from the machine code of 
               candidate_scores      268       280     4 % too short
               select_and_move        45        45
               in all                570       541     5 % too long
-    distinct  row_statistics        257       214    20 % too long
+    distinct  row_statistics        257       214    20 % too long; as its kernels were then:
               candidate_scores      283       308     8 % too short
-              token_distinctness    112       122     9 % too short
+              value_distinctness    112       122     9 % too short
               select_and_move        37        36
 
 With 1 to 8 splits of a head in place of 4, and with two sequences, the scoring's prediction is as
