@@ -144,7 +144,10 @@ def test_another_wheel_of_the_same_name_is_refused(no_registry, tmp_path, capfd,
 def test_nothing_survives_a_signal(number, tmp_path):
     (tmp_path / "fake" / "pip").mkdir(parents=True)
     (tmp_path / "fake" / "pip" / "__init__.py").touch()
-    (tmp_path / "fake" / "pip" / "__main__.py").write_text("import time; time.sleep(600)")
+    # A signal in the middle of the fork would end the parent before it knows of the child.
+    started = tmp_path / "started"
+    pip = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(600)"
+    (tmp_path / "fake" / "pip" / "__main__.py").write_text(pip)
     program = """
         import signal, sys
         # Whoever runs the tests in the background has it ignored.
@@ -158,9 +161,11 @@ def test_nothing_survives_a_signal(number, tmp_path):
         command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL
     ) as process:
         try:
-            while not (pips := psutil.Process(process.pid).children()):
+            while not started.exists():
                 assert process.poll() is None
                 time.sleep(0.05)
+            pips = psutil.Process(process.pid).children()
+            assert pips
             process.send_signal(number)
             assert process.wait(60) != 0
         finally:
