@@ -148,7 +148,7 @@ def token_distinctness(
             tl.store(ordered + out + slots, bits.to(tl.int32, bitcast=True), mask=live)
 
 
-def value_launches(
+def token_launches(
     num_programs: int,
     arguments: dict[str, Any],
     scratch: dict[str, torch.Tensor],

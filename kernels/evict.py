@@ -45,7 +45,7 @@ from vase_vllm.kernels.checks import (
     check_slot_priority,
     check_tensor,
 )
-from vase_vllm.kernels.distinctness import value_launches
+from vase_vllm.kernels.distinctness import token_launches
 from vase_vllm.kernels.launch import (
     DeviceLimits,
     Launch,
@@ -238,7 +238,7 @@ class PagedEviction:
                 yield from remember_launches(num, part, scoring, scratch, parameters)
             if self._by_distinctness:
                 yield whitening_launch(num, part, scratch, parameters.ridge)
-                yield from value_launches(num * num_splits, part | streaming, scratch, limits)
+                yield from token_launches(num * num_splits, part | streaming, scratch, limits)
             yield Launch(select_and_move, num, part | selecting)
 
     @property

@@ -1,4 +1,6 @@
-"""The whitening of a window's values, which ``distinctness.py`` measures the others with.
+"""What of a window's keys and values ``distinctness.py`` measures the others with.
+
+The keys' part is m, the mean of the window's unit keys. The values' part is their whitening.
 
 Per head, with the values of the window as the rows of Y [W, D], and r, which is ``ridge`` times the
 mean eigenvalue of ``Y^T Y``::
