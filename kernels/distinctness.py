@@ -167,7 +167,8 @@ def token_launches(
     own = dict(ROW_TILE=tile.rows, KEY_TILE=tile.keys, num_warps=tile.num_warps, maxnreg=255)
     parts = some(scratch, "key_means", "bases", "floors", "ordered")
     for chunk in range(cdiv(window, tile.rows)):
-        yield Launch(token_distinctness, num_programs, arguments | parts | own | dict(chunk=chunk))
+        of_chunk = arguments | parts | own | dict(chunk=chunk)
+        yield Launch(token_distinctness, num_programs, of_chunk, needs_beside=chunk == 0)
 
 
 def element_size(arguments: dict[str, Any]) -> int:

@@ -224,6 +224,8 @@ class PagedEviction:
         for offset in range(0, self._num_tasks, plan.tasks_per_launch):
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
+            if self._by_distinctness:
+                yield whitening_launch(num, part, scratch, parameters.ridge)
             if self._scores_attention:
                 yield Launch(row_statistics, num * num_chunks * num_splits, part | scoring)
             for chunk in range(num_chunks):
@@ -237,7 +239,6 @@ class PagedEviction:
             if parameters.memory:
                 yield from remember_launches(num, part, scoring, scratch, parameters)
             if self._by_distinctness:
-                yield whitening_launch(num, part, scratch, parameters.ridge)
                 yield from token_launches(num * num_splits, part | streaming, scratch, limits)
             yield Launch(select_and_move, num, part | selecting)
 

@@ -9,7 +9,6 @@ budget 4096, and with its start 198 tile times; 4 splits take 162, and 140 would
 """
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -100,11 +99,19 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, the number of its programs, and its arguments by name."""
+    """A kernel, the number of its programs, and its arguments by name.
+
+    Attributes:
+        is_beside: whether it may run beside the launches that follow it, up to the first that
+            ``needs_beside``: it writes nothing that those in between touch.
+        needs_beside: whether it reads what a launch beside has written.
+    """
 
     kernel: Any
     num_programs: int
     arguments: dict[str, Any]
+    is_beside: bool = False
+    needs_beside: bool = False
 
     def run(self) -> None:
         """Launch the kernel on torch's current device."""
@@ -112,10 +119,37 @@ class Launch:
 
 
 def run_launches(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run launches in order on a device."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    """Run launches in order on a device; on a GPU those that may run beside others do.
+
+    A later launch of torch's current stream runs after all of them if after each launch beside
+    there is one that needs it.
+    """
+    if device.type != "cuda":
         for launch in launches:
             launch.run()
+        return
+    with torch.cuda.device(device):
+        for launch in launches:
+            if launch.is_beside:
+                # Not before what came so far: the parts of an eviction share their scratch memory.
+                beside = side_stream(device)
+                beside.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(beside):
+                    launch.run()
+                continue
+            if launch.needs_beside:
+                torch.cuda.current_stream().wait_stream(side_stream(device))
+            launch.run()
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU's launches beside others.
+
+    Their programs go first: they are few and wait for memory and for one another most of the time,
+    which the others fill.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @lru_cache

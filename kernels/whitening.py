@@ -135,7 +135,7 @@ def window_whitening(
 def whitening_launch(
     num_tasks: int, arguments: dict[str, Any], scratch: dict[str, torch.Tensor], ridge: float
 ) -> Launch:
-    """The launch of ``window_whitening``.
+    """The launch of ``window_whitening``, which may run beside the scoring of attention.
 
     Args:
         num_tasks: heads.
@@ -146,6 +146,5 @@ def whitening_launch(
     # A warp that is alone waits for no other; two parts are 128 of its registers.
     part = 2048 // triton.next_power_of_2(arguments["HEAD_SIZE"])
     own = dict(ridge=ridge, PART=min(part, MAX_PART), num_warps=1, maxnreg=255)
-    return Launch(
-        window_whitening, num_tasks, arguments | some(scratch, "key_means", "bases", "floors") | own
-    )
+    arguments = arguments | some(scratch, "key_means", "bases", "floors") | own
+    return Launch(window_whitening, num_tasks, arguments, is_beside=True)

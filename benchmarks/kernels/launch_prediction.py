@@ -80,12 +80,16 @@ def predict_parts(policy: str, launch: Launch, code: MachineCode, row: Row, gpu:
         parts = selection_parts(code, launch.arguments, BUDGET, launch.num_programs)
     else:
         parts = whitening_parts(code, launch.arguments)
-    fit = launch.num_programs, row.warps, row.programs, gpu
+    num = launch.num_programs
+    if launch.is_beside:
+        times = [part.microseconds_beside(num, row.warps, gpu) for part in parts]
+    else:
+        times = [part.microseconds(num, row.warps, row.programs, gpu) for part in parts]
     return Prediction(
         row.arch,
         gpu.name,
         policy,
         row.kernel,
-        sum(part.microseconds(*fit) for part in parts),
+        sum(times),
         tuple((part.name, part.rounds, part.issued) for part in parts),
     )

@@ -21,7 +21,9 @@ issue::
     max(P * busy, busy + loads * LATENCY + barriers * BARRIER)        cycles
 
 P is the number of programs on the SM that has most of them: of 288 heads on the 132 SMs of an H200
-some SMs have three, and the others, which have two, wait for them.
+some SMs have three, and the others, which have two, wait for them. ``window_whitening`` runs beside
+``row_statistics``, which takes longer: its waits are filled by the other, and it takes what it
+issues, spread over all SMs.
 
 Compared with one GPU, an H200 on 2026-11-26, where Triton 3.6 compiled the kernels: microseconds
 for one sequence of Qwen3-8B at budget 4096, predicted from the machine code of Triton 3.9::
@@ -42,8 +44,8 @@ too long. The sum, BARRIER and BANDWIDTH_SHARE were chosen after these measureme
 the three in place of their sum gave half of what was measured. No other GPU's prediction has been
 compared with anything.
 
-``window_whitening`` has not been timed: of its predicted time half are BARRIERs, which were chosen
-for programs of four warps, and it has one.
+``window_whitening`` has not been timed, alone or beside others: alone it would take 86 us by this,
+of which half are BARRIERs, which were chosen for programs of four warps, and it has one.
 
 What is not counted: starting programs, bank conflicts, the barriers of the scoring, and the values
 that ``candidate_scores`` reads beside its keys but for their instructions.
@@ -200,3 +202,8 @@ class Part:
         waiting = self.loads * LATENCY + self.barriers * BARRIER
         cycles = waves * self.rounds * max(together * busy, alone + waiting)
         return 1e6 * max(cycles / gpu.clock, self.num_bytes / gpu.reached_bandwidth)
+
+    def microseconds_beside(self, num_programs: int, num_warps: int, gpu: Gpu) -> float:
+        """What a launch of so many programs takes of another that runs longer beside it."""
+        num_issued = num_programs * num_warps * self.rounds * self.issued
+        return 1e6 * num_issued / (NUM_SCHEDULERS * gpu.num_sms) / gpu.clock

@@ -138,6 +138,15 @@ def test_the_parts_of_a_program_wait_for_loads_and_barriers_or_for_other_program
     assert moving.microseconds(300, 4, 4, gpu) == pytest.approx(1e6)
 
 
+def test_a_launch_beside_another_takes_what_it_issues():
+    gpu = GPUS[90]
+    part = Part("", rounds=10, issued=1000, loads=1, barriers=2)
+    # On all SMs alike, however many programs that is for each; its waits are the other's time.
+    beside = part.microseconds_beside(288, num_warps=1, gpu=gpu)
+    assert beside == pytest.approx(10 * 1000 * 288 / 132 / 4 / gpu.clock * 1e6)
+    assert beside < part.microseconds(288, num_warps=1, programs_per_sm=8, gpu=gpu)
+
+
 def code_of(*names: str, loops: list[tuple[int, int]]) -> MachineCode:
     """Instructions of these names, of which some jump back: to the first from the second."""
     jumps = {end: begin for begin, end in loops}

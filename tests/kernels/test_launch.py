@@ -1,25 +1,31 @@
 """How an eviction is divided into programs; which arguments are rejected."""
 
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vase_vllm.kernels import checks
+from vase_vllm.kernels import checks, launch
+from vase_vllm.kernels.distinctness import token_distinctness
 from vase_vllm.kernels.evict import PagedEviction
 from vase_vllm.kernels.launch import (
     HEAD_SIZES,
     DeviceLimits,
+    Launch,
     device_limits,
     plan_launch,
+    run_launches,
     scoring_tile,
     scratch_size,
 )
 from vase_vllm.kernels.parameters import EvictionParameters
+from vase_vllm.kernels.scoring import candidate_scores, row_statistics
 from vase_vllm.kernels.scratch import SCRATCH_BYTES, HeadScratch
 from vase_vllm.kernels.selection import select_and_move
+from vase_vllm.kernels.whitening import window_whitening
 from vase_vllm.layout.arithmetic import cdiv
 
 H200 = DeviceLimits(num_sms=132, shared_memory=227 * 1024, capability=9)
@@ -249,6 +255,84 @@ def test_candidates_that_are_searched_in_registers(budget, expected):
     parameters = replace(PARAMETERS, budget=budget)
     *_, selection = PagedEviction(**arguments() | dict(parameters=parameters)).launches(H200)
     assert selection.arguments["SEARCH_TILE"] == expected
+
+
+# Launches beside others
+
+
+@dataclass
+class FakeGpu:
+    """Streams that note what is launched in them, and what waits for what.
+
+    Attributes:
+        current: name of torch's current stream.
+    """
+
+    events: list[str] = field(default_factory=list)
+    current: str = "main"
+
+    def stream_of(self, name: str) -> SimpleNamespace:
+        def wait_stream(other: SimpleNamespace) -> None:
+            self.events.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    @contextmanager
+    def in_stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def kernel(self, name: str) -> dict:
+        return {(1,): lambda: self.events.append(f"{name} in {self.current}")}
+
+
+def test_a_launch_beside_others_waits_and_is_waited_for(monkeypatch):
+    """Before it comes all that was launched before; what reads its output comes after it."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: gpu.stream_of(gpu.current))
+    monkeypatch.setattr(torch.cuda, "stream", gpu.in_stream)
+    monkeypatch.setattr(launch, "side_stream", lambda device: gpu.stream_of("side"))
+    launches = [
+        Launch(gpu.kernel("a"), 1, {}),
+        Launch(gpu.kernel("b"), 1, {}, is_beside=True),
+        Launch(gpu.kernel("c"), 1, {}),
+        Launch(gpu.kernel("d"), 1, {}, needs_beside=True),
+        Launch(gpu.kernel("e"), 1, {}),
+    ]
+    run_launches(launches, torch.device("cuda"))
+    assert gpu.events == [
+        "a in main",
+        "side waits for main",
+        "b in side",
+        "c in main",
+        "main waits for side",
+        "d in main",
+        "e in main",
+    ]
+
+
+def test_the_whitening_runs_beside_the_scoring_of_attention():
+    """In every part of an eviction, and nothing in between touches what it writes."""
+    parameters = replace(PARAMETERS, protect_by="distinctness")
+    eviction = PagedEviction(**arguments() | dict(parameters=parameters))
+    of_a_head = HeadScratch.of(parameters, group_size=2, head_size=64).num_bytes(48, num_splits=1)
+    scratch = torch.empty(of_a_head, dtype=torch.uint8)
+    whole, parts = (
+        list(replace(eviction, scratch=memory).launches(H200)) for memory in (None, scratch)
+    )
+    kernels = [window_whitening, row_statistics, candidate_scores, token_distinctness]
+    assert [one.kernel for one in whole] == [*kernels, select_and_move]
+    assert len(parts) > len(whole)
+    for number, one in enumerate(parts):
+        assert one.is_beside == (one.kernel is window_whitening)
+        assert one.needs_beside == (one.kernel is token_distinctness)
+        if one.is_beside:
+            written = {one.arguments[name].data_ptr() for name in ("key_means", "bases", "floors")}
+            for between in parts[number + 1 : number + 3]:
+                tensors = [x for x in between.arguments.values() if isinstance(x, torch.Tensor)]
+                assert not written & {tensor.data_ptr() for tensor in tensors}
 
 
 def test_nothing_due_is_nothing_launched():

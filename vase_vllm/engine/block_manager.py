@@ -61,8 +61,11 @@ class EvictionManager(FullAttentionManager):
     def numbers(self, request_id: str) -> SequenceNumbers:
         """What a sequence's row says of its schedule, or will say once there is one."""
         if row := self.req_to_blocks.get(request_id):
-            columns = BlockTableRow.FIRST, BlockTableRow.BUDGET, BlockTableRow.KEPT
-            return SequenceNumbers(*(row[column].block_id for column in columns))
+            return SequenceNumbers(
+                row[BlockTableRow.FIRST].block_id,
+                row[BlockTableRow.BUDGET].block_id,
+                row[BlockTableRow.KEPT].block_id,
+            )
         request = self._context.requests[request_id]
         return sequence_numbers(self._context.config, request, self._context.longest(request))
 

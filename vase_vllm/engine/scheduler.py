@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -174,7 +173,7 @@ class _EvictionMixin(Scheduler):
             for request_id in scheduler_output.num_scheduled_tokens:
                 position = self.requests[request_id].num_computed_tokens
                 first = self._manager.first_eviction(request_id)
-                if self._eviction_schedule.due(position, first):
+                if position >= first and self._eviction_schedule.due(position, first):
                     own = self._eviction_schedule.with_budget(
                         self._manager.numbers(request_id).budget
                     )
@@ -215,13 +214,13 @@ class _EvictionMixin(Scheduler):
         if stats is None:
             return None
         counted, self._statistics = self._statistics, EvictionStatistics()
-        numbers = [self._manager.numbers(request.request_id) for request in self.running]
-        positions = np.array([r.num_computed_tokens for r in self.running], dtype=np.int64)
-        first, budget, _ = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
-        held = self._eviction_schedule.slots(positions - 1, first, budget) + 1
-        counted.held_tokens = int(held.sum())
-        counted.logical_tokens = int(positions.sum())
-        counted.evicting_requests = int((positions > first).sum())
+        # A loop over few requests takes a tenth of what numpy does, and over thousands no longer.
+        for request in self.running:
+            position = request.num_computed_tokens
+            first, budget, _ = self._manager.numbers(request.request_id)
+            counted.held_tokens += self._eviction_schedule.slots(position - 1, first, budget) + 1
+            counted.logical_tokens += position
+            counted.evicting_requests += position > first
         counted.outstanding_blocks = sum(manager.num_outstanding for manager in self._managers)
         counted.released_blocks = sum(manager.take_num_released() for manager in self._managers)
         counted.put_into(stats)

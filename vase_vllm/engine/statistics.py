@@ -4,11 +4,12 @@ When a sequence evicts follows from its position, so the scheduler counts withou
 workers, while requests run, and also for those that are aborted or recomputed.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from vllm.v1.metrics.stats import SchedulerStats
 
 _PREFIX = "vase_vllm:"
+_SENT = "vase_vllm"
 
 
 @dataclass
@@ -62,17 +63,20 @@ class EvictionStatistics:
         """Send it with what vLLM's scheduler reports of a step.
 
         ``SchedulerStats`` has no room for a plugin's numbers. One of its fields takes any name and
-        number, and is empty without a KV connector, which eviction does not support.
+        number, and is empty without a KV connector, which eviction does not support. Most numbers
+        of most steps are 0, and left out.
         """
-        for field in fields(self):
-            name = _PREFIX + field.name
-            stats.num_kv_fetch_reqs_by_stage[name] = getattr(self, field.name)
+        sent = stats.num_kv_fetch_reqs_by_stage
+        sent[_SENT] = 1
+        for name, number in vars(self).items():
+            if number:
+                sent[_PREFIX + name] = number
 
     @classmethod
     def take_from(cls, stats: SchedulerStats) -> "EvictionStatistics | None":
         """Take it out again, before vLLM's own loggers see it; None where there is none."""
         sent = stats.num_kv_fetch_reqs_by_stage
-        names = [field.name for field in fields(cls)]
-        if _PREFIX + names[0] not in sent:
+        if sent.pop(_SENT, None) is None:
             return None
-        return cls(**{name: sent.pop(_PREFIX + name) for name in names})
+        names = [name for name in sent if name.startswith(_PREFIX)]
+        return cls(**{name.removeprefix(_PREFIX): sent.pop(name) for name in names})

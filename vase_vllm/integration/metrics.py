@@ -142,7 +142,8 @@ class EvictionStatLogger(AggregateStatLoggerBase):
         if statistics is None:
             return
         for field, counters in self._counters.items():
-            counters[engine_idx].inc(getattr(statistics, field))
+            if number := getattr(statistics, field):
+                counters[engine_idx].inc(number)
         for name, gauges in self._gauges.items():
             gauges[engine_idx].set(getattr(statistics, name))
         if statistics.eviction_microseconds and self._step_times:

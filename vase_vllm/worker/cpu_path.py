@@ -34,6 +34,7 @@ class CPUPath:
             layer.impl.scale,
             context.kv_heads(spec.num_kv_heads),
         )
+        self._no_write = TorchRingWrite.nothing(self.ring)
 
     def prepare(self, common: CommonAttentionMetadata, capturing: bool) -> PreparedStep:
         """Evict from the due sequences, rewrite the slot mapping in place, find the lengths.
@@ -56,7 +57,7 @@ class CPUPath:
             # No eviction is near: tokens lie in the slots of their positions, no query is stored.
             self._write_slots(slot_mapping, rows, token_rows, positions)
             num_cached = seq_lens
-            ring_write = TorchRingWrite.nothing(self.ring)
+            ring_write = self._no_write
         else:
             self._evict(block_table, first, seq_lens - query_lens, query_lens)
             token_first = first[token_rows]

@@ -36,6 +36,9 @@ def prepare_to_rewind(model_runner: Any) -> None:
         model_runner: vLLM's V1, on a CPU.
     """
     batch = model_runner.input_batch
+    if not batch.generators:
+        # As in nearly every step.
+        return
     dropped = np.flatnonzero(model_runner.discard_request_mask.np[: batch.num_reqs])
     for index in dropped.tolist():
         generator = batch.generators.get(index)
