@@ -34,7 +34,7 @@ os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from rich.table import Table
 from transformers import Qwen3Config
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -101,36 +101,40 @@ def make_config(case: Case, directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def make_engine(directory: Path, eviction: dict[str, Any] | None) -> LLM:
+def make_engine(case: Case, directory: Path, eviction: dict[str, Any] | None) -> LLM:
     """An in-process engine that does one thing at a time and can be stepped by hand."""
     return LLM(
         str(directory),
         load_format="dummy",
+        # Else vLLM loads fp32 weights as bf16.
+        dtype=case.model["dtype"],
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=4096,
         kv_cache_memory_bytes=1 << 30,
         max_num_batched_tokens=4096,
-        disable_log_stats=True,
+        # As in a server.
+        disable_log_stats=False,
         additional_config={"kv_eviction": eviction} if eviction else {},
     )
 
 
 def fill(llm: LLM, prompt_lengths: list[int]) -> None:
-    """Queue one long request for each length and run the prefill of all prompts."""
+    """Start one long request for each length and run the prefill of all prompts.
+
+    They are the beginnings of the longest, which is computed first: the others find most of theirs
+    in the prefix cache. Layers as large as those of Qwen3-8B would take half an hour for them.
+    """
     params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True, detokenize=False)
-    for index, length in enumerate(prompt_lengths):
-        prompt = [(7 * index + 31 * position) % 4000 for position in range(length)]
-        llm.llm_engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), params)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    with Progress(transient=True) as progress:
-        task = progress.add_task("prefill", total=sum(prompt_lengths))
+    shared = [31 * position % 4000 for position in range(max(prompt_lengths))]
+    longest_first = sorted(enumerate(prompt_lengths), key=lambda item: -item[1])
+    for some in track((longest_first[:1], longest_first[1:]), "prefill", transient=True):
+        for index, length in some:
+            prompt = TokensPrompt(prompt_token_ids=[*shared[: length - 1], 4000 + index])
+            llm.llm_engine.add_request(str(index), prompt, params)
         while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
             llm.llm_engine.step()
-            done = sum(
-                min(r.num_computed_tokens, r.num_prompt_tokens) for r in scheduler.requests.values()
-            )
-            progress.update(task, completed=done)
 
 
 def clear(llm: LLM, batch: int) -> None:
@@ -249,9 +253,9 @@ def measure(case: Case) -> dict[str, Any]:
     """Both costs of a case."""
     with tempfile.TemporaryDirectory() as directory:
         make_config(case, Path(directory))
-        evicting = make_engine(Path(directory), {"budget": case.budget, "window": WINDOW})
+        evicting = make_engine(case, Path(directory), {"budget": case.budget, "window": WINDOW})
         evictions = measure_evictions(evicting, case)
-        full = make_engine(Path(directory), None)
+        full = make_engine(case, Path(directory), None)
         wrapper = measure_wrapper(full, evicting, case.batch)
     for llm in (full, evicting):
         llm.llm_engine.engine_core.shutdown()

@@ -50,6 +50,8 @@ def serve_arguments(suite: Suite, workload: Workload, policy: Policy, shard: Sha
     """Arguments of ``vllm serve``, beside those that load the model."""
     arguments = ["--max-model-len", str(workload.max_model_len)]
     arguments += ["--block-size", str(suite.block_size)]
+    if suite.dtype != "auto":
+        arguments += ["--dtype", suite.dtype]
     if workload.kv_tokens is not None:
         num_bytes = kv_memory_bytes(workload.kv_tokens, shard, suite.block_size)
         arguments += ["--kv-cache-memory-bytes", str(num_bytes)]
@@ -174,7 +176,7 @@ def service(
         RuntimeError: it does not start.
         RunFailedError: its settings are not right, or the warm-up failed.
     """
-    shard = Shard(read_model_shape(str(model))[0])
+    shard = Shard(read_model_shape(str(model), suite.dtype)[0])
     arguments = [*load_arguments, *serve_arguments(suite, workload, policy, shard)]
     with running_server(model, arguments, start_timeout) as server:
         settings = settings_in_effect(server)

@@ -18,6 +18,7 @@ class Suite:
         model: arguments of ``make_tiny_model``, or the directory of a model's config, which is
             served with dummy weights (``--load-format dummy``).
         block_size: token slots of a KV cache block.
+        dtype: of the weights and the KV cache, as ``vllm serve --dtype`` takes it.
         config_changes: of that config.
         environment: of the servers.
         arguments: of ``vllm serve``, for all policies.
@@ -30,6 +31,7 @@ class Suite:
     policies: tuple[Policy, ...]
     workloads: tuple[Workload, ...]
     block_size: int
+    dtype: str = "auto"
     config_changes: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
@@ -246,6 +248,28 @@ def sweep(
     )
 
 
+# Layers with next to no weights, and 4 KB of KV cache for each token in each, in fp32: what is done
+# for each sequence and layer takes more of a step than where four query heads share a KV head.
+SMALL_LAYERS = {
+    "layers": 4,
+    "hidden_size": 512,
+    "query_heads": 8,
+    "kv_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 1024,
+    "dtype": "float32",
+}
+ALIKE = Workload(
+    "alike",
+    "24 long outputs of one length in KV memory for four of them",
+    kv_tokens=4 * 4032,
+    max_model_len=4064,
+    num_requests=24,
+    concurrency=24,
+    input_len=32,
+    output_len=4000,
+    rounds=1,
+)
 GPU_POLICIES = budget_policies(2048, 4096, 6144)
 TINY = {
     "vocab_size": 512,
@@ -272,6 +296,15 @@ SUITES = {
         ),
         workloads=(*CPU_WORKLOADS, AGENTS, MIXED, MIXED_OPT_OUT),
         block_size=32,
+        environment=ONE_THREAD | KEEP_ALIVE,
+    ),
+    "small-layers": Suite(
+        model=SMALL_LAYERS,
+        policies=budget_policies(512),
+        workloads=(ALIKE,),
+        block_size=32,
+        # Else vLLM loads fp32 weights as bf16.
+        dtype="float32",
         environment=ONE_THREAD | KEEP_ALIVE,
     ),
     # KV memory on a GPU of 80 GB: 48 GB (147,456 bytes a token) beside the 16 GB of Qwen3-8B's
