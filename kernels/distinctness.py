@@ -10,7 +10,7 @@ is ``ridge`` times the mean eigenvalue of ``Y^T Y``:
 ``torch_distinctness.py`` is the same in plain torch, and says where it comes from.
 
 1. ``row_statistics`` as ever; ``candidate_scores`` leaves V alone.
-2. ``window_whitening`` makes m, B and r, see ``whitening.py``.
+2. ``window_whitening`` makes m, B and r beside these, see ``whitening.py``.
 3. ``token_distinctness``: reads K and V, multiplies V with B on tensor cores, and writes the
    distinctness in the place of the value range.
 
