@@ -74,7 +74,7 @@ def main() -> None:
         "--rules",
         nargs="+",
         default=sorted(RULES),
-        help="of rules.py, or policies with settings, as in rkv:lambda=0.3",
+        help="of rules.py, its groups, or policies with settings, as in rkv:lambda=0.3",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON; a page lies beside it")
     args = parser.parse_args()

@@ -204,7 +204,7 @@ def main() -> None:
         "--rules",
         nargs="+",
         default=sorted(RULES),
-        help="of rules.py, or policies with settings, as in rkv:lambda=0.3",
+        help="of rules.py, its groups, or policies with settings, as in rkv:lambda=0.3",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="JSON file; its page lies beside it"

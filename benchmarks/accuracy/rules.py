@@ -1,7 +1,7 @@
 """Rules of eviction that were tried, by name: the policies of the product, and others.
 
-A score is a function of the candidates, [H, n], of which the largest are kept. A rule is made of
-scores: parts of the budget go to the largest of one after the other, the rest to the last.
+A rule is made of scores: parts of the budget go to the largest of one after the other, the rest to
+the last.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,133 +10,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from benchmarks.accuracy.scores import (
+    Score,
+    attention,
+    attention_less_redundancy,
+    attention_of,
+    by_strata,
+    centred,
+    distinctness,
+    joint,
+    keys,
+    leverage_of,
+    newest,
+    norm_of_value,
+    novelty_with,
+    pair_norms_and_values,
+    product,
+    range_of_value,
+    rare,
+    square_root,
+    surprise_of,
+    unit_of,
+    unlike_the_mean,
+    values,
+)
 from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_place
-from benchmarks.accuracy.teacher_forcing import Rule
-from vase_vllm.kernels.torch_distinctness import whitened_length
-from vase_vllm.kernels.torch_eviction import largest, value_range
-from vase_vllm.policies.candidates import Candidates
+from benchmarks.accuracy.teacher_forcing import Rule, TextCandidates
+from vase_vllm.kernels.torch_eviction import largest
 from vase_vllm.policies.received import mean_received_attention
 from vase_vllm.policies.registry import find_policy
-from vase_vllm.policies.rkv import mean_similarity
 from vase_vllm.tools.policy_label import parse_policy_label
 
-Score = Callable[[Candidates], Tensor]
-Vectors = Callable[[Candidates], Tensor]
-"""[H, D, n]."""
+Part = float | Callable[[float], float]
+"""Of the budget, or by the depth of the layer."""
 
-
-# What tokens are compared by
-
-
-def keys(c: Candidates) -> Tensor:
-    return c.keys
-
-
-def values(c: Candidates) -> Tensor:
-    return c.values.transpose(-1, -2)
-
-
-def centred(of: Vectors) -> Vectors:
-    """Less their mean over the candidates."""
-    return lambda c: of(c) - of(c).mean(dim=-1, keepdim=True)
-
-
-def unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-8)
-
-
-def joint(c: Candidates) -> Tensor:
-    """Key and value, each centred and of norm 1, one after the other."""
-    return torch.cat([unit(centred(keys)(c)), unit(centred(values)(c))], dim=1)
-
-
-def pair_norms_and_values(c: Candidates) -> Tensor:
-    """As :func:`joint`, of the norms of the pairs that RoPE rotates, the same at every position."""
-    norms = centred(lambda c: torch.hypot(*c.keys.chunk(2, dim=1)))
-    return torch.cat([unit(norms(c)), unit(centred(values)(c))], dim=1)
-
-
-# Scores
-
-
-def whitening(sample: Tensor, ridge: float) -> Tensor:
-    """[H, D, D], after which vectors have the policy ``distinct``'s ``whitened_length``.
-
-    It is computed from the D directions in the place of the rows of the sample, which may be many.
-
-    Args:
-        sample: [H, m, D] fp32, finite.
-    """
-    gram = sample.transpose(-1, -2) @ sample
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += (ridge * diagonal.mean(dim=-1, keepdim=True)).clamp_min(1e-8)
-    lower = torch.linalg.cholesky(gram)
-    identity = torch.eye(gram.shape[-1])
-    return torch.linalg.solve_triangular(lower, identity, upper=False).transpose(-1, -2)
-
-
-def rare(of: Vectors, neighbours: int) -> Score:
-    """Minus the mean of the largest cosine similarities to others: n^2 D operations."""
-
-    def score(c: Candidates) -> Tensor:
-        x = unit(of(c))
-        similarity = x.transpose(-1, -2) @ x
-        similarity.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
-        return -similarity.topk(neighbours, dim=-1).values.mean(dim=-1)
-
-    return score
-
-
-def leverage_of(of: Vectors, ridge: float = 0.1) -> Score:
-    """Ridge leverage scores among the candidates."""
-
-    def score(c: Candidates) -> Tensor:
-        rows = of(c).transpose(-1, -2)
-        return (rows @ whitening(rows, ridge)).square().sum(dim=-1)
-
-    return score
-
-
-def unlike_the_mean(c: Candidates) -> Tensor:
-    """1 less the mean cosine similarity of the key to the others."""
-    return 1 - mean_similarity(c.keys)
-
-
-def novelty_with(ridge: float) -> Score:
-    """Squared length of the value after the whitening of the window's values."""
-    return lambda c: whitened_length(c.window_values, ridge)(c.values).square()
-
-
-def square_root(score: Score) -> Score:
-    return lambda c: score(c).sqrt()
-
-
-def product(*scores: Score) -> Score:
-    return lambda c: torch.stack([score(c) for score in scores]).prod(dim=0)
-
-
-def attention(c: Candidates) -> Tensor:
-    return c.attention()
-
-
-def attention_less_redundancy(c: Candidates) -> Tensor:
-    """R-KV's, without smoothing."""
-    return attention(c) - torch.softmax(mean_similarity(c.keys), dim=-1)
-
-
-def range_of_value(c: Candidates) -> Tensor:
-    return c.of_values(value_range)
-
-
-def norm_of_value(c: Candidates) -> Tensor:
-    return c.of_values(lambda part: part.float().norm(dim=-1))
-
-
-# Rules
+# How scores make a rule
 
 
 def parts(
-    protected: Sequence[tuple[Score, float]], then: Score = attention, draw: bool = False
+    protected: Sequence[tuple[Score, Part]], then: Score = attention, draw: bool = False
 ) -> Rule:
     """A rule.
 
@@ -146,12 +58,13 @@ def parts(
         draw: draw the rest in proportion to it.
     """
 
-    def rule(c: Candidates, _numbers: Tensor | None) -> tuple[Tensor, None]:
+    def rule(c: TextCandidates, _numbers: Tensor | None) -> tuple[Tensor, None]:
         taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
         taken[:, : c.limits.sinks] = True
         for score, part in protected:
             left = score(c).masked_fill(taken, -torch.inf)
-            taken |= largest(left, int(part * c.limits.budget))
+            of_budget = part(c.depth) if callable(part) else part
+            taken |= largest(left, int(of_budget * c.limits.budget))
         rest = then(c)
         if draw:
             rest = rest.log() + c.draws.gumbel()
@@ -171,7 +84,7 @@ def remembering(
     """
     by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
-    def rule(c: Candidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         after = mean_received_attention(c, numbers, decay)
         rest = after[:, 0] / after[:, 1] if per_query else after[:, 0]
         taken, _ = by_parts(c, None)
@@ -188,7 +101,7 @@ def averaging(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
     """
     by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
-    def rule(c: Candidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         now = c.attention()
         after = torch.stack([now, torch.ones_like(now)], dim=1)
         if numbers is not None:
@@ -196,6 +109,24 @@ def averaging(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
         taken, _ = by_parts(c, None)
         rest = (after[:, 0] / after[:, 1]).masked_fill(taken.isinf(), torch.inf)
         return rest, pad(after, (0, c.limits.window))
+
+    return rule
+
+
+def largest_so_far(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
+    """As :func:`parts`, and the rest by the largest attention at an eviction of each token so far.
+
+    Args:
+        decay: what is left of it at each eviction.
+    """
+    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
+
+    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
+        most = c.attention()
+        if numbers is not None:
+            most = torch.maximum(most, decay * numbers[:, 0])
+        taken, _ = by_parts(c, None)
+        return most.masked_fill(taken.isinf(), torch.inf), pad(most[:, None], (0, c.limits.window))
 
     return rule
 
@@ -208,10 +139,6 @@ def policy(name: str, **settings: object) -> Rule:
 def score(name: str, **settings: object) -> Score:
     """What a policy of the product ranks by."""
     return find_policy(name)(**settings).priority
-
-
-def unit_of(of: Vectors) -> Vectors:
-    return lambda c: unit(of(c))
 
 
 unit_centred_keys, unit_centred_values = unit_of(centred(keys)), unit_of(centred(values))
@@ -340,13 +267,80 @@ REMEMBERING: dict[str, Rule] = {
     },
     "range .25, then received": remembering([quarter_range]),
 }
+protected = (distinctness, 0.375)
+SURPRISE: dict[str, Rule] = {
+    "surprise .25": parts([(surprise_of(1), 0.25)]),
+    "surprise .25, range .25": parts([(surprise_of(1), 0.25), quarter_range]),
+    "surprise of 5 tokens .25": parts([(surprise_of(5), 0.25)]),
+    "surprise of 5 tokens .25, range .25": parts([(surprise_of(5), 0.25), quarter_range]),
+    "surprise of 5 tokens .25, distinctness .25": parts(
+        [(surprise_of(5), 0.25), (distinctness, 0.25)]
+    ),
+    "surprise of 9 tokens .25, distinctness .25": parts(
+        [(surprise_of(9), 0.25), (distinctness, 0.25)]
+    ),
+    "surprise of 5 tokens .125, distinctness .375": parts([(surprise_of(5), 0.125), protected]),
+    "surprise * distinctness .375": parts([(product(surprise_of(1), distinctness), 0.375)]),
+    "surprise of 5 tokens * distinctness .375": parts(
+        [(product(surprise_of(5), distinctness), 0.375)]
+    ),
+}
+QUERIES: dict[str, Rule] = {
+    f"distinctness .375, then {queries} queries": parts([protected], attention_of(queries))
+    for queries in (16, 32, 128, 256)
+}
+BY_DEPTH: dict[str, Rule] = {
+    "distinctness .25 to .5 by depth": parts([(distinctness, lambda depth: 0.25 + depth / 4)]),
+    "distinctness .5 to .25 by depth": parts([(distinctness, lambda depth: 0.5 - depth / 4)]),
+    "distinctness .5 in the outer thirds, .125 in the middle": parts(
+        [(distinctness, lambda depth: 0.125 if 1 / 3 < depth < 2 / 3 else 0.5)]
+    ),
+    "distinctness .5 in the middle third, .3125 in the outer": parts(
+        [(distinctness, lambda depth: 0.5 if 1 / 3 < depth < 2 / 3 else 0.3125)]
+    ),
+}
+STRATA: dict[str, Rule] = {
+    "newest .125, distinctness .375": parts([(newest, 0.125), protected]),
+    "newest .25, distinctness .25": parts([(newest, 0.25), (distinctness, 0.25)]),
+    "distinctness .375, then attention by 2 strata": parts([protected], by_strata(attention, 2)),
+    "distinctness .375, then attention by 4 strata": parts([protected], by_strata(attention, 4)),
+    "distinctness by 2 strata .375": parts([(by_strata(distinctness, 2), 0.375)]),
+    "distinctness by 4 strata .375": parts([(by_strata(distinctness, 4), 0.375)]),
+}
+OTHER_RESTS: dict[str, Rule] = {
+    "distinctness .375, drawn": parts([protected], draw=True),
+    "distinctness .375, then R-KV": parts([protected], attention_less_redundancy),
+    "distinctness .375, then attention * unlike, drawn": parts(
+        [protected], product(attention, unlike), draw=True
+    ),
+    "distinctness .375, then the largest attention so far": largest_so_far([protected], 1.0),
+    "distinctness .375, then the largest attention so far, decay .9": largest_so_far(
+        [protected], 0.9
+    ),
+}
+NEIGHBOURS: dict[str, Rule] = {
+    f"rare both .25 by {neighbours} neighbours, range .25": parts(
+        [(rare(joint, neighbours), 0.25), quarter_range]
+    )
+    for neighbours in (1, 2, 16)
+}
 IN_ANOTHER_ORDER: dict[str, tuple[Rule, SlotOrder]] = {
     "vase, survivors by position": (policy("vase"), by_position),
     "vase, survivors in the authors' order": (policy("vase"), authors),
 }
-RULES = (
-    POLICIES | OTHERS | REMEMBERING | {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.items()}
-)
+GROUPS: dict[str, dict[str, Rule]] = {
+    "policies": POLICIES,
+    "others": OTHERS,
+    "remembering": REMEMBERING,
+    "surprise": SURPRISE,
+    "queries": QUERIES,
+    "by-depth": BY_DEPTH,
+    "strata": STRATA,
+    "other-rests": OTHER_RESTS,
+    "neighbours": NEIGHBOURS,
+    "orders": {name: rule for name, (rule, _) in IN_ANOTHER_ORDER.items()},
+}
+RULES = {name: rule for group in GROUPS.values() for name, rule in group.items()}
 
 
 def order_of(name: str) -> SlotOrder:
@@ -355,13 +349,19 @@ def order_of(name: str) -> SlotOrder:
 
 
 def find_rules(names: Sequence[str]) -> dict[str, Rule]:
-    """Rules by name; any other name is a policy with its settings, as in rkv:lambda=0.3.
+    """Rules by name or by the name of their group; any other name is a policy with its settings, as
+    in rkv:lambda=0.3.
 
     Raises:
         ValueError: there is no such policy, or its settings are wrong.
     """
-    found = {}
+    found: dict[str, Rule] = {}
     for name in names:
-        policy_name, settings = parse_policy_label(name)
-        found[name] = RULES.get(name) or policy(policy_name, **settings)
+        if name in GROUPS:
+            found |= GROUPS[name]
+        elif name in RULES:
+            found[name] = RULES[name]
+        else:
+            policy_name, settings = parse_policy_label(name)
+            found[name] = policy(policy_name, **settings)
     return found

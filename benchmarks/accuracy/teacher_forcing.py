@@ -7,6 +7,7 @@ they are a batch: the matrix products of all of them are one.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,28 @@ from vase_vllm.kernels.torch_eviction import largest
 from vase_vllm.policies.candidates import Candidates, DenseTokens
 from vase_vllm.policies.draws import Draws
 
-Rule = Callable[[Candidates, Tensor | None], tuple[Tensor, Tensor | None]]
+WINDOWS_OF_QUERIES = 4
+"""Of how many windows the queries are kept for rules that want more than the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCandidates(Candidates):
+    """Candidates of which more is known than an engine keeps.
+
+    Attributes:
+        positions: [H, n] int64, in the text.
+        surprise: [read] fp32, of each token of the text its negative log-likelihood in nats.
+        queries_of_text: [H, windows * W, G, D] fp32, of the newest windows, by position.
+        depth: of the layer, from 0, the first, to 1, the last.
+    """
+
+    positions: Tensor
+    surprise: Tensor
+    queries_of_text: Tensor
+    depth: float
+
+
+Rule = Callable[[TextCandidates, Tensor | None], tuple[Tensor, Tensor | None]]
 """Ranks candidates as a policy's ``rank`` does."""
 
 
@@ -125,6 +147,11 @@ class Reader:
         self.keys: list[Tensor] = [torch.empty(0)] * model.layers
         self.values: list[Tensor] = [torch.empty(0)] * model.layers
         self.queries: list[Tensor] = [torch.empty(0)] * model.layers
+        self.queries_before: list[list[Tensor]] = [[]] * model.layers
+        self.positions: list[Tensor] = [torch.empty(0)] * model.layers
+        # Before the first token nothing is known, so all are equally probable.
+        self.last_hidden = torch.zeros(1, 1, model.weights["model.norm.weight"].shape[0])
+        self.surprise = torch.empty(1, 0)
         self.numbers: list[list[Tensor | None]] = [[None] * len(rules)] * model.layers
         self.read = self.evictions = 0
 
@@ -141,9 +168,10 @@ class Reader:
         empty = torch.empty(max(1, len(self.rules)), 0)
         found = [Scores(empty, empty.bool(), empty.long())]
         for start in range(0, len(ids), chunk):
-            end = start + chunk
-            hidden = self._forward(ids[start:end])
-            found.append(self._scores(hidden, ids, start, [p for p in scored if start < p <= end]))
+            part = ids[start : start + chunk]
+            scores = self._read(part)
+            wanted = [p - start for p in scored if start <= p < start + len(part)]
+            found.append(Scores(*(of[:, wanted] for of in scores)))
             if self.limits and self.keys[0].shape[-2] == self.limits.budget + self.limits.window:
                 self._evict()
         return Scores(*(torch.cat(parts, dim=-1) for parts in zip(*found, strict=True)))
@@ -152,15 +180,30 @@ class Reader:
     def ask(self, token_ids: Sequence[int], scored: Sequence[int]) -> Scores:
         """What :meth:`nll` would return for one chunk, which is forgotten afterwards."""
         before = list(self.keys), list(self.values), list(self.queries), self.read
-        ids = torch.tensor(token_ids)
-        found = self._scores(self._forward(ids), ids, 0, scored)
+        ids, index = torch.tensor(token_ids), torch.tensor(scored)
+        found = self._scores(self._forward(ids)[:, index - 1], ids[index])
         self.keys, self.values, self.queries, self.read = before
         return found
 
-    def _scores(self, hidden: Tensor, ids: Tensor, start: int, scored: Sequence[int]) -> Scores:
-        index = torch.tensor(scored, dtype=torch.long)
-        logprobs = self.model.logprobs(hidden[:, index - 1 - start])
-        own = logprobs.gather(-1, ids[index].expand(len(hidden), -1)[..., None])[..., 0]
+    def _read(self, ids: Tensor) -> Scores:
+        """Of a chunk's tokens, and what the rules want to know of them."""
+        if self.read:
+            of_layers = zip(self.queries_before, self.queries, strict=True)
+            self.queries_before = [
+                [*before, last][1 - WINDOWS_OF_QUERIES :] for before, last in of_layers
+            ]
+        hidden = self._forward(ids)
+        before = self.last_hidden.expand(len(hidden), -1, -1)
+        scores = self._scores(torch.cat([before, hidden[:, :-1]], dim=1), ids)
+        self.last_hidden = hidden[:, -1:]
+        known = self.surprise.expand(len(scores.nll), -1)
+        self.surprise = torch.cat([known, scores.nll], dim=-1)
+        return scores
+
+    def _scores(self, hidden: Tensor, ids: Tensor) -> Scores:
+        """Of tokens, from the hidden states before each: [B, tokens, hidden size]."""
+        logprobs = self.model.logprobs(hidden)
+        own = logprobs.gather(-1, ids.expand(len(hidden), -1)[..., None])[..., 0]
         most, top = logprobs.max(dim=-1)
         rows = max(1, len(self.rules))
         return Scores(*(of.expand(rows, -1) for of in (-own, own == most, top)))
@@ -191,33 +234,45 @@ class Reader:
     def _evict(self) -> None:
         limits, model = self.limits, self.model
         assert limits is not None
-        num, first = limits.budget, limits.budget + limits.window
-        heads = torch.arange(model.kv_heads)
-        layers = list(range(model.layers))
-        draws = Draws(limits, self.key, self.evictions, num, layers, heads)
-        for layer in layers:
-            rows = len(self.rules)
-            k, v, q = (
-                x.expand(rows, -1, -1, -1)
-                for x in (self.keys[layer], self.values[layer], self.queries[layer])
-            )
+        rows, num = len(self.rules), limits.budget
+        draws = Draws(
+            limits,
+            self.key,
+            self.evictions,
+            num,
+            layers=list(range(model.layers)),
+            kv_heads=torch.arange(model.kv_heads),
+        )
+        newest = torch.arange(self.read - limits.window, self.read)
+        newest = newest.expand(rows, model.kv_heads, -1)
+        for layer in range(model.layers):
+            k, v = (x[layer].expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+            old = self.positions[layer] if self.evictions else torch.arange(num)
+            positions = torch.cat([old.expand(rows, model.kv_heads, -1), newest], dim=-1)
+            of_windows = [*self.queries_before[layer], self.queries[layer]]
+            of_windows = [q.expand(rows, -1, -1, -1) for q in of_windows]
             # As in the ring: by position, and those of the query heads of a position together.
-            ring = q.unflatten(1, (model.kv_heads, -1)).transpose(2, 3)
+            queries = torch.cat(of_windows, dim=2)
+            queries = queries.unflatten(1, (model.kv_heads, -1)).transpose(2, 3)
             before, self.numbers[layer] = self.numbers[layer], []
             index = torch.empty(rows, model.kv_heads, limits.budget, dtype=torch.int64)
             for row, (rule, order) in enumerate(zip(self.rules, self.orders, strict=True)):
                 (keys, window_keys), (values, window_values) = (
                     x[row].split([num, limits.window], dim=1) for x in (k, v)
                 )
-                candidates = Candidates(
+                candidates = TextCandidates(
                     num=num,
-                    queries=ring[row].flatten(1, 2),
+                    queries=queries[row, :, -limits.window :].flatten(1, 2),
                     tokens=DenseTokens(keys, values, window_keys, window_values),
                     scale=model.head_dim**-0.5,
                     limits=limits,
-                    first=first,
+                    first=limits.budget + limits.window,
                     eviction_index=self.evictions,
                     draws=draws.of_layers([layer]),
+                    positions=positions[row, :, :num],
+                    surprise=self.surprise.expand(rows, -1)[row],
+                    queries_of_text=queries[row],
+                    depth=layer / max(1, model.layers - 1),
                 )
                 priority, numbers = rule(candidates, before[row])
                 priority[:, : limits.sinks] = torch.inf
@@ -227,6 +282,7 @@ class Reader:
                     to = index[row][:, None].expand(-1, numbers.shape[1], -1)
                     numbers = numbers.gather(2, to)
                 self.numbers[layer].append(numbers)
+            self.positions[layer] = positions.gather(2, index)
             gather = index[..., None].expand(-1, -1, -1, model.head_dim)
             self.keys[layer], self.values[layer] = k.gather(2, gather), v.gather(2, gather)
         self.evictions += 1

@@ -86,13 +86,20 @@ class Service:
             return self.full_cache_count
         return evictions_so_far(self.server)
 
-    def measure(self, concurrency: int, timeout: float, watch: Callable[[Monitor], None]) -> Run:
+    def measure(
+        self,
+        concurrency: int,
+        timeout: float,
+        watch: Callable[[Monitor], None],
+        seed: int = SEED,
+    ) -> Run:
         """Load the server, watch it and check what it did.
 
         Args:
             concurrency: requests at a time.
             timeout: seconds that the load may take.
             watch: called about twice a second meanwhile.
+            seed: of the requests; in a sweep, at its first concurrency.
 
         Returns:
             ``status`` is "ok", or "wrong" with the ``reason`` and without a speed.
@@ -103,7 +110,7 @@ class Service:
         """
         run = self.workload.at(concurrency)
         # A server sees each seed once, or its prefix cache would know the prompts.
-        requests = draw_requests(run, SEED * concurrency // self.workload.concurrency)
+        requests = draw_requests(run, seed * concurrency // self.workload.concurrency)
         before = self.evictions()
         begin = time.monotonic()
         with Monitor(self.server, self.suite.sample_seconds) as monitor:

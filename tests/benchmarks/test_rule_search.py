@@ -1,13 +1,16 @@
 """The model that rules of eviction are compared on, against transformers and by hand."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.accuracy.rule_search import ASKED_AT, Passage, compare, measure, page
-from benchmarks.accuracy.rules import POLICIES, RULES, find_rules, policy
+from benchmarks.accuracy.rules import GROUPS, POLICIES, RULES, find_rules, policy
+from benchmarks.accuracy.scores import attention_of, by_strata, surprise_of
 from benchmarks.accuracy.slot_orders import authors, by_position, in_place
-from benchmarks.accuracy.teacher_forcing import Llama, Reader
+from benchmarks.accuracy.teacher_forcing import Llama, Reader, TextCandidates
 from tests.support.query_statistics import statistics_file
 from vase_vllm.errors import EvictionError
 from vase_vllm.kernels.parameters import EvictionLimits
@@ -153,6 +156,68 @@ def test_every_rule_ranks_all_candidates(reference, name):
     assert nll.isfinite().all()
 
 
+def test_what_is_known_of_a_text_stays_with_its_tokens(reference):
+    """Keys of the first layer and the NLL before evictions are those of the full cache."""
+    theirs, model = reference
+    full = Reader(model, [], None)
+    full.nll(TOKENS[:64])
+    keys = full.keys[0][0]
+    seen = []
+
+    def spy(c, numbers):
+        expected = keys.gather(1, c.positions[..., None].expand(-1, -1, keys.shape[-1]))
+        if c.depth == 0:
+            torch.testing.assert_close(c.keys.transpose(-1, -2), expected)
+            seen.append((len(c.surprise), c.queries_of_text.shape[1], c.positions.max().item()))
+        return c.draws.uniform(), None
+
+    reader = Reader(model, [RULES["random"], spy], LIMITS)
+    reader.nll(TOKENS[:64])
+    assert seen == [(40, 32, 31), (48, 32, 39), (56, 32, 47), (64, 32, 55)]
+    with torch.inference_mode():
+        logprobs = theirs(torch.tensor([TOKENS[:40]])).logits[0].log_softmax(dim=-1)
+    expected = -logprobs[torch.arange(39), TOKENS[1:40]]
+    torch.testing.assert_close(reader.surprise[1, 1:40], expected, atol=1e-3, rtol=1e-3)
+    assert reader.surprise[1, 0] == pytest.approx(math.log(128))
+    assert not torch.equal(reader.surprise[0, 40:], reader.surprise[1, 40:])
+
+
+def test_scores_of_a_text_by_hand():
+    limits = EvictionLimits(budget=4, window=1, sinks=0)
+    # Three queries at the positions 2, 3 and 4, each with one query head; D is 1.
+    queries = torch.tensor([[[[1.0]], [[2.0]], [[0.5]]]])
+    tokens = torch.tensor([[[1.0], [0.0], [2.0], [-1.0]]])
+    c = TextCandidates(
+        num=4,
+        queries=queries[:, -1],
+        tokens=DenseTokens(tokens, tokens),
+        scale=1.0,
+        limits=limits,
+        first=5,
+        eviction_index=0,
+        draws=Draws(limits, 0, 0, 4, [0], torch.tensor([0])).of_layers([0]),
+        positions=torch.tensor([[3, 0, 1, 2]]),
+        surprise=torch.tensor([1.0, 2.0, 6.0, 4.0, 5.0]),
+        queries_of_text=queries,
+        depth=0.0,
+    )
+    assert surprise_of(1)(c).tolist() == [[4.0, 1.0, 2.0, 6.0]]
+    assert surprise_of(3)(c).tolist() == [[5.0, 1.5, 3.0, 4.0]]
+    torch.testing.assert_close(attention_of(1)(c), c.attention())
+    at_2 = torch.tensor([0.0, 2.0]).softmax(0)
+    at_3 = torch.tensor([0.0, 4.0, -2.0]).softmax(0)
+    at_4 = torch.tensor([0.5, 0.0, 1.0, -0.5]).softmax(0)
+    expected = [
+        at_4[0],
+        (at_2[0] + at_3[0] + at_4[1]) / 3,
+        (at_2[1] + at_3[1] + at_4[2]) / 3,
+        (at_3[2] + at_4[3]) / 2,
+    ]
+    torch.testing.assert_close(attention_of(3)(c), torch.stack(expected)[None])
+    # The older stratum is that of the positions 0 and 1.
+    assert by_strata(surprise_of(1), 2)(c).tolist() == [[-2.0, -2.0, -1.0, -1.0]]
+
+
 def test_the_page_has_a_row_for_each_rule_and_the_smallest_rise_first():
     rows = [
         {"rule": name, "budget": 256, "rise": rise, "rise of each passage": [rise]}
@@ -196,6 +261,7 @@ def test_a_rule_may_be_a_policy_with_settings(reference):
     ]
     assert torch.equal(nlls[0], nlls[1])
     assert not torch.equal(nlls[0], nlls[2])
+    assert find_rules(["surprise"]) == GROUPS["surprise"]
     with pytest.raises(EvictionError, match="unknown policy"):
         find_rules(["lru"])
 
