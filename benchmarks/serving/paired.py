@@ -1,6 +1,6 @@
 """Eviction against the full cache on two servers at once, which take turns: for small differences.
 
-    python -m benchmarks.serving.paired --workload relaxed [--policy vase-512] [--pairs 24]
+    python -m benchmarks.serving.paired --workload relaxed [--policy vase-512] [--dtype float32]
 
 A shared machine is faster in one minute than in the next, by more than what eviction may cost where
 it has nothing to gain. So both servers run from the start to the end, idle but for their turn; each
@@ -101,6 +101,7 @@ def row(result: dict[str, Any]) -> list[str]:
     return [
         result["workload"]["name"],
         result["policy"],
+        result["dtype"],
         str(len(found)),
         *speeds,
         f"{quartiles[1]:.3f} ({quartiles[0]:.3f} to {quartiles[2]:.3f})",
@@ -111,7 +112,7 @@ def row(result: dict[str, Any]) -> list[str]:
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     """The ratio of every pair, a column for each workload."""
     figure, axis = pyplot.subplots(figsize=(2 + 2 * len(results), 4), layout="constrained")
-    names = [f"{result['workload']['name']}\n{result['policy']}" for result in results]
+    names = ["\n".join(row(result)[:3]) for result in results]
     for column, result in enumerate(results):
         found = ratios(result)
         spread = np.linspace(-0.2, 0.2, len(found))
@@ -134,7 +135,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         f"`{result['command']}`"
         for result in results
     ]
-    head = ["workload", "policy", "pairs", "full cache, tokens/s", "policy, tokens/s"]
+    head = ["workload", "policy", "dtype", "pairs", "full cache, tokens/s", "policy, tokens/s"]
     head += ["median ratio (quartiles)", "mean ratio (95 % interval)"]
     return "\n".join(
         [
@@ -143,7 +144,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             f"- machine: {machine['processor']}, {machine['cores']} cores, "
             f"{machine['accelerator'] or 'no accelerator'}",
             f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}",
-            f"- model: {', '.join(f'{k} {v}' for k, v in results[0]['model'].items())}, fp32",
+            f"- model: {', '.join(f'{k} {v}' for k, v in results[0]['model'].items())}",
             *described,
             "",
             *table(head, [row(result) for result in results]),
@@ -165,15 +166,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=workloads, default="relaxed")
     parser.add_argument("--policy", choices=policies.keys() - {FULL}, default="vase-512")
+    parser.add_argument(
+        "--dtype",
+        default=suite.dtype,
+        help="as vllm serve takes it; vLLM loads fp32 weights as bf16 unless it is given",
+    )
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--waves", type=int, default=1, help="requests of a turn for each client")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
     args = parser.parse_args()
+    suite = replace(suite, dtype=args.dtype)
     workload = workloads[args.workload]
     workload = replace(workload, num_requests=args.waves * workload.concurrency)
     header = {"suite": SUITE, "workload": asdict(workload), "policy": args.policy}
-    header |= {"model": suite.model}
-    path = args.output / "paired" / f"{args.workload}-{args.policy}.json"
+    header |= {"model": suite.model, "dtype": args.dtype}
+    path = args.output / "paired" / f"{args.workload}-{args.policy}-{args.dtype}.json"
     results = ResultsFile(path, header | provenance(), {"pairs": []}, go_on=False)
     chosen = [policies[FULL], policies[args.policy]]
     run_pairs(suite, workload, chosen, args.pairs, results)

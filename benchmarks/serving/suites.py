@@ -296,8 +296,6 @@ SUITES = {
         ),
         workloads=(*CPU_WORKLOADS, AGENTS, MIXED, MIXED_OPT_OUT),
         block_size=32,
-        # Else vLLM loads fp32 weights as bf16.
-        dtype="float32",
         environment=ONE_THREAD | KEEP_ALIVE,
     ),
     "small-layers": Suite(

@@ -20,6 +20,7 @@ from vase_vllm.tools.plan.cost import (
 )
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import read_model_shape
+from vase_vllm.tools.policy_label import parse_policy_label
 from vase_vllm.tools.tiny_model import make_tiny_model
 
 QWEN3_8B = str(Path(__file__).parents[2] / "benchmarks" / "models" / "qwen3-8b")
@@ -285,6 +286,27 @@ def test_a_gpu_brings_its_memory(capsys: pytest.CaptureFixture[str]):
     assert plan("--gpu", "h100", "--gpu-memory", "40GB")["num_blocks"] < sized["num_blocks"] / 2
 
 
+@pytest.mark.parametrize(
+    ("label", "numbers"), [("vase", 0), ("h2o", 2), ("distinct", 0), ("distinct:memory=0.9", 2)]
+)
+def test_a_policy_s_numbers_of_each_token_are_counted_as_the_engine_counts_them(
+    label: str, numbers: int, capsys: pytest.CaptureFixture[str]
+):
+    import torch
+
+    from vase_vllm.config import EvictionConfig
+
+    name, settings = parse_policy_label(label)
+    config = EvictionConfig.parse({"policy": name, "budget": 4096, **settings})
+    assert config.policy.num_numbers == numbers
+    arguments = ["--kv-cache-memory", "12GiB", "--budget", "4096", "--policy", label, "--json"]
+    assert cli.main(plan_arguments(*arguments)) == 0
+    (evicting,) = json.loads(capsys.readouterr().out)["evicting"]
+    # Two numbers of 4096 tokens take 32 KiB, and a block 8 KiB for each layer and KV head.
+    assert evicting["state_blocks"] == 8 + 2 * numbers
+    assert evicting["state_blocks"] == config.num_state_blocks(4, 16, 128, torch.bfloat16)
+
+
 def test_defaults_are_those_of_vllm_and_of_the_settings():
     from vllm.engine.arg_utils import EngineArgs
 
@@ -334,6 +356,9 @@ def test_a_missing_model_is_asked_for(capsys: pytest.CaptureFixture[str]):
         (["--gpu-memory", "80G", "--model", "other"], "give the model once"),
         (["--kv-cache-memory", "4G", "--mean-prompt-len", "32K"], "of 32768 tokens does not fit"),
         (["--gpu-memory", "80X"], "'80X' is not a size"),
+        (["--gpu-memory", "80G", "--policy", "lru"], "--policy lru: --kv-eviction lru: unknown"),
+        (["--gpu-memory", "80G", "--policy", "h2o:recent=two"], "--policy h2o:recent=two: "),
+        (["--gpu-memory", "80G", "--policy", "h2o:budget=9"], "remove budget, which has a flag"),
         (["--gpu-memory", "8GiB"], "the weights do not fit"),
         (["--kv-cache-memory", "1M"], "hold no block"),
         (["--kv-cache-memory", "64M"], "not one sequence"),

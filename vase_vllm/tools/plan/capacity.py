@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from vase_vllm.layout.query_ring import RingLayout
 from vase_vllm.layout.schedule import EvictionSchedule
+from vase_vllm.layout.token_state import TokenStateLayout
 from vase_vllm.tools.plan.cost import (
     Machine,
     ModelShape,
@@ -92,8 +93,9 @@ class Capacity:
 
     Attributes:
         budget, window: settings of the evictions; None for the full cache.
-        state_blocks: blocks of a sequence that hold its query ring.
-        blocks_per_sequence: blocks of a sequence of ``max_model_len`` tokens, including the ring's
+        state_blocks: blocks of a sequence that hold its query ring, and what its policy keeps of
+            each token.
+        blocks_per_sequence: blocks of a sequence of ``max_model_len`` tokens, including the state's
             and those of a prompt that is kept.
         max_concurrency: vLLM's "Maximum concurrency": ``num_blocks / blocks_per_sequence``.
         max_sequences: whole sequences that fit besides the null block.
@@ -108,7 +110,7 @@ class Capacity:
             steps of the machine; None without a machine.
         speedup: tokens per second when memory is full, relative to the full cache.
         speedup_equal_batch: the same if both run with the full cache's batch.
-        ring_share: share of the query ring in a sequence's blocks.
+        state_share: share of the state in a sequence's blocks.
         eviction_traffic: share of evictions in the bytes that a step moves at ``batch``.
     """
 
@@ -125,7 +127,7 @@ class Capacity:
     tokens_per_second: float | None
     speedup: float
     speedup_equal_batch: float
-    ring_share: float
+    state_share: float
     eviction_traffic: float
 
 
@@ -151,11 +153,13 @@ def make_plan(
     workload: Workload,
     schedules: Sequence[EvictionSchedule],
     machine: Machine | None = None,
+    numbers_per_token: int = 0,
 ) -> Plan:
     """Compute the capacities with the full cache and with each schedule.
 
     Args:
         machine: the GPU; without one, steps are taken to be bound by memory.
+        numbers_per_token: that the policy keeps of each token (``Policy.num_numbers``).
 
     Raises:
         ValueError: not even one sequence fits; the message is one line with the remedy.
@@ -171,7 +175,10 @@ def make_plan(
             f"{format_bytes(bytes_per_block)} besides the null block: "
             "raise --gpu-memory or --tensor-parallel-size"
         )
-    runs = [_Run(shard, workload, num_blocks, machine, schedule) for schedule in schedules]
+    runs = [
+        _Run(shard, workload, num_blocks, machine, schedule, numbers_per_token)
+        for schedule in schedules
+    ]
     smallest = min(run.blocks_per_sequence for run in [full, *runs])
     if num_blocks <= smallest:
         raise ValueError(
@@ -206,6 +213,7 @@ class _Run:
         num_blocks: int,
         machine: Machine | None,
         schedule: EvictionSchedule | None = None,
+        numbers_per_token: int = 0,
     ) -> None:
         self.shard, self.workload = shard, workload
         self.num_blocks, self.state_blocks, first = num_blocks, 0, 0
@@ -216,7 +224,10 @@ class _Run:
             schedule = schedule.for_prompt(prompt)
             first = schedule.first_eviction(prompt)
             ring = RingLayout(schedule.window, shard.group_size, workload.block_size)
-            self.state_blocks = ring.num_blocks
+            numbers = TokenStateLayout(
+                numbers_per_token, schedule.budget, workload.block_size, shard.cell_bytes
+            )
+            self.state_blocks = ring.num_blocks + numbers.num_blocks
         self.schedule = schedule
         size = workload.block_size
         self.blocks_per_sequence = num_blocks_held(
@@ -271,7 +282,7 @@ class _Run:
             tokens_per_second=self.throughput(self.batch) if self.machine else None,
             speedup=self.throughput(self.batch) / full.throughput(full.batch),
             speedup_equal_batch=self.throughput(full.batch) / full.throughput(full.batch),
-            ring_share=self.state_blocks / self.blocks_per_sequence,
+            state_share=self.state_blocks / self.blocks_per_sequence,
             eviction_traffic=step.eviction.num_bytes / step.num_bytes,
         )
 

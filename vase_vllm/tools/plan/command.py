@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
+from vase_vllm.errors import EvictionError
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.schedule import EvictionSchedule
 from vase_vllm.tools.arguments import choose_model
@@ -17,6 +19,8 @@ from vase_vllm.tools.plan.capacity import (
 from vase_vllm.tools.plan.gpus import GPUS
 from vase_vllm.tools.plan.model_shape import DTYPES, read_model_shape
 from vase_vllm.tools.plan.table import print_plan
+from vase_vllm.tools.policy_label import parse_policy_label
+from vase_vllm.tools.requirements import require
 
 DEFAULT_BUDGETS = (2048, 4096, 6144)
 DEFAULT_WINDOW = 64
@@ -71,6 +75,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--window", type=int, default=DEFAULT_WINDOW, metavar="W", help="tokens between evictions")
     add(
+        "--policy",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="eviction policy, for the memory of the numbers that it keeps of each token, such as "
+        "h2o or distinct:memory=0.9; None: one that keeps none, as vase does",
+    )
+    add(
         "--keep-prompt",
         action="store_true",
         help="plan for --kv-eviction-config.prompt keep: prompts are held beside the budget",
@@ -115,7 +125,8 @@ def run_plan(args: argparse.Namespace) -> int:
     for schedule in schedules:
         if reason := schedule.never_evicts(workload.max_model_len, "--budget"):
             raise ValueError(reason)
-    plan = make_plan(model, tp, workload, schedules, gpu.machine if gpu else None)
+    numbers = _numbers_per_token(args.policy, schedules) if args.policy else 0
+    plan = make_plan(model, tp, workload, schedules, gpu.machine if gpu else None, numbers)
     if args.json:
         print(json.dumps({"gpu": args.gpu, "workload": asdict(workload), **asdict(plan)}, indent=2))
     else:
@@ -179,3 +190,20 @@ def _schedule(budget: int, window: int, keeps_prompt: bool) -> EvictionSchedule:
             "raise --budget or lower --window"
         )
     return EvictionSchedule(budget, window, keeps_prompt=keeps_prompt)
+
+
+def _numbers_per_token(label: str, schedules: Sequence[EvictionSchedule]) -> int:
+    """What a policy with these settings keeps of each token."""
+    require("plan --policy", ["torch"])
+    from vase_vllm.config import EvictionConfig
+
+    name, settings = parse_policy_label(label)
+    for schedule in schedules:
+        common = {"policy": name, "budget": schedule.budget, "window": schedule.window}
+        if twice := sorted(common.keys() & settings):
+            raise ValueError(f"--policy {label}: remove {twice[0]}, which has a flag of its own")
+        try:
+            config = EvictionConfig.parse({**common, **settings})
+        except EvictionError as error:
+            raise EvictionError(f"--policy {label}: {error}") from None
+    return config.policy.num_numbers

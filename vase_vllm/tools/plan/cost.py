@@ -176,6 +176,11 @@ class Shard:
         return 2 * self._elements_per_token(self.num_kv_heads)
 
     @property
+    def cell_bytes(self) -> int:
+        """A key and a value of one KV head: ``2 D e``."""
+        return 2 * self.model.head_size * self.model.element_size
+
+    @property
     def query_bytes_per_token(self) -> int:
         """Bytes of a token's queries in the query ring: ``l Q D e``."""
         return self._elements_per_token(self.num_query_heads)

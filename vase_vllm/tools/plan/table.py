@@ -88,7 +88,7 @@ def _column(item: Capacity) -> dict[str, str]:
     is_full = item.budget is None
     rows = {
         "blocks per sequence": f"{item.blocks_per_sequence:,}",
-        "  of which query ring": "-" if is_full else f"{item.state_blocks} ({item.ring_share:.1%})",
+        "  of which state": "-" if is_full else f"{item.state_blocks} ({item.state_share:.1%})",
         "maximum concurrency": f"{item.max_concurrency:.2f}x",
         "sequences that fit": f"{item.max_sequences:,}",
         "batch": f"{item.batch:.1f}",
