@@ -1,15 +1,8 @@
-"""Rules of eviction that were tried, by name: the policies of the product, and others.
+"""Rules of eviction that were tried, by name: the policies of the product, and others."""
 
-A rule is made of scores: parts of the budget go to the largest of one after the other, the rest to
-the last.
-"""
+from collections.abc import Sequence
 
-from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
+from benchmarks.accuracy.combining import averaging, largest_so_far, parts, remembering
 from benchmarks.accuracy.scores import (
     Score,
     attention,
@@ -35,100 +28,9 @@ from benchmarks.accuracy.scores import (
     values,
 )
 from benchmarks.accuracy.slot_orders import SlotOrder, authors, by_position, in_place
-from benchmarks.accuracy.teacher_forcing import Rule, TextCandidates
-from vase_vllm.kernels.torch_eviction import largest
-from vase_vllm.policies.received import mean_received_attention
+from benchmarks.accuracy.teacher_forcing import Rule
 from vase_vllm.policies.registry import find_policy
 from vase_vllm.tools.policy_label import parse_policy_label
-
-Part = float | Callable[[float], float]
-"""Of the budget, or by the depth of the layer."""
-
-# How scores make a rule
-
-
-def parts(
-    protected: Sequence[tuple[Score, Part]], then: Score = attention, draw: bool = False
-) -> Rule:
-    """A rule.
-
-    Args:
-        protected: scores, and the parts of the budget that the largest of what is left get.
-        then: score of the rest.
-        draw: draw the rest in proportion to it.
-    """
-
-    def rule(c: TextCandidates, _numbers: Tensor | None) -> tuple[Tensor, None]:
-        taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
-        taken[:, : c.limits.sinks] = True
-        for score, part in protected:
-            left = score(c).masked_fill(taken, -torch.inf)
-            of_budget = part(c.depth) if callable(part) else part
-            taken |= largest(left, int(of_budget * c.limits.budget))
-        rest = then(c)
-        if draw:
-            rest = rest.log() + c.draws.gumbel()
-        return rest.masked_fill(taken, torch.inf), None
-
-    return rule
-
-
-def remembering(
-    protected: Sequence[tuple[Score, float]], decay: float = 1.0, per_query: bool = False
-) -> Rule:
-    """As :func:`parts`, and the rest by the attention received since each token came.
-
-    Args:
-        decay: what is left of it at each eviction.
-        per_query: divide it by the number of queries that can have paid it, likewise decayed.
-    """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
-
-    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        after = mean_received_attention(c, numbers, decay)
-        rest = after[:, 0] / after[:, 1] if per_query else after[:, 0]
-        taken, _ = by_parts(c, None)
-        return rest[:, : c.num].masked_fill(taken.isinf(), torch.inf), after
-
-    return rule
-
-
-def averaging(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
-    """As :func:`parts`, and the rest by the mean attention at the evictions of each token so far.
-
-    Unlike :func:`remembering` it goes by attention to candidates alone: no query sees the window,
-    and a token that leaves the window has received nothing.
-    """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
-
-    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        now = c.attention()
-        after = torch.stack([now, torch.ones_like(now)], dim=1)
-        if numbers is not None:
-            after += decay * numbers
-        taken, _ = by_parts(c, None)
-        rest = (after[:, 0] / after[:, 1]).masked_fill(taken.isinf(), torch.inf)
-        return rest, pad(after, (0, c.limits.window))
-
-    return rule
-
-
-def largest_so_far(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
-    """As :func:`parts`, and the rest by the largest attention at an eviction of each token so far.
-
-    Args:
-        decay: what is left of it at each eviction.
-    """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
-
-    def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
-        most = c.attention()
-        if numbers is not None:
-            most = torch.maximum(most, decay * numbers[:, 0])
-        taken, _ = by_parts(c, None)
-        return most.masked_fill(taken.isinf(), torch.inf), pad(most[:, None], (0, c.limits.window))
-
-    return rule
 
 
 def policy(name: str, **settings: object) -> Rule:
