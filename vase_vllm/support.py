@@ -70,7 +70,9 @@ def _engine_reasons(vllm_config: VllmConfig, config: EvictionConfig) -> Iterator
             f"a KV cache of {cache.cache_dtype} beside a model of {model.dtype} is not supported; "
             "set --kv-cache-dtype auto"
         )
-    if reason := config.schedule.never_evicts(model.max_model_len, "--kv-eviction-config.budget"):
+    if reason := config.schedule.why_nothing_evicts(
+        model.max_model_len, "--kv-eviction-config.budget"
+    ):
         yield reason
     try:
         config.policy.check_model(attention_shape(model))

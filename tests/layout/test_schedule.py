@@ -55,7 +55,7 @@ def test_what_never_evicts_is_known(shape, longest):
     budget, window, _ = shape
     schedule = EvictionSchedule(budget, window)
     counts = [schedule.evictions(n, longest - n)[0] for n in range(1, longest)]
-    assert (schedule.never_evicts(longest, "--budget") is None) == any(counts)
+    assert (schedule.why_nothing_evicts(longest, "--budget") is None) == any(counts)
 
 
 @both

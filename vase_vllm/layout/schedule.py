@@ -60,21 +60,6 @@ class EvictionSchedule:
         """Most tokens that a sequence caches once it has evicted: ``T + W``."""
         return self.budget + self.window
 
-    def never_evicts(self, max_model_len: int, budget_flag: str) -> str | None:
-        """Why no sequence up to ``max_model_len`` tokens would ever evict, in one line, or None.
-
-        Args:
-            budget_flag: how the user sets the budget; the remedy names it.
-        """
-        # The last token of an output is never fed back to the model.
-        if max_model_len > self.bound + 1:
-            return None
-        return (
-            f"no sequence would ever evict: --max-model-len ({max_model_len}) is not above "
-            f"budget + window + 1 ({self.budget} + {self.window} + 1); lower {budget_flag} or "
-            "raise --max-model-len"
-        )
-
     def first_eviction(self, num_prompt_tokens: int) -> int:
         """Position of the first eviction, which is the cached length at it.
 
@@ -93,6 +78,21 @@ class EvictionSchedule:
         """Whether a sequence of at most ``longest`` tokens, prompt and output, can ever evict."""
         # The last token of an output is never fed back to the model.
         return longest - 1 > self.first_eviction(num_prompt_tokens)
+
+    def why_nothing_evicts(self, max_model_len: int, budget_flag: str) -> str | None:
+        """Why no sequence up to ``max_model_len`` tokens would ever evict, in one line, or None.
+
+        Args:
+            budget_flag: how the user sets the budget; the remedy names it.
+        """
+        # A prompt puts the first eviction off, if it changes anything.
+        if self.comes_to_evict(0, max_model_len):
+            return None
+        return (
+            f"no sequence would ever evict: --max-model-len ({max_model_len}) is not above "
+            f"budget + window + 1 ({self.budget} + {self.window} + 1); lower {budget_flag} or "
+            "raise --max-model-len"
+        )
 
     def first_query(self, first: Array) -> Array:
         """Position of the earliest query that an eviction asks for: the first uses the last W."""

@@ -123,7 +123,7 @@ def run_plan(args: argparse.Namespace) -> int:
     )
     workload = _workload(args, sizes, longest, memory)
     for schedule in schedules:
-        if reason := schedule.never_evicts(workload.max_model_len, "--budget"):
+        if reason := schedule.why_nothing_evicts(workload.max_model_len, "--budget"):
             raise ValueError(reason)
     numbers = _numbers_per_token(args.policy, schedules) if args.policy else 0
     plan = make_plan(model, tp, workload, schedules, gpu.machine if gpu else None, numbers)
