@@ -206,6 +206,12 @@ STRATA: dict[str, Rule] = {
     "newest .25, distinctness .25": parts([(newest, 0.25), (distinctness, 0.25)]),
     "distinctness .375, then attention by 2 strata": parts([protected], by_strata(attention, 2)),
     "distinctness .375, then attention by 4 strata": parts([protected], by_strata(attention, 4)),
+    **{
+        f"distinctness .5, then attention by {strata} strata": parts(
+            [(distinctness, 0.5)], by_strata(attention, strata)
+        )
+        for strata in (2, 4)
+    },
     "distinctness by 2 strata .375": parts([(by_strata(distinctness, 2), 0.375)]),
     "distinctness by 4 strata .375": parts([(by_strata(distinctness, 4), 0.375)]),
 }

@@ -13,9 +13,11 @@ from torch.nn.functional import normalize
 
 from .selection import (
     Candidates,
+    relative_margin,
     sampling_selector,
     select_greedy,
     selection_margins,
+    split_protected,
 )
 
 View = Callable[[Candidates], Candidates]
@@ -45,6 +47,55 @@ class Drawing:
 
     def __call__(self, candidates: Candidates) -> torch.Tensor:
         return sampling_selector(self.generator)(self.view(candidates))
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """A selector: what the view does not protect is cut by position into parts of equal size, which
+    take turns to keep their largest score."""
+
+    view: View
+    strata: int
+
+    def __call__(self, candidates: Candidates) -> torch.Tensor:
+        viewed = self.view(candidates)
+        protected, _ = split_protected(viewed)
+        kept = [token for part, count in self._parts(viewed) for token in part[:count]]
+        return torch.cat([protected, torch.tensor(kept, dtype=protected.dtype)])
+
+    def margins(self, candidates: Candidates) -> tuple[float, float]:
+        """How clear the cuts are: see `selection_margins`, here of each part and, among the last
+        ones that the parts keep, of those that only some of them may."""
+        viewed = self.view(candidates)
+        scores = viewed.scores
+        parts = self._parts(viewed)
+        rounds = max(count for _, count in parts)
+        last = [part[rounds - 1] for part, _ in parts if len(part) >= rounds > 0]
+        cuts = [(scores[part], count) for part, count in parts]
+        cuts.append((scores[last], sum(count == rounds for _, count in parts)))
+        clear = [relative_margin(values, count) for values, count in cuts]
+        return selection_margins(viewed)[0], min(clear)
+
+    def _parts(self, viewed: Candidates) -> list[tuple[list[int], int]]:
+        """The tokens of each part, largest score first, and how many of them are kept."""
+        _, rest = split_protected(viewed)
+        by_position = sorted(rest.tolist(), key=lambda token: int(viewed.positions[token]))
+        parts: list[list[int]] = [[] for _ in range(self.strata)]
+        for place, token in enumerate(by_position):
+            parts[place * self.strata // len(by_position)].append(token)
+        for part in parts:
+            part.sort(key=lambda token: -float(viewed.scores[token]))
+        counts = [0] * self.strata
+        for _ in range(viewed.keep - viewed.protected):
+            fewest = min(c for c, part in zip(counts, parts, strict=True) if c < len(part))
+            turn = [
+                index
+                for index, part in enumerate(parts)
+                if counts[index] == fewest and len(part) > fewest
+            ]
+            best = max(turn, key=lambda index: float(viewed.scores[parts[index][fewest]]))
+            counts[best] += 1
+        return list(zip(parts, counts, strict=True))
 
 
 # Which candidates are protected

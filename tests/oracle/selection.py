@@ -209,19 +209,20 @@ def selection_margins(candidates: Candidates) -> tuple[float, float]:
     Returns:
         The margins of the value range and of the scores among the rest.
     """
-
-    def margin(values: torch.Tensor, kept: int) -> float:
-        if not 0 < kept < values.numel():
-            return float("inf")
-        last, first_out = values.sort(descending=True).values[kept - 1 : kept + 1].tolist()
-        if last == first_out:
-            return 0.0
-        if last == float("inf"):
-            return last
-        return (last - first_out) / max(abs(last), abs(first_out))
-
     _, rest = split_protected(candidates)
     return (
-        margin(candidates.ranges, candidates.protected),
-        margin(candidates.scores[rest], candidates.keep - candidates.protected),
+        relative_margin(candidates.ranges, candidates.protected),
+        relative_margin(candidates.scores[rest], candidates.keep - candidates.protected),
     )
+
+
+def relative_margin(values: torch.Tensor, kept: int) -> float:
+    """How clear it is which `kept` of the values are the largest, see `selection_margins`."""
+    if not 0 < kept < values.numel():
+        return float("inf")
+    last, first_out = values.sort(descending=True).values[kept - 1 : kept + 1].tolist()
+    if last == first_out:
+        return 0.0
+    if last == float("inf"):
+        return last
+    return (last - first_out) / max(abs(last), abs(first_out))

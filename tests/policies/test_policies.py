@@ -30,6 +30,14 @@ RANKINGS = {
         {"policy": "distinct", "protected": 0.25, "memory": 1.0},
         policies.distinct(0.1, remembers=True),
     ),
+    "distinct-strata": (
+        {"policy": "distinct", "protected": 0.25, "strata": 3},
+        policies.Stratified(policies.distinct(0.1).view, 3),
+    ),
+    "distinct-remembers-strata": (
+        {"policy": "distinct", "protected": 0.25, "memory": 1.0, "strata": 2},
+        policies.Stratified(policies.distinct(0.1, remembers=True).view, 2),
+    ),
     "h2o": ({"policy": "h2o"}, policies.h2o(64)),
     "h2o-recent": ({"policy": "h2o", "recent": 100}, policies.h2o(100)),
     "expected": ({"policy": "expected"}, policies.expected()),

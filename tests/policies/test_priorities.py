@@ -55,6 +55,10 @@ RANKINGS = {
         {"policy": "distinct", "smoothing": 1, "temperature": 1.0, "memory": 0.5},
         policies.distinct(0.1, remembers=True),
     ),
+    "distinct-strata": (
+        {"policy": "distinct", "strata": 3},
+        policies.Stratified(policies.distinct(0.1).view, 3),
+    ),
     "distinct-ridge": ({"policy": "distinct", "ridge": 2.0}, policies.distinct(2.0)),
     "vase-range": (GREEDY, policies.vase_greedy("range")),
     "vase-variance": ({**GREEDY, "magnitude": "variance"}, policies.vase_greedy("variance")),
@@ -83,7 +87,7 @@ CUR = {
 ALL = {name: own for name, (own, _) in RANKINGS.items()} | DRAWN | CUR
 HAS_ATTENTION = {"snapkv", "rkv", "vase", "distinct"}
 HAS_PROTECTION = {"vase", "distinct"}
-RANKED_BY_AGE = {"streaming", "h2o"}
+RANKED_BY_AGE = {"streaming", "h2o", "distinct-strata"}
 EXAMPLES = settings(max_examples=30, deadline=None)
 
 

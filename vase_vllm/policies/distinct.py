@@ -9,6 +9,7 @@ from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.kernels.torch_distinctness import similarity_to, value_distinctness
 from vase_vllm.kernels.torch_eviction import vase_priority
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.positions import by_strata, token_positions
 from vase_vllm.policies.protecting import ProtectingPolicy
 from vase_vllm.policies.received import mean_received_attention
 
@@ -43,10 +44,16 @@ class DistinctPolicy(ProtectingPolicy):
     """How much the attention of earlier windows counts: what is left of it at each eviction. Above
     0 the rest is kept for the mean attention that a token has received since it came."""
 
+    strata: int = Field(default=1, ge=1)
+    """Parts of equally many tokens, by position, into which what is not protected is divided: each
+    keeps as many of its most attended tokens as the others. The window pays old tokens little
+    attention; with 1 they compete with new ones."""
+
     @property
     def num_numbers(self) -> int:
-        """See :class:`Policy`: the attention received, and the queries that it is of."""
-        return 2 if self.memory else 0
+        """See :class:`Policy`: the attention received and the queries that it is of, if there is a
+        memory; the position, if there are strata."""
+        return 2 * (self.memory > 0) + (self.strata > 1)
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
@@ -65,11 +72,20 @@ class DistinctPolicy(ProtectingPolicy):
         self, candidates: Candidates, numbers: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`Policy.rank`."""
-        if not self.memory:
-            return self._priority(candidates, self.attention(candidates)), None
-        after = mean_received_attention(candidates, numbers, self.memory, self.temperature)
-        received, asked = after[..., : candidates.num].unbind(dim=1)
-        return self._priority(candidates, received / asked), after
+        after = []
+        if self.memory:
+            before = None if numbers is None else numbers[:, :2]
+            received = mean_received_attention(candidates, before, self.memory, self.temperature)
+            attention = received[:, 0, : candidates.num] / received[:, 1, : candidates.num]
+            after.append(received)
+        else:
+            attention = self.attention(candidates)
+        priority = self._priority(candidates, attention)
+        if self.strata > 1:
+            positions = token_positions(candidates, None if numbers is None else numbers[:, -1])
+            priority = by_strata(priority, positions[:, : candidates.num], self.strata)
+            after.append(positions[:, None])
+        return priority, torch.cat(after, dim=1) if after else None
 
     def _priority(self, candidates: Candidates, attention: torch.Tensor) -> torch.Tensor:
         """The protected tokens, then the largest ``attention``: [H, n]."""
@@ -79,8 +95,10 @@ class DistinctPolicy(ProtectingPolicy):
         unlike = (1 - similarity) * candidates.of_values(of_values)
         return vase_priority(attention, unlike, None, limits.fixed, self.num_protected(limits))
 
-    def fused(self, limits: EvictionLimits) -> EvictionParameters:
+    def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
         """See :meth:`Policy.fused`."""
+        if self.strata > 1:
+            return None
         return EvictionParameters.of(
             limits,
             protected=self.num_protected(limits),

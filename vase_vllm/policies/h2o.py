@@ -8,6 +8,7 @@ from pydantic import Field
 from vase_vllm.kernels.parameters import EvictionLimits
 from vase_vllm.policies.base import Policy
 from vase_vllm.policies.candidates import Candidates
+from vase_vllm.policies.positions import token_positions
 from vase_vllm.policies.received import received_attention
 
 
@@ -53,14 +54,9 @@ class H2OPolicy(Policy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Policy.rank`. The numbers are the attention received, and the position."""
         limits, num = candidates.limits, candidates.num
-        received = received_attention(candidates)
-        first_of_window = candidates.position - limits.window
-        position = torch.arange(
-            first_of_window - num, candidates.position, device=received.device
-        ).repeat(len(received), 1)
-        after = torch.stack([received, position.float()], dim=1)
+        positions = token_positions(candidates, None if numbers is None else numbers[:, 1])
+        after = torch.stack([received_attention(candidates), positions], dim=1)
         if numbers is not None:
             after[:, 0, :num] += self.decay * numbers[:, 0]
-            after[:, 1, :num] = numbers[:, 1]
         is_recent = after[:, 1, :num] >= candidates.position - limits.tokens(self.recent)
         return after[:, 0, :num].masked_fill(is_recent, torch.inf), after
