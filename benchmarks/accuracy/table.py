@@ -27,6 +27,8 @@ VARIANTS = {
     "h2o:recent=0.125": "`h2o`, recent 0.125",
     "distinct:memory=0.9": "`distinct`, memory 0.9",
     "distinct:protected=0.25,memory=0.9": "`distinct`, protected 0.25, memory 0.9",
+    "distinct:protected=0.5": "`distinct`, protected 0.5",
+    "distinct:protected=0.5,strata=4": "`distinct`, protected 0.5, strata 4",
 }
 ON_THE_TESTBED = {"cur": "cur-redrawn", "distinct:memory=0.9": "distinct-remembering"}
 """Names of the testbed's methods where they are not the policy's."""

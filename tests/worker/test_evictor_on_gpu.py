@@ -23,7 +23,11 @@ from vase_vllm.worker.pages import PlainPages
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE, WINDOW, BUDGET = 2, 3, 64, 16, 16, 96
 LAYERS = (4, 5, 9)
-ABLATIONS = [{"policy": "vase", "protect": "random"}, {"policy": "cur", "gaussian": "fixed"}]
+VARIANTS = [
+    {"policy": "vase", "protect": "random"},
+    {"policy": "cur", "gaussian": "fixed"},
+    {"policy": "distinct", "memory": 0.9, "strata": 4},
+]
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def evict(settings, eviction_index, first):
 @pytest.mark.parametrize("first", [BUDGET + WINDOW, 320], ids=["short", "long prompt"])
 @pytest.mark.parametrize("eviction_index", [0, 3])
 @pytest.mark.parametrize(
-    "settings", [*({"policy": name} for name in policy_names()), *ABLATIONS], ids=str
+    "settings", [*({"policy": name} for name in policy_names()), *VARIANTS], ids=str
 )
 def test_no_policy_waits_for_the_device(settings, eviction_index, first, watched):
     dropped = evict(settings, eviction_index, first)

@@ -160,6 +160,29 @@ def test_h2o_forgets_by_its_decay_and_knows_the_newest_tokens():
     assert order[priority[0].isinf()].tolist() == [14, 15]
 
 
+def test_strata_go_by_the_positions_that_were_kept():
+    """Of twelve candidates six are protected, and three parts keep one each of their two."""
+    policy = DistinctPolicy(protected=6, strata=3)
+    assert policy.num_numbers == 1
+    assert policy.fused(LIMITS) is None
+    priority, numbers = policy.rank(candidates(0), None)
+    assert numbers.tolist() == [[[float(p) for p in range(16)]]] * NUM_HEADS
+    later = candidates(1)
+    order = torch.tensor(ORDER)
+    priority, after = policy.rank(later, numbers[..., order])
+    assert after.tolist() == [[[*map(float, ORDER), 16.0, 17.0, 18.0, 19.0]]] * NUM_HEADS
+    attention = later.attention()
+    for of_head, own in zip(priority, attention, strict=True):
+        rest = of_head.isfinite().nonzero().flatten()
+        assert len(rest) == 6
+        by_position = sorted(rest.tolist(), key=lambda slot: ORDER[slot])
+        pairs = [by_position[index : index + 2] for index in (0, 2, 4)]
+        best = {max(pair, key=lambda slot: float(own[slot])) for pair in pairs}
+        assert (
+            set(of_head.masked_fill(of_head.isinf(), -torch.inf).topk(3).indices.tolist()) == best
+        )
+
+
 def test_remembered_attention_is_a_mean_over_queries_that_fades():
     first = mean_received_attention(candidates(0), None, 0.5)
     assert first[:, 1].tolist() == [[4.0] * NUM + [4, 3, 2, 1]] * NUM_HEADS

@@ -21,7 +21,7 @@ class DistinctPolicy(ProtectingPolicy):
     cannot. ``protected`` tokens are kept for the product of three numbers: 1 less the mean cosine
     similarity of the key to the window's keys, the value range (VaSE's), and the whitened length of
     the value beside the window's values. The rest are kept for the attention that the window pays
-    them. Nothing is drawn.
+    them, or, with ``strata``, that it pays them in their part of the text. Nothing is drawn.
 
     Keys and values are compared with the window's because the window is a fair sample of the text.
     The candidates are not: they have survived for being distinct.
@@ -53,7 +53,7 @@ class DistinctPolicy(ProtectingPolicy):
     def num_numbers(self) -> int:
         """See :class:`Policy`: the attention received and the queries that it is of, if there is a
         memory; the position, if there are strata."""
-        return 2 * (self.memory > 0) + (self.strata > 1)
+        return 2 * bool(self.memory) + (self.strata > 1)
 
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
