@@ -29,22 +29,27 @@ def parts(
     """
 
     def rule(c: TextCandidates, _numbers: Tensor | None) -> tuple[Tensor, None]:
-        taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
-        taken[:, : c.limits.sinks] = True
-        for score, part in protected:
-            left = score(c).masked_fill(taken, -torch.inf)
-            of_budget = part(c.depth) if callable(part) else part
-            taken |= largest(left, int(of_budget * c.limits.budget))
         rest = then(c)
         if draw:
             rest = rest.log() + c.draws.gumbel()
-        return rest.masked_fill(taken, torch.inf), None
+        return rest.masked_fill(taken_by(protected, c), torch.inf), None
 
     return rule
 
 
+def taken_by(protected: Sequence[tuple[Score, Part]], c: TextCandidates) -> Tensor:
+    """The candidates that get the parts of the budget, and the sinks: [H, n] bool."""
+    taken = torch.zeros(len(c.queries), c.num, dtype=torch.bool)
+    taken[:, : c.limits.sinks] = True
+    for score, part in protected:
+        left = score(c).masked_fill(taken, -torch.inf)
+        of_budget = part(c.depth) if callable(part) else part
+        taken |= largest(left, int(of_budget * c.limits.budget))
+    return taken
+
+
 def remembering(
-    protected: Sequence[tuple[Score, float]], decay: float = 1.0, per_query: bool = False
+    protected: Sequence[tuple[Score, Part]], decay: float = 1.0, per_query: bool = False
 ) -> Rule:
     """As :func:`parts`, and the rest by the attention received since each token came.
 
@@ -52,50 +57,45 @@ def remembering(
         decay: what is left of it at each eviction.
         per_query: divide it by the number of queries that can have paid it, likewise decayed.
     """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
     def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         after = mean_received_attention(c, numbers, decay)
         rest = after[:, 0] / after[:, 1] if per_query else after[:, 0]
-        taken, _ = by_parts(c, None)
-        return rest[:, : c.num].masked_fill(taken.isinf(), torch.inf), after
+        return rest[:, : c.num].masked_fill(taken_by(protected, c), torch.inf), after
 
     return rule
 
 
-def averaging(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
+def averaging(protected: Sequence[tuple[Score, Part]], decay: float) -> Rule:
     """As :func:`parts`, and the rest by the mean attention at the evictions of each token so far.
 
     Unlike :func:`remembering` it goes by attention to candidates alone: no query sees the window,
     and a token that leaves the window has received nothing.
     """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
     def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         now = c.attention()
         after = torch.stack([now, torch.ones_like(now)], dim=1)
         if numbers is not None:
             after += decay * numbers
-        taken, _ = by_parts(c, None)
-        rest = (after[:, 0] / after[:, 1]).masked_fill(taken.isinf(), torch.inf)
+        rest = (after[:, 0] / after[:, 1]).masked_fill(taken_by(protected, c), torch.inf)
         return rest, pad(after, (0, c.limits.window))
 
     return rule
 
 
-def largest_so_far(protected: Sequence[tuple[Score, float]], decay: float) -> Rule:
+def largest_so_far(protected: Sequence[tuple[Score, Part]], decay: float) -> Rule:
     """As :func:`parts`, and the rest by the largest attention at an eviction of each token so far.
 
     Args:
         decay: what is left of it at each eviction.
     """
-    by_parts = parts(protected, lambda c: torch.zeros(len(c.queries), c.num))
 
     def rule(c: TextCandidates, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
         most = c.attention()
         if numbers is not None:
             most = torch.maximum(most, decay * numbers[:, 0])
-        taken, _ = by_parts(c, None)
-        return most.masked_fill(taken.isinf(), torch.inf), pad(most[:, None], (0, c.limits.window))
+        rest = most.masked_fill(taken_by(protected, c), torch.inf)
+        return rest, pad(most[:, None], (0, c.limits.window))
 
     return rule
