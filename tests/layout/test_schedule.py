@@ -91,6 +91,28 @@ def test_a_bounded_prefill_never_holds_more_than_the_bound(shape, num_tokens):
 
 
 @both
+@given(
+    shape=shapes,
+    num_blocks=st.integers(1, 60),
+    block_size=st.sampled_from([1, 16, 20]),
+    num_state_blocks=st.integers(1, 4),
+)
+def test_a_row_suffices_for_as_many_tokens_as_it_says(
+    shape, num_blocks, block_size, num_state_blocks, bounded
+):
+    budget, window, num_prompt = shape
+    schedule = EvictionSchedule(budget, window, bounded)
+    first = schedule.first_eviction(num_prompt)
+    room = schedule.num_tokens_of_row(num_blocks, first, block_size, num_state_blocks)
+    longest = first + 5 * window
+    required = [
+        schedule.num_row_blocks(num_tokens, first, block_size, num_state_blocks)
+        for num_tokens in range(1, longest + 1)
+    ]
+    assert min(room, longest) == sum(each <= num_blocks for each in required)
+
+
+@both
 @given(shape=shapes, position=st.integers(0, 300))
 def test_a_chunk_never_crosses_an_eviction(shape, position, bounded):
     budget, window, num_prompt = shape

@@ -50,6 +50,9 @@ class EvictionManager(FullAttentionManager):
         # for: it changes only where blocks are allocated or freed.
         self._missing: dict[str, int] = {}
         self._num_missing = 0
+        # How many tokens each running sequence's row has blocks for. Nearly every step of a decode
+        # asks twice whether one more fits, and it does.
+        self._room: dict[str, int] = {}
         self._num_released = 0
         self._latest_expectation = Expectation()
         self.latest_admission: AdmissionAnswer | None = None
@@ -81,6 +84,8 @@ class EvictionManager(FullAttentionManager):
 
     def _num_missing_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks that a sequence still needs to reach ``num_tokens`` tokens."""
+        if num_tokens <= self._room.get(request_id, 0):
+            return 0
         first = self.first_eviction(request_id)
         num_required = self.kv_cache_spec.num_row_blocks(num_tokens, first)
         if row := self.req_to_blocks.get(request_id):
@@ -219,7 +224,7 @@ class EvictionManager(FullAttentionManager):
             self.new_block_ids.extend(block.block_id for block in blocks)
         if row:
             row.extend(blocks)
-            self._set_missing(request_id, self._num_missing_at_most(request_id))
+            self._row_has_grown(request_id, row)
             return blocks
         held = self._prefix_cache.held(request_id)
         shared = held[: self._num_shared(request_id, held)]
@@ -229,8 +234,15 @@ class EvictionManager(FullAttentionManager):
         header = RowHeader(first, key, budget, kept)
         row.extend([*(KVCacheBlock(block_id=number) for number in header), *shared, *blocks])
         self._prefix_cache.restore(request_id, row[BlockTableRow.NUM_HEADER :], len(shared))
-        self._set_missing(request_id, self._num_missing_at_most(request_id))
+        self._row_has_grown(request_id, row)
         return list(row)
+
+    def _row_has_grown(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
+        """Take note of what a sequence's row suffices for now, and of what it can still need."""
+        first = row[BlockTableRow.FIRST].block_id
+        num_blocks = len(row) - BlockTableRow.NUM_HEADER
+        self._room[request_id] = self.kv_cache_spec.num_tokens_of_row(num_blocks, first)
+        self._set_missing(request_id, self._num_missing_at_most(request_id))
 
     def _set_missing(self, request_id: str, num_blocks: int) -> None:
         """Take note of what a sequence can still come to need."""
@@ -322,6 +334,7 @@ class EvictionManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The sequence's real blocks; the header is no block and must not reach the pool."""
+        self._room.pop(request_id, None)
         self._set_missing(request_id, 0)
         self._latest_expectation.forget()
         blocks = super().pop_blocks_for_free(request_id)[BlockTableRow.NUM_HEADER :]

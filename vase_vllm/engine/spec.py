@@ -33,6 +33,12 @@ class EvictionSpec(FullAttentionSpec):
             num_tokens, first, self.block_size, self.num_state_blocks
         )
 
+    def num_tokens_of_row(self, num_blocks: int, first: int) -> int:
+        """Most tokens for which a row with ``num_blocks`` entries behind the header suffices."""
+        return self.schedule.num_tokens_of_row(
+            num_blocks, first, self.block_size, self.num_state_blocks
+        )
+
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one sequence: vLLM's start-up check and "Maximum concurrency" count this."""
         num_slots = min(self.schedule.bound, vllm_config.model_config.max_model_len)

@@ -13,6 +13,7 @@ kept is held beside the budget: the sequence's own budget is the sum of both. Ev
 before the step of the position that needs the room.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -129,6 +130,21 @@ class EvictionSchedule:
         if num_tokens <= self.first_query(first):
             return cdiv(num_tokens, block_size)
         return cdiv(first, block_size) + num_state_blocks
+
+    def num_tokens_of_row(
+        self, num_blocks: int, first: int, block_size: int, num_state_blocks: int
+    ) -> int:
+        """Most tokens for which ``num_blocks`` blocks suffice: :meth:`num_row_blocks` backwards.
+
+        >>> EvictionSchedule(budget=64, window=16).num_tokens_of_row(
+        ...     3, first=80, block_size=16, num_state_blocks=2
+        ... )
+        48
+        """
+        if num_blocks >= cdiv(first, block_size) + num_state_blocks:
+            # It holds all that it will ever get.
+            return sys.maxsize
+        return min(num_blocks * block_size, self.first_query(first))
 
     def evictions(self, num_prompt_tokens: int, num_output_tokens: int) -> tuple[int, int]:
         """What a finished sequence has evicted, if it was never preempted.
