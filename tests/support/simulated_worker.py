@@ -202,6 +202,8 @@ class Simulation:
         positions = np.arange(start, stop)
         rows = np.zeros_like(positions)
         write = TorchRingWrite.plan(self.ring, np.array([row]), rows, positions, np.array([stop]))
+        if write is None:
+            return
         if write.tokens is not None:
             positions = positions[write.tokens.numpy()]
         tokens = request.all_token_ids

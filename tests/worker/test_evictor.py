@@ -72,13 +72,15 @@ class Paged:
         self.query = torch.randn(parameters.window, NUM_HEADS * group, head_size).to(dtype)
         # The ring goes by positions: these are as many as if this were the first eviction.
         positions = np.arange(first - parameters.window, first)
-        TorchRingWrite.plan(
+        write = TorchRingWrite.plan(
             self.ring,
             self.row[None].numpy(),
             np.zeros_like(positions),
             positions,
             np.array([first]),
-        ).store(self.cache, self.query)
+        )
+        assert write is not None
+        write.store(self.cache, self.query)
 
     def evictor(self, scale=0.125):
         return TorchEvictor(

@@ -101,8 +101,7 @@ class EvictionBuilderMixin(AttentionMetadataBuilder):
         **kwargs: Any,
     ) -> Any:
         """Evict from the due sequences, then build the wrapped backend's metadata."""
-        with self.context.counters.timed():
-            step = self._path.prepare(common_attn_metadata, self._capturing)
+        step = self._path.prepare(common_attn_metadata, self._capturing)
         remapped = common_attn_metadata.replace(
             seq_lens=step.seq_lens,
             seq_lens_cpu_upper_bound=step.seq_lens_cpu,
@@ -133,7 +132,9 @@ class EvictionImplMixin(AttentionImpl):
         """The wrapped backend's forward pass. ``query``: [num_tokens, num_heads, head_size]."""
         # There is no metadata in profiling and warm-up runs.
         if attn_metadata is not None:
-            ring_write_of(attn_metadata).store(kv_cache, query)
+            ring_write = ring_write_of(attn_metadata)
+            if ring_write is not None:
+                ring_write.store(kv_cache, query)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
 

@@ -1,8 +1,5 @@
 """Counts what one worker evicts."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,31 +13,25 @@ class EvictionCounters:
     """
 
     num_layers: int
-    # [sequences] tokens cached by each sequence of the latest step; summed only when asked for.
+    # [sequences] tokens cached by each sequence of the latest step; summed only when asked for. It
+    # may be vLLM's own memory, in which they stay until the next step.
     num_cached: np.ndarray | None = None
+    # That evictions took since the last report. On a GPU nobody asks: it would be the launches'.
+    seconds: float = 0.0
     _layer_evictions: int = 0
     _layer_tokens: int = 0
-    _seconds: float = 0.0
 
     def add(self, num_layers: int, num_tokens: int) -> None:
         """Count one sequence's eviction of ``num_tokens`` per KV head from ``num_layers``."""
         self._layer_evictions += num_layers
         self._layer_tokens += num_layers * num_tokens
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add what is done in here to the step's time, if sequences evict in it.
-
-        On a GPU that is the time of the launches, and nobody asks for it.
-        """
-        before, start = self._layer_evictions, time.perf_counter()
-        yield
-        if self._layer_evictions > before:
-            self._seconds += time.perf_counter() - start
-
     def take_microseconds(self) -> int:
         """How long the evictions took since the last call; 0 if there were none."""
-        seconds, self._seconds = self._seconds, 0.0
+        if not self.seconds:
+            # As in most steps.
+            return 0
+        seconds, self.seconds = self.seconds, 0.0
         return round(seconds * 1e6)
 
     def as_dict(self) -> dict[str, int]:

@@ -25,12 +25,12 @@ def mix_into(instance: object, mixin: type) -> None:
     instance.__class__ = type(f"Eviction{original.__name__}", (mixin, original), {})
 
 
-def attach_ring_write(metadata: Any, ring_write: RingWrite) -> None:
+def attach_ring_write(metadata: Any, ring_write: RingWrite | None) -> None:
     """Let a step's attention metadata carry where the step's queries go."""
     setattr(metadata, _RING_WRITE, ring_write)
 
 
-def ring_write_of(metadata: Any) -> RingWrite:
+def ring_write_of(metadata: Any) -> RingWrite | None:
     """What :func:`attach_ring_write` has attached."""
-    store: RingWrite = getattr(metadata, _RING_WRITE)
-    return store
+    ring_write: RingWrite | None = getattr(metadata, _RING_WRITE)
+    return ring_write

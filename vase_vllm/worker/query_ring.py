@@ -69,11 +69,12 @@ class TorchRingWrite:
         rows: np.ndarray,
         positions: np.ndarray,
         seq_lens: np.ndarray,
-    ) -> "TorchRingWrite":
+    ) -> "TorchRingWrite | None":
         """Find where this step's queries go.
 
         Of each sequence at most the last ``window`` do, and none before the last ``window`` in
-        front of its first eviction: a sequence that stays below its budget stores nothing.
+        front of its first eviction: a sequence that stays below its budget stores nothing. None
+        means that no query does.
 
         Args:
             block_table: [R, columns] int32, whole rows.
@@ -88,6 +89,8 @@ class TorchRingWrite:
         tokens = None
         if not enters.all():
             tokens = np.flatnonzero(enters)
+            if not len(tokens):
+                return None
             rows, positions, state = rows[tokens], positions[tokens], state[tokens]
         column, entry = np.divmod(positions % layout.window, layout.entries_per_block)
         blocks = block_table[rows, state + column]
@@ -98,12 +101,6 @@ class TorchRingWrite:
             torch.from_numpy(entry),
         )
 
-    @classmethod
-    def nothing(cls, layout: RingLayout) -> "TorchRingWrite":
-        """No query is stored."""
-        empty = torch.empty(0, dtype=torch.int64)
-        return cls(layout, None, empty, empty)
-
     def store(self, kv_cache: torch.Tensor, query: torch.Tensor) -> None:
         """Write queries into the state blocks of one layer.
 
@@ -112,8 +109,6 @@ class TorchRingWrite:
             query: [T or more, H * G, D], post-RoPE.
         """
         num_tokens = self.blocks.shape[0]
-        if num_tokens == 0:
-            return
         query = query[:num_tokens] if self.tokens is None else query[self.tokens]
         num_kv_heads = kv_cache.shape[1]
         ring_view(self.layout, kv_cache)[self.blocks, :, self.entries] = query.reshape(

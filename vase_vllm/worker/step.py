@@ -33,14 +33,14 @@ class PreparedStep:
         seq_lens_cpu: the same on the host.
         max_seq_len: at least the largest of them.
         block_table: [R, columns] int32, token blocks only.
-        ring_write: of this step.
+        ring_write: of this step; None if no query is stored.
     """
 
     seq_lens: torch.Tensor
     seq_lens_cpu: torch.Tensor
     max_seq_len: int
     block_table: torch.Tensor
-    ring_write: RingWrite
+    ring_write: RingWrite | None
 
 
 class StepPath(Protocol):
