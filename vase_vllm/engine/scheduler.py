@@ -173,6 +173,7 @@ class _EvictionMixin(Scheduler):
             for request_id in scheduler_output.num_scheduled_tokens:
                 position = self.requests[request_id].num_computed_tokens
                 first = self._manager.first_eviction(request_id)
+                # Those that are below their first eviction need not ask the schedule.
                 if position >= first and self._eviction_schedule.due(position, first):
                     own = self._eviction_schedule.with_budget(
                         self._manager.numbers(request_id).budget

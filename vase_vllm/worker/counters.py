@@ -28,9 +28,6 @@ class EvictionCounters:
 
     def take_microseconds(self) -> int:
         """How long the evictions took since the last call; 0 if there were none."""
-        if not self.seconds:
-            # As in most steps.
-            return 0
         seconds, self.seconds = self.seconds, 0.0
         return round(seconds * 1e6)
 

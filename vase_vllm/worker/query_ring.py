@@ -86,17 +86,18 @@ class TorchRingWrite:
         state = BlockTableRow.state_column(first, layout.block_size)
         earliest = np.maximum(seq_lens[rows], first) - layout.window
         enters = (first > 0) & (positions >= earliest)
+        entering = np.flatnonzero(enters)
+        if not len(entering):
+            return None
         tokens = None
-        if not enters.all():
-            tokens = np.flatnonzero(enters)
-            if not len(tokens):
-                return None
-            rows, positions, state = rows[tokens], positions[tokens], state[tokens]
+        if len(entering) < len(positions):
+            tokens = torch.from_numpy(entering)
+            rows, positions, state = rows[entering], positions[entering], state[entering]
         column, entry = np.divmod(positions % layout.window, layout.entries_per_block)
         blocks = block_table[rows, state + column]
         return cls(
             layout,
-            None if tokens is None else torch.from_numpy(tokens),
+            tokens,
             torch.from_numpy(blocks.astype(np.int64)),
             torch.from_numpy(entry),
         )
