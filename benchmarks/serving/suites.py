@@ -59,6 +59,19 @@ CPU_MODEL = {
     "intermediate_size": 256,
     "max_position_embeddings": 32768,
 }
+PRESSURE_16K = Workload(
+    "pressure-16k",
+    "outputs of 4k to 16k in memory for four of the longest, a quarter of the shortest kept",
+    kv_tokens=4 * 16416,
+    max_model_len=16448,
+    num_requests=32,
+    concurrency=32,
+    input_len=32,
+    output_len=10240,
+    spread=0.6,
+    rounds=1,
+    policies=("full", "vase-1024"),
+)
 CPU_WORKLOADS = (
     Workload(
         "pressure",
@@ -72,19 +85,7 @@ CPU_WORKLOADS = (
         spread=0.6,
         policies=("full", "vase-256", "vase-512", "vase-512-reserve"),
     ),
-    Workload(
-        "pressure-16k",
-        "outputs of 4k to 16k in memory for four of the longest, a quarter of the shortest kept",
-        kv_tokens=4 * 16416,
-        max_model_len=16448,
-        num_requests=32,
-        concurrency=32,
-        input_len=32,
-        output_len=10240,
-        spread=0.6,
-        rounds=1,
-        policies=("full", "vase-1024"),
-    ),
+    PRESSURE_16K,
     Workload(
         "length",
         "time per token over the length of a single output, memory in plenty",
@@ -270,6 +271,18 @@ ALIKE = Workload(
     output_len=4000,
     rounds=1,
 )
+# The attention of DeepSeek-R1-Distill-Qwen-1.5B (12 query heads, 2 KV heads of size 128) in a single
+# layer, in fp32: an eighth of the KV cache of ``CPU_MODEL`` in fp32, for a slow processor.
+FEW_KV_HEADS = {
+    "layers": 1,
+    "hidden_size": 256,
+    "query_heads": 12,
+    "kv_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 32768,
+    "dtype": "float32",
+}
 GPU_POLICIES = budget_policies(2048, 4096, 6144)
 TINY = {
     "vocab_size": 512,
@@ -302,6 +315,15 @@ SUITES = {
         model=SMALL_LAYERS,
         policies=budget_policies(512),
         workloads=(ALIKE,),
+        block_size=32,
+        # Else vLLM loads fp32 weights as bf16.
+        dtype="float32",
+        environment=ONE_THREAD | KEEP_ALIVE,
+    ),
+    "few-kv-heads": Suite(
+        model=FEW_KV_HEADS,
+        policies=budget_policies(1024),
+        workloads=(replace(PRESSURE_16K, rounds=3),),
         block_size=32,
         # Else vLLM loads fp32 weights as bf16.
         dtype="float32",
