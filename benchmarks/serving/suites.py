@@ -271,8 +271,8 @@ ALIKE = Workload(
     output_len=4000,
     rounds=1,
 )
-# The attention of DeepSeek-R1-Distill-Qwen-1.5B (12 query heads, 2 KV heads of size 128) in a single
-# layer, in fp32: an eighth of the KV cache of ``CPU_MODEL`` in fp32, for a slow processor.
+# The attention of DeepSeek-R1-Distill-Qwen-1.5B (12 query heads, 2 KV heads of size 128) in a
+# single layer, in fp32: an eighth of the KV cache of ``CPU_MODEL`` in fp32, for a slow processor.
 FEW_KV_HEADS = {
     "layers": 1,
     "hidden_size": 256,
