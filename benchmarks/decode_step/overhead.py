@@ -137,6 +137,14 @@ def fill(llm: LLM, prompt_lengths: list[int]) -> None:
             llm.llm_engine.step()
 
 
+def fill_beyond_budget(llm: LLM, case: Case) -> None:
+    """Fill the engine, and step until every sequence evicts once in each period."""
+    # Prompts end at different points of the period: evictions spread over the steps, as in service.
+    fill(llm, [case.budget + WINDOW * index // case.batch for index in range(case.batch)])
+    for _ in track(range(WINDOW + 4), "reaching the steady state", transient=True):
+        llm.llm_engine.step()
+
+
 def clear(llm: LLM, batch: int) -> None:
     """Abort everything that the engine still has."""
     llm.llm_engine.abort_request([str(index) for index in range(batch)])
@@ -228,10 +236,7 @@ def measure_evictions(evicting: LLM, case: Case) -> dict[str, float]:
         seconds.append(time.process_time() - start)
         return result
 
-    # Prompts end at different points of the period: evictions spread over the steps, as in service.
-    fill(evicting, [case.budget + WINDOW * index // case.batch for index in range(case.batch)])
-    for _ in track(range(WINDOW + 4), "reaching the steady state", transient=True):
-        evicting.llm_engine.step()
+    fill_beyond_budget(evicting, case)
     TorchEvictor.evict = timed_evict
     try:
         steps = [

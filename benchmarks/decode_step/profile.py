@@ -1,11 +1,13 @@
-"""Where our own code spends processor time in a CPU decode step, at a model small enough to show.
+"""Where our own code spends processor time in a CPU decode step.
 
-    python -m benchmarks.decode_step.profile [--output FILE.json] [--label NAME]
+    python -m benchmarks.decode_step.profile [--case NAME] [--output FILE.json] [--label NAME]
     py-spy record --format raw --output stacks.txt -- python -m benchmarks.decode_step.profile
 
-An engine in this process decodes 16 sequences beyond their budget. The functions named in ``COSTS``
-are timed with the process's processor time (the engine runs on one thread); the second form finds
-out which lines they spend it on. With ``--label`` the numbers are added to the file beside others.
+An engine in this process decodes sequences that are all beyond their budget: a case of
+``overhead.py``, by default the one whose model is small enough for our code to show. The functions
+named in ``COSTS`` are timed with the process's processor time (the engine runs on one thread); the
+second form finds out which lines they spend it on. With ``--label`` the numbers are added to the
+file beside others.
 """
 
 import argparse
@@ -26,13 +28,21 @@ os.environ.update({**QUIET, **os.environ, **IN_PROCESS})
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from vllm import LLM, SamplingParams, TokensPrompt
 
+from benchmarks.common.provenance import provenance
+from benchmarks.decode_step.overhead import (
+    CASES,
+    NUM_LAYERS,
+    PERIODS,
+    WINDOW,
+    Case,
+    fill_beyond_budget,
+    make_config,
+    make_engine,
+)
 from vase_vllm.policies import candidates, draws, vase
-from vase_vllm.tools.tiny_model import make_tiny_model
 from vase_vllm.worker import backend, cpu_path, evictor, pages, query_ring, worker
 
-BUDGET, WINDOW, BATCH, LAYERS, BLOCK_SIZE, PERIODS = 256, 32, 16, 4, 32, 6
 COSTS: tuple[tuple[Any, str], ...] = (
     (cpu_path.CPUPath, "prepare"),
     (cpu_path.CPUPath, "_evict"),
@@ -82,30 +92,16 @@ def instrument() -> dict[str, list[float]]:
     return seconds
 
 
-def measure() -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """Milliseconds of each function in a decode step, and in start-up."""
     seconds = instrument()
     with tempfile.TemporaryDirectory() as directory:
-        make_tiny_model(directory, layers=LAYERS)
+        make_config(case, Path(directory))
         before = time.process_time()
-        llm = LLM(
-            directory,
-            enforce_eager=True,
-            block_size=BLOCK_SIZE,
-            max_model_len=2048,
-            kv_cache_memory_bytes=64 << 20,
-            disable_log_stats=True,
-            additional_config={"kv_eviction": {"budget": BUDGET, "window": WINDOW}},
-        )
+        llm = make_engine(case, Path(directory), {"budget": case.budget, "window": WINDOW})
         start_up = {name: 1e3 * sum(values) for name, values in seconds.items() if values}
         start_up["LLM(...), all of it"] = 1e3 * (time.process_time() - before)
-    params = SamplingParams(temperature=0, max_tokens=1500, ignore_eos=True, detokenize=False)
-    for index in range(BATCH):
-        # Prompts end at different points of the period, so that evictions spread over the steps.
-        prompt = [(7 * index + 31 * p) % 95 + 32 for p in range(BUDGET + 2 * index)]
-        llm.llm_engine.add_request(str(index), TokensPrompt(prompt_token_ids=prompt), params)
-    for _ in track(range(4 * WINDOW), "to the steady state", transient=True):
-        llm.llm_engine.step()
+    fill_beyond_budget(llm, case)
     for values in seconds.values():
         values.clear()
     num_steps = PERIODS * WINDOW
@@ -116,6 +112,7 @@ def measure() -> dict[str, Any]:
     for name, values in seconds.items():
         if values:
             step[name] = 1e3 * sum(values) / num_steps
+    llm.llm_engine.engine_core.shutdown()
     return {
         "start_up_ms": {name: round(value, 2) for name, value in start_up.items()},
         "step_ms": {name: round(value, 4) for name, value in step.items()},
@@ -124,11 +121,14 @@ def measure() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, default="small layers")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON, or add to them")
     parser.add_argument("--label", default="now", help="what they are numbers of")
     args = parser.parse_args()
-    result = measure()
-    table = Table(title=f"{BATCH} sequences, {LAYERS} layers, budget {BUDGET}, window {WINDOW}")
+    case = CASES[args.case]
+    result = {**provenance(), "case": args.case, **measure(case)}
+    title = f"{args.case}: {case.batch} sequences, {NUM_LAYERS} layers, budget {case.budget}"
+    table = Table(title=f"{title}, window {WINDOW}")
     table.add_column("function, with all that it calls")
     table.add_column("ms per step", justify="right")
     for name, value in sorted(result["step_ms"].items(), key=lambda item: -item[1]):
