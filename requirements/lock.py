@@ -50,16 +50,29 @@ ADDITIONS = {
 """The extras that have locks of their own, and the headers of these."""
 
 
-def resolve(extras: str, *options: str) -> dict[str, str] | None:
-    """Return the versions that pip would install, by name, or None if pip finds no solution."""
+def resolve(extras: str, pins: dict[str, str]) -> dict[str, str]:
+    """Return the versions that pip would install, by name.
+
+    Args:
+        extras: of this project.
+        pins: versions that packages have if they are installed.
+
+    Raises:
+        SystemExit: pip finds no solution.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
+        report, constraints = Path(folder) / "report.json", Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{name}=={pins[name]}\n" for name in pins))
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]
-        command += ["--report", str(report), *options, f"{ROOT}[{extras}]"]
-        if subprocess.run(command, check=False).returncode != 0:
-            return None
+        command += ["--report", str(report), "--constraint", str(constraints), f"{ROOT}[{extras}]"]
+        for options in (), ("--extra-index-url", TORCH_CPU_INDEX):
+            if subprocess.run([*command, *options], check=False).returncode == 0:
+                break
+        else:
+            sys.exit("pip found no solution: see its message above")
         installs = json.loads(report.read_text())["install"]
-    return {item["metadata"]["name"]: item["metadata"]["version"] for item in installs}
+    found = {item["metadata"]["name"]: item["metadata"]["version"] for item in installs}
+    return {name.lower().replace("_", "-"): version for name, version in found.items()}
 
 
 def write(lock: Path, header: str, pins: dict[str, str]) -> None:
@@ -67,33 +80,22 @@ def write(lock: Path, header: str, pins: dict[str, str]) -> None:
     print(f"{lock.relative_to(ROOT)}: {len(pins)} packages")
 
 
-def main() -> int:
-    found = {}
-    for extras in ("cpu,dev", *(f"cpu,dev,{extra}" for extra in ADDITIONS)):
-        versions = resolve(extras) or resolve(extras, "--extra-index-url", TORCH_CPU_INDEX)
-        if versions is None:
-            print("pip found no solution: see its message above", file=sys.stderr)
-            return 1
-        found[extras] = {name.lower().replace("_", "-"): each for name, each in versions.items()}
-    pins = found["cpu,dev"]
-    locks = {}
-    for extra in ADDITIONS:
-        all_pins = found[f"cpu,dev,{extra}"]
-        if changed := {name for name in pins if all_pins.get(name) != pins[name]}:
-            print(f"the extra {extra} would change {', '.join(sorted(changed))}", file=sys.stderr)
-            return 1
-        locks[extra] = {name: all_pins[name] for name in all_pins if name not in pins}
+def main() -> None:
+    # All together first: an extra may allow only older versions of what the environment needs.
+    everything = resolve(",".join(("cpu,dev", *ADDITIONS)), {})
+    pins = resolve("cpu,dev", everything)
     unwanted = sorted(name for name in pins if name.startswith(("nvidia-", "cuda-")))
     if unwanted or "+cpu" not in pins["torch"]:
-        print(f"the solution is not CPU-only: torch {pins['torch']}, {unwanted}", file=sys.stderr)
-        return 1
+        sys.exit(f"the solution is not CPU-only: torch {pins['torch']}, {unwanted}")
+    locks = {extra: resolve(f"cpu,dev,{extra}", everything) for extra in ADDITIONS}
+    environment = set(pins)
     for name in DROPPED | {"vase-vllm"}:
         pins.pop(name, None)
     write(LOCK, HEADER, pins)
-    for extra, additional in locks.items():
+    for extra, all_pins in locks.items():
+        additional = {name: all_pins[name] for name in all_pins if name not in environment}
         write(ROOT / "requirements" / f"{extra}.lock", ADDITIONS[extra], additional)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
