@@ -87,13 +87,14 @@ def main() -> None:
     unwanted = sorted(name for name in pins if name.startswith(("nvidia-", "cuda-")))
     if unwanted or "+cpu" not in pins["torch"]:
         sys.exit(f"the solution is not CPU-only: torch {pins['torch']}, {unwanted}")
-    locks = {extra: resolve(f"cpu,dev,{extra}", everything) for extra in ADDITIONS}
-    environment = set(pins)
+    additions = {}
+    for extra in ADDITIONS:
+        found = resolve(f"cpu,dev,{extra}", everything)
+        additions[extra] = {name: found[name] for name in found if name not in pins}
     for name in DROPPED | {"vase-vllm"}:
         pins.pop(name, None)
     write(LOCK, HEADER, pins)
-    for extra, all_pins in locks.items():
-        additional = {name: all_pins[name] for name in all_pins if name not in environment}
+    for extra, additional in additions.items():
         write(ROOT / "requirements" / f"{extra}.lock", ADDITIONS[extra], additional)
 
 

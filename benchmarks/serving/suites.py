@@ -273,16 +273,7 @@ ALIKE = Workload(
 )
 # The attention of DeepSeek-R1-Distill-Qwen-1.5B (12 query heads, 2 KV heads of size 128) in a
 # single layer, in fp32: an eighth of the KV cache of ``CPU_MODEL`` in fp32, for a slow processor.
-FEW_KV_HEADS = {
-    "layers": 1,
-    "hidden_size": 256,
-    "query_heads": 12,
-    "kv_heads": 2,
-    "head_dim": 128,
-    "intermediate_size": 256,
-    "max_position_embeddings": 32768,
-    "dtype": "float32",
-}
+FEW_KV_HEADS = CPU_MODEL | {"layers": 1, "query_heads": 12, "kv_heads": 2, "dtype": "float32"}
 GPU_POLICIES = budget_policies(2048, 4096, 6144)
 TINY = {
     "vocab_size": 512,
@@ -311,24 +302,21 @@ SUITES = {
         block_size=32,
         environment=ONE_THREAD | KEEP_ALIVE,
     ),
-    "small-layers": Suite(
-        model=SMALL_LAYERS,
-        policies=budget_policies(512),
-        workloads=(ALIKE,),
-        block_size=32,
-        # Else vLLM loads fp32 weights as bf16.
-        dtype="float32",
-        environment=ONE_THREAD | KEEP_ALIVE,
-    ),
-    "few-kv-heads": Suite(
-        model=FEW_KV_HEADS,
-        policies=budget_policies(1024),
-        workloads=(replace(PRESSURE_16K, rounds=3),),
-        block_size=32,
-        # Else vLLM loads fp32 weights as bf16.
-        dtype="float32",
-        environment=ONE_THREAD | KEEP_ALIVE,
-    ),
+    **{
+        name: Suite(
+            model,
+            budget_policies(budget),
+            (workload,),
+            block_size=32,
+            # Else vLLM loads fp32 weights as bf16.
+            dtype="float32",
+            environment=ONE_THREAD | KEEP_ALIVE,
+        )
+        for name, model, budget, workload in (
+            ("small-layers", SMALL_LAYERS, 512, ALIKE),
+            ("few-kv-heads", FEW_KV_HEADS, 1024, replace(PRESSURE_16K, rounds=3)),
+        )
+    },
     # KV memory on a GPU of 80 GB: 48 GB (147,456 bytes a token) beside the 16 GB of Qwen3-8B's
     # weights, 38 GB (163,840 bytes a token) beside the 30 GB of Qwen3-14B's.
     **{
