@@ -274,6 +274,30 @@ ALIKE = Workload(
 # The attention of DeepSeek-R1-Distill-Qwen-1.5B (12 query heads, 2 KV heads of size 128) in a
 # single layer, in fp32: an eighth of the KV cache of ``CPU_MODEL`` in fp32, for a slow processor.
 FEW_KV_HEADS = CPU_MODEL | {"layers": 1, "query_heads": 12, "kv_heads": 2, "dtype": "float32"}
+PAIR_RELAXED = Workload(
+    "relaxed-gpu",
+    "short outputs and memory in plenty: eviction cannot gain anything",
+    kv_tokens=160 * 1024,
+    max_model_len=4928,
+    num_requests=64,
+    concurrency=64,
+    input_len=512,
+    output_len=256,
+    input_spread=0.5,
+    rounds=8,
+)
+PAIR_WORKLOADS = (
+    PAIR_RELAXED,
+    replace(
+        PAIR_RELAXED,
+        name="pressure-gpu",
+        question="128 outputs of 4,096 tokens in KV memory for 35 of them",
+        num_requests=128,
+        concurrency=128,
+        output_len=4096,
+        rounds=1,
+    ),
+)
 GPU_POLICIES = budget_policies(2048, 4096, 6144)
 TINY = {
     "vocab_size": 512,
@@ -338,6 +362,16 @@ SUITES = {
         budget_policies(1024),
         (sweep(128, 256, input_len=512, output_len=4096, kv_tokens=320 * 1024, rounds=1),),
         block_size=16,
+        needs_gpu=True,
+    ),
+    # For a GPU that is lent for minutes, with room for both servers: 2 times 16 GB of weights and
+    # 24 GB of KV cache, for 35 sequences of the longest or 135 under eviction.
+    "pair-qwen3-8b": Suite(
+        MODELS / "qwen3-8b",
+        budget_policies(1024),
+        PAIR_WORKLOADS,
+        block_size=16,
+        arguments=("--gpu-memory-utilization", "0.45"),
         needs_gpu=True,
     ),
     # Memory for three outputs of full length, so that a sweep on a CPU comes to its end as well.
