@@ -11,7 +11,6 @@ after the other on the same two servers, which start at once: a start takes minu
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,28 +18,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from vllm.platforms import current_platform
 
-from benchmarks.accuracy.intervals import interval
-from benchmarks.common.figures import pyplot, save
 from benchmarks.common.policy import Policy
 from benchmarks.common.provenance import provenance
 from benchmarks.common.results import ResultsFile
 from benchmarks.common.workload import SEED, Workload
+from benchmarks.serving import paired_report
 from benchmarks.serving.benchmark import START_SECONDS
 from benchmarks.serving.measure import Service, prepare_model, service
 from benchmarks.serving.run import RESULTS
 from benchmarks.serving.suites import SUITES, Suite
-from vase_vllm.tools.markdown import table
 from vase_vllm.tools.termination import sigterm_unwinds
 
-FULL = "full"
 TIMEOUT = 600.0
 
 
@@ -93,117 +87,28 @@ def pair_of_servers(
 
 
 def take_turns(
-    servers: Sequence[Service], workload: Workload, seed: int, results: ResultsFile, progress: Any
+    servers: Sequence[Service],
+    workload: Workload,
+    seed: int,
+    results: ResultsFile,
+    progress: Progress,
 ) -> None:
-    """All pairs of a workload; every pair is written at once.
+    """All pairs of a workload; every turn is written at once.
 
     Args:
         seed: of the first pair's requests; the next ones count from there.
     """
     warm = [replace(each, workload=workload) for each in servers]
+    task = progress.add_task(workload.name, total=len(warm) * workload.rounds)
     for index in range(workload.rounds):
-        order = warm if index % 2 == 0 else warm[::-1]
-        pair = {}
-        for each in order:
-            pair[each.policy.name] = found = turn(each, seed + index)
-            said = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-            progress.console.print(f"{workload.name}, {each.policy.name}: {said}")
+        pair: dict[str, dict[str, float]] = {}
         results.content["pairs"].append(pair)
-        results.write()
-
-
-def ratios(result: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Of each pair, the policy's speed over the full cache's."""
-    policy = of_turns(result, result["policy"], "tokens_per_second")
-    return policy / of_turns(result, FULL, "tokens_per_second")
-
-
-def of_turns(result: dict[str, Any], name: str, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """One number of all turns of a server, in the order of the pairs."""
-    return np.array([pair[name][key] for pair in result["pairs"]])
-
-
-def row(result: dict[str, Any]) -> list[str]:
-    """A workload's row of the page."""
-    found = ratios(result)
-    median, mean = f"{np.median(found):.3f}", "one pair"
-    if len(found) > 1:
-        first, third = np.quantile(found, (0.25, 0.75))
-        median += f" ({first:.3f} to {third:.3f})"
-        low, high = interval(found)
-        mean = f"{found.mean():.3f} ({low:.3f} to {high:.3f})"
-    names = FULL, result["policy"]
-    speeds = [f"{np.median(of_turns(result, n, 'tokens_per_second')):,.0f}" for n in names]
-    latencies = [f"{np.median(of_turns(result, n, 'median_itl_ms')):.1f}" for n in names]
-    preempted = [f"{np.median(of_turns(result, n, 'preemptions')):.0f}" for n in names]
-    return [
-        result["workload"]["name"],
-        result["policy"],
-        result["dtype"],
-        str(len(found)),
-        *speeds,
-        ", ".join(latencies),
-        ", ".join(preempted),
-        median,
-        mean,
-    ]
-
-
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """The ratio of every pair, a column for each workload."""
-    figure, axis = pyplot.subplots(figsize=(2 + 2 * len(results), 4), layout="constrained")
-    names = ["\n".join(row(result)[:3]) for result in results]
-    for column, result in enumerate(results):
-        found = ratios(result)
-        spread = np.linspace(-0.2, 0.2, len(found))
-        axis.plot(column + spread, found, "o", markersize=4, alpha=0.6)
-        axis.hlines(np.median(found), column - 0.3, column + 0.3, colors="#4d4d4d")
-    axis.axhline(1.0, linewidth=0.8, linestyle=":", color="#4d4d4d")
-    axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel("output tokens per second / full cache's")
-    save(figure, path, "paired")
-
-
-def page(results: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown."""
-    machine, versions, model = (results[0][key] for key in ("machine", "versions", "model"))
-    if not isinstance(model, str):
-        model = ", ".join(f"{name} {value}" for name, value in model.items())
-    described = [
-        f"- {result['workload']['name']}: {result['workload']['question']}; "
-        f"{result['workload']['num_requests']} requests a turn, "
-        f"{result['workload']['concurrency']} at a time, outputs of "
-        f"{result['workload']['output_len']} tokens; {result['date'][:10]}, "
-        f"`{result['command']}`"
-        for result in results
-    ]
-    head = ["workload", "policy", "dtype", "pairs", "full cache, tokens/s", "policy, tokens/s"]
-    head += [
-        "ms between tokens, both",
-        "preempted, both",
-        "median ratio (quartiles)",
-        "mean ratio (95 % interval)",
-    ]
-    return "\n".join(
-        [
-            "# Two servers that take turns",
-            "",
-            f"- machine: {machine['processor']}, {machine['cores']} cores, "
-            f"{machine['accelerator'] or 'no accelerator'}",
-            f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}",
-            f"- model: {model}",
-            *described,
-            "",
-            *table(head, [row(result) for result in results]),
-            "",
-            "Both servers of a workload ran from the start to the end and took turns, each turn",
-            "with fresh requests; a ratio is of two turns one after the other. The interval is a",
-            "bootstrap over pairs.",
-            "",
-            "![ratios](paired.svg)",
-            "",
-        ]
-    )
+        for each in warm if index % 2 == 0 else warm[::-1]:
+            pair[each.policy.name] = found = turn(each, seed + index)
+            results.write()
+            said = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
+            progress.console.print(f"{workload.name}, {each.policy.name}: {said}", soft_wrap=True)
+            progress.advance(task)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -227,7 +132,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if suite.needs_gpu and not current_platform.is_cuda():
         parser.error(f"no GPU: suite {args.suite} is for one")
     args.workloads = args.workloads or [workload.name for workload in suite.workloads]
-    for kind, asked in (("workloads", args.workloads), ("policies", [args.policy, FULL])):
+    for kind, asked in (
+        ("workloads", args.workloads),
+        ("policies", [args.policy, paired_report.FULL]),
+    ):
         known = [item.name for item in getattr(suite, kind)]
         if unknown := set(asked) - set(known):
             parser.error(f"{', '.join(sorted(unknown))}: suite {args.suite} has {', '.join(known)}")
@@ -253,7 +161,9 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     model = suite.model.name if isinstance(suite.model, Path) else suite.model
     seed = SEED
     with (
-        pair_of_servers(suite, workloads[0], [policies[args.policy], policies[FULL]]) as servers,
+        pair_of_servers(
+            suite, workloads[0], [policies[args.policy], policies[paired_report.FULL]]
+        ) as servers,
         Progress(transient=True) as progress,
     ):
         for workload in workloads:
@@ -270,11 +180,7 @@ def main() -> int:
     directory = args.output / "paired"
     if not args.report_only:
         run(args, directory)
-    found = [json.loads(file.read_text()) for file in sorted(directory.glob("*.json"))]
-    plot(found, directory / "paired")
-    text = page(found)
-    (directory / "paired.md").write_text(text)
-    Console(soft_wrap=True, markup=False).print(text)
+    Console(soft_wrap=True, markup=False).print(paired_report.write(directory))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Two servers that take turns: whose turn it is, and what is said of the ratios."""
 
+import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from rich.progress import Progress
 from benchmarks.common.policy import Policy
 from benchmarks.common.results import ResultsFile
 from benchmarks.common.workload import Workload
-from benchmarks.serving import paired
+from benchmarks.serving import paired, paired_report
 from benchmarks.serving.suites import SUITES
 
 SUITE = SUITES["cpu"]
@@ -130,13 +131,29 @@ def test_the_page_tells_the_ratio_of_pairs_not_of_medians(tmp_path):
             for speed in speeds
         ],
     }
-    text = paired.page([result])
+    text = paired_report.page([result])
     ratio = "0.900 (0.900 to 0.900)"
     cells = f"| relaxed | vase-512 | float32 | 12 | 75 | 68 | 8.0, 8.0 | 3, 3 | {ratio} | {ratio} |"
     assert cells in text
     alone = result | {"model": "qwen3-8b", "pairs": result["pairs"][:1]}
-    text = paired.page([alone])
+    text = paired_report.page([alone])
     assert "- model: qwen3-8b\n" in text
     assert "| 1 | 100 | 90 | 8.0, 8.0 | 3, 3 | 0.900 | one pair |" in text
-    paired.plot([result], tmp_path / "paired")
+    paired_report.plot([result], tmp_path / "paired")
     assert (tmp_path / "paired.svg").stat().st_size > 1000
+
+
+def test_half_a_pair_is_kept_and_has_no_ratio(tmp_path):
+    load = {"output_throughput": 100.0, "median_itl_ms": 5.0}
+    run = {"status": "ok", "load": load, "preemptions": 0.0, "peak_running": 32.0}
+    wrong = {"status": "wrong", "reason": "3 blocks are left"}
+    servers = [
+        Warm(policy, WORKLOAD, lambda *_, outcome=outcome: outcome)
+        for policy, outcome in zip(POLICIES, (run, wrong), strict=True)
+    ]
+    results = ResultsFile(tmp_path / "a.json", {"policy": "vase-512"}, {"pairs": []})
+    with pytest.raises(ValueError, match="vase-512: 3 blocks are left"), Progress() as progress:
+        paired.take_turns(servers, WORKLOAD, 1, results, progress)
+    (pair,) = json.loads((tmp_path / "a.json").read_text())["pairs"]
+    assert list(pair) == ["full"]
+    assert "no pair of turns is complete" in paired_report.write(tmp_path)
