@@ -54,12 +54,11 @@ class Benchmark:
         most = workload.max_concurrency or workload.concurrency
         self.range = Range(workload.concurrency, most)
         source = provenance()
-        model = suite.model.name if isinstance(suite.model, Path) else suite.model
         header = {
             "suite": name,
             "smoke": suite.smoke,
             "workload": asdict(workload),
-            "model": "a tiny model" if suite.smoke else model,
+            "model": suite.model_in_results,
             "block_size": suite.block_size,
             "machine": source.pop("machine"),
             "versions": source.pop("versions"),

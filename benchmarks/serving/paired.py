@@ -31,7 +31,7 @@ from benchmarks.common.workload import SEED, Workload
 from benchmarks.serving import paired_report
 from benchmarks.serving.benchmark import START_SECONDS
 from benchmarks.serving.measure import Service, prepare_model, service
-from benchmarks.serving.run import RESULTS
+from benchmarks.serving.run import RESULTS, refuse_unknown
 from benchmarks.serving.suites import SUITES, Suite
 from vase_vllm.tools.termination import sigterm_unwinds
 
@@ -132,13 +132,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if suite.needs_gpu and not current_platform.is_cuda():
         parser.error(f"no GPU: suite {args.suite} is for one")
     args.workloads = args.workloads or [workload.name for workload in suite.workloads]
-    for kind, asked in (
-        ("workloads", args.workloads),
-        ("policies", [args.policy, paired_report.FULL]),
-    ):
-        known = [item.name for item in getattr(suite, kind)]
-        if unknown := set(asked) - set(known):
-            parser.error(f"{', '.join(sorted(unknown))}: suite {args.suite} has {', '.join(known)}")
+    refuse_unknown(parser, "--workloads", args.workloads, suite.workloads)
+    refuse_unknown(parser, "--policy", [args.policy, paired_report.FULL], suite.policies)
     if len({(each.kv_tokens, each.max_model_len) for each in chosen_workloads(args)}) > 1:
         parser.error("--workloads: these differ in KV memory or longest sequence: name one of them")
     return args
@@ -158,7 +153,6 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     suite = replace(suite, dtype=args.dtype or suite.dtype)
     workloads = chosen_workloads(args)
     policies = {policy.name: policy for policy in suite.policies}
-    model = suite.model.name if isinstance(suite.model, Path) else suite.model
     seed = SEED
     with (
         pair_of_servers(
@@ -168,7 +162,8 @@ def run(args: argparse.Namespace, directory: Path) -> None:
     ):
         for workload in workloads:
             header = {"suite": args.suite, "workload": asdict(workload), "policy": args.policy}
-            header |= {"model": model, "dtype": suite.dtype, "arguments": list(suite.arguments)}
+            header |= {"model": suite.model_in_results, "dtype": suite.dtype}
+            header |= {"arguments": list(suite.arguments)}
             path = directory / f"{workload.name}-{args.policy}-{suite.dtype}.json"
             results = ResultsFile(path, header | provenance(), {"pairs": []}, go_on=False)
             take_turns(servers, workload, seed, results, progress)

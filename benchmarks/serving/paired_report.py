@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.accuracy.intervals import interval
 from benchmarks.common.figures import pyplot, save
+from benchmarks.serving.report import source
 from vase_vllm.tools.markdown import table
 
 FULL = "full"
@@ -68,9 +69,6 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def page(results: Sequence[dict[str, Any]]) -> str:
     """The results in Markdown."""
-    machine, versions, model = (results[0][key] for key in ("machine", "versions", "model"))
-    if not isinstance(model, str):
-        model = ", ".join(f"{name} {value}" for name, value in model.items())
     described = [
         f"- {result['workload']['name']}: {result['workload']['question']}; "
         f"{result['workload']['num_requests']} requests a turn, "
@@ -90,10 +88,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         [
             "# Two servers that take turns",
             "",
-            f"- machine: {machine['processor']}, {machine['cores']} cores, "
-            f"{machine['accelerator'] or 'no accelerator'}",
-            f"- versions: {', '.join(f'{name} {v}' for name, v in versions.items())}",
-            f"- model: {model}",
+            *source(results[0]),
             *described,
             "",
             *table(head, [row(result) for result in results]),

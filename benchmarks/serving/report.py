@@ -187,26 +187,36 @@ def section(result: Result) -> list[str]:
     ]
 
 
+def source(result: Result) -> tuple[str, str, str]:
+    """What a page says of the machine, of the versions and of the model."""
+    machine = result["machine"]
+    accelerator = machine["accelerator"] or "no accelerator"
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    model = f"the shape of {result['model']}; dummy weights"
+    if isinstance(result["model"], dict):
+        shape = ", ".join(f"{name} {number}" for name, number in result["model"].items())
+        model = f"{shape}; random weights"
+    if result.get("smoke"):
+        model = "a tiny model; dummy weights"
+    return (
+        f"- machine: {machine['processor']}, {machine['cores']} cores, {accelerator}",
+        f"- versions: {versions}",
+        f"- model: {model}",
+    )
+
+
 def markdown(results: list[Result]) -> str:
     """The page of a suite."""
     first = results[0]
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    accelerator = first["machine"]["accelerator"] or "no accelerator"
-    model = f"the shape of {first['model']}; dummy weights"
-    if isinstance(first["model"], dict):
-        shape = ", ".join(f"{name} {number}" for name, number in first["model"].items())
-        model = f"{shape}; random weights"
-    if first.get("smoke"):
-        model = "a tiny model; dummy weights"
+    machine, versions, model = source(first)
     variables = ", ".join(f"{name}={value}" for name, value in first["environment"].items())
     lines = [
         f"# Eviction against the full cache: suite {first['suite']}",
         "",
         *([SMOKE, ""] if first.get("smoke") else []),
-        f"- machine: {first['machine']['processor']}, {first['machine']['cores']} cores, "
-        f"{accelerator}",
-        f"- versions: {versions}",
-        f"- model: {model}; block size {first['block_size']}",
+        machine,
+        versions,
+        f"{model}; block size {first['block_size']}",
         f"- environment: {variables or 'as it is'}",
         f"- dates: {', '.join(sorted({r['date'][:10] for r in results}))}",
         "",

@@ -24,6 +24,8 @@ from vllm.platforms import current_platform
 from benchmarks.common import paths
 from benchmarks.common.clock import Clock, OutOfTimeError
 from benchmarks.common.exit_codes import OUT_OF_TIME
+from benchmarks.common.policy import Policy
+from benchmarks.common.workload import Workload
 from benchmarks.serving import report
 from benchmarks.serving.benchmark import Benchmark, CheckFailedError
 from benchmarks.serving.suites import SUITES, Suite, budget_policies, sweep
@@ -61,10 +63,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     sweeps.add_argument("--waves", type=int, help="requests for each concurrent client")
     args = parser.parse_args(arguments)
     suite = SUITES[args.suite]
-    for kind in ("workloads", "policies"):
-        known = [item.name for item in getattr(suite, kind)]
-        if unknown := set(getattr(args, kind) or ()) - set(known):
-            parser.error(f"--{kind}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    refuse_unknown(parser, "--workloads", args.workloads or (), suite.workloads)
+    refuse_unknown(parser, "--policies", args.policies or (), suite.policies)
     sweeps_only = all(workload.is_sweep for workload in suite.workloads)
     if args.minutes is not None and not sweeps_only:
         parser.error("--minutes is for the suites that sweep over the concurrency")
@@ -78,6 +78,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if suite.needs_gpu and not args.report_only and not current_platform.is_cuda():
         parser.error("no GPU: --suite smoke goes through every step on a CPU, without numbers")
     return args
+
+
+def refuse_unknown(
+    parser: argparse.ArgumentParser,
+    option: str,
+    names: Sequence[str],
+    known: Sequence[Workload | Policy],
+) -> None:
+    """End the program if an option names what the suite does not have."""
+    if unknown := set(names) - {item.name for item in known}:
+        choice = ", ".join(item.name for item in known)
+        parser.error(f"{option}: {', '.join(sorted(unknown))} is none of {choice}")
 
 
 def chosen_suite(args: argparse.Namespace) -> Suite:

@@ -39,6 +39,13 @@ class Suite:
     smoke: bool = False
     sample_seconds: float = 0.5
 
+    @property
+    def model_in_results(self) -> str | dict[str, Any]:
+        """What results say of the model: its arguments, or the name of its shape."""
+        if self.smoke:
+            return "a tiny model"
+        return self.model.name if isinstance(self.model, Path) else self.model
+
 
 def budget_policies(*budgets: int, window: int | None = None) -> tuple[Policy, ...]:
     """The full cache, and ``vase`` with each budget; ``window`` is part of their names if given."""

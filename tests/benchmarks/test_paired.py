@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,7 +90,10 @@ def test_workloads_that_share_servers_share_their_memory(capsys, monkeypatch):
     assert (relaxed.rounds, relaxed.num_requests) == (3, 2 * relaxed.concurrency)
     for arguments, message in (
         (["--workloads", "relaxed", "chat"], "differ in KV memory or longest sequence"),
-        (["--workloads", "relaxed", "--policy", "vase-3"], "vase-3: suite cpu has full, vase-256"),
+        (
+            ["--workloads", "relaxed", "--policy", "vase-3"],
+            "--policy: vase-3 is none of full, vase-256",
+        ),
         (["--suite", "pair-qwen3-8b", "--policy", "vase-1024"], "no GPU"),
     ):
         with pytest.raises(SystemExit):
@@ -101,7 +103,7 @@ def test_workloads_that_share_servers_share_their_memory(capsys, monkeypatch):
 
 def test_a_turn_that_is_not_what_it_must_be_has_no_speed():
     run = {"status": "wrong", "reason": "3 blocks are left"}
-    warm = SimpleNamespace(policy=POLICIES[0], workload=WORKLOAD, measure=lambda *_: run)
+    warm = Warm(POLICIES[0], WORKLOAD, lambda *_: run)
     with pytest.raises(ValueError, match="full: 3 blocks are left"):
         paired.turn(warm, 1)
 
@@ -137,7 +139,7 @@ def test_the_page_tells_the_ratio_of_pairs_not_of_medians(tmp_path):
     assert cells in text
     alone = result | {"model": "qwen3-8b", "pairs": result["pairs"][:1]}
     text = paired_report.page([alone])
-    assert "- model: qwen3-8b\n" in text
+    assert "- model: the shape of qwen3-8b; dummy weights\n" in text
     assert "| 1 | 100 | 90 | 8.0, 8.0 | 3, 3 | 0.900 | one pair |" in text
     paired_report.plot([result], tmp_path / "paired")
     assert (tmp_path / "paired.svg").stat().st_size > 1000
