@@ -42,7 +42,7 @@ def unpacked(tmp_path_factory) -> dict[str, Path]:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-c", BUILD, str(folder)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    subprocess.run(command, cwd=source, check=True)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     zipfile.ZipFile(wheel).extractall(folder / "wheel")
     with tarfile.open(sdist) as archive:

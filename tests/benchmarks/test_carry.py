@@ -15,6 +15,7 @@ import pytest
 from benchmarks.serving.carry import __main__ as carry
 from benchmarks.serving.carry import archives, wheels
 from benchmarks.serving.carry.left_out import FA2, Selection
+from benchmarks.serving.carry.unpack import extract
 from tests.benchmarks.fat_binaries import CUBIN, PTX, code, container, entry
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_round_trip(packed, tmp_path):
     command = [sys.executable, "-S", "-m", "benchmarks.serving.carry", "unpack", packed, site]
     # Without the site packages: the GPU machine may have none that help.
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-    said = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    said = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
     want = {
         name: content
         for name, content in FILES.items()
@@ -108,8 +109,22 @@ def test_round_trip(packed, tmp_path):
     script = (
         f"{said.stdout}\n{shlex.quote(sys.executable)} -c 'import brought; print(brought.__file__)'"
     )
-    used = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True)
+    used = subprocess.run(["sh", "-c", script], check=True, stdout=subprocess.PIPE, text=True)
     assert used.stdout.strip() == str(site / "brought.py")
+
+
+def test_archives_do_not_race_for_a_directory(packed, tmp_path, monkeypatch):
+    """What is no member tarfile makes itself, and fails if another archive came first."""
+
+    def another_came_first(path, *arguments, **options):
+        raise FileExistsError(path)
+
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.setattr(os, "makedirs", another_came_first)
+    for archive in sorted(packed.glob("*.tar.xz")):
+        extract(archive, site)
+    assert NOISE.items() <= files_of(site).items()
 
 
 def test_the_same_wheels_give_the_same_archives(wheel, tmp_path):

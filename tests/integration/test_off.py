@@ -25,7 +25,7 @@ def test_same_tokens_as_without_the_plugin(models):
     output = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(models.qwen3())],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     ).stdout

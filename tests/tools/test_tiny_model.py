@@ -193,6 +193,6 @@ def test_command_is_light_to_import():
     heavy = {"torch", "vllm", "transformers"}
     code = f"import sys, vase_vllm.tools.cli; print({heavy} & set(sys.modules))"
     output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
     assert output.stdout == "set()\n"

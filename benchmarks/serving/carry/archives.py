@@ -54,22 +54,34 @@ def _normal(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.mtime = MODIFIED
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""
-    entry.mode = 0o644
+    entry.mode = 0o755 if entry.isdir() else 0o644
     return entry
+
+
+def _members(names: list[str]) -> list[str]:
+    """Files, and before them the directories that they lie in.
+
+    Archives are unpacked at the same time. tarfile makes a directory that is no member only if none
+    of that name has come meanwhile, and fails otherwise; of a member it accepts what is there.
+    """
+    paths = [Path(name) for name in names]
+    within = {str(parent) for path in paths for parent in path.parents[:-1]}
+    return [*sorted(within), *names]
 
 
 def _write(site: Path, names: list[str], stem: Path, most: int) -> list[Path]:
     """Archives of files; several where one would be larger than ``most`` bytes."""
     path = stem.with_name(stem.name + SUFFIX)
+    members = _members(names)
     # As a tar file: a header and padding for each, and the end.
-    size = _size(site, names) + 2 * tarfile.BLOCKSIZE * len(names) + tarfile.RECORDSIZE
+    size = _size(site, names) + 2 * tarfile.BLOCKSIZE * len(members) + tarfile.RECORDSIZE
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(size, DICTIONARY)}]
     with (
         lzma.open(path, "wb", filters=filters) as stream,
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for name in names:
-            archive.add(site / name, name, filter=_normal)
+        for name in members:
+            archive.add(site / name, name, recursive=False, filter=_normal)
     if path.stat().st_size <= most:
         return [path]
     if len(names) == 1:
