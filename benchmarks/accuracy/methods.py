@@ -87,6 +87,8 @@ POLICIES = (
     Method("random", "random", draws=True),
     Method("distinct", "distinct"),
     Method("distinct-remembering", "distinct", {"memory": "0.9"}),
+    Method("distinct-strata", "distinct", {"strata": "4"}),
+    Method("distinct-strata-half", "distinct", {"protected": "0.5", "strata": "4"}),
 )
 METHODS = (
     Method("full", None),
