@@ -45,7 +45,7 @@ from vase_vllm.kernels.paged import (
 )
 from vase_vllm.kernels.scoring import multiply, row_range, split_range
 from vase_vllm.kernels.scratch import some
-from vase_vllm.kernels.selection import HIGHEST, ordered_bits
+from vase_vllm.kernels.search import HIGHEST, ordered_bits
 from vase_vllm.kernels.whitening import LEAST_LENGTH
 from vase_vllm.layout.arithmetic import cdiv
 

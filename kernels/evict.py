@@ -22,10 +22,11 @@ sinks alone, by their slots: a sink never moves, for survivors below the budget 
 
 Another number than r may protect (``EvictionParameters.protect_by``): the distinctness takes two
 more kernels, which ``distinctness.py`` describes. ``EvictionParameters.memory`` ranks by attention
-that tokens have received from earlier windows as well: two more, in ``remembering.py``.
+that tokens have received from earlier windows as well: two more, in ``remembering.py``. With
+``EvictionParameters.strata`` the third kernel selects from each part of the text (``strata.py``).
 
-What a head costs is counted in ``scoring.py`` and ``selection.py``, how heads become programs in
-``launch.py``, what they take on a GPU by ``benchmarks/kernels/eviction.py``.
+What a head costs is counted in ``scoring.py``, ``search.py`` and ``selection.py``, how heads become
+programs in ``launch.py``, what they take on a GPU by ``benchmarks/kernels/eviction.py``.
 """
 
 import math
@@ -117,9 +118,9 @@ class PagedEviction:
         block_table: [R, columns] int32, rows of a header, token blocks and state blocks.
         rows: [due] int32, rows of ``block_table`` that may be due; no row twice.
         positions: [R] int32 or int64, tokens that each sequence has computed so far.
-        parameters: what to keep and how to rank. With ``memory`` the state blocks have room for the
-            two numbers of each of its ``budget`` tokens; those of a row's own budget beside its
-            kept prompt must not be more.
+        parameters: what to keep and how to rank. The state blocks have room for ``num_numbers`` of
+            each of its ``budget`` tokens; those of a row's own budget beside its kept prompt must
+            not be more.
         counts: [due, 3] int32, each sequence's own ``EvictionParameters.counts``; None: they are
             those of ``parameters`` for all.
         group_size: query heads per KV head (G).
@@ -220,7 +221,7 @@ class PagedEviction:
         streaming = dict(num_splits=num_splits, EXACT=self._is_exact)
         scoring = streaming | self._scoring_arguments(tile) | some(scratch, "maxima", "sums")
         results = some(scratch, "scores", "ordered")
-        selecting = results | self._selecting_arguments()
+        selecting = results | self._selecting_arguments(scratch)
         for offset in range(0, self._num_tasks, plan.tasks_per_launch):
             num = min(plan.tasks_per_launch, self._num_tasks - offset)
             part = dict(task_offset=offset, **common)
@@ -332,7 +333,7 @@ class PagedEviction:
             maxnreg=tile.max_registers,
         )
 
-    def _selecting_arguments(self) -> dict[str, Any]:
+    def _selecting_arguments(self, scratch: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments of ``select_and_move`` alone."""
         parameters = self.parameters
         padded = triton.next_power_of_2(2 * self._head_size)
@@ -340,6 +341,9 @@ class PagedEviction:
             layer_indices=self.layer_indices,
             slot_priority=self.slot_priority,
             nan_keys=self.nan_keys,
+            # Of no policy without strata.
+            places=scratch.get("places"),
+            members=scratch.get("members"),
             num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],
             numbers_stride=parameters.budget if parameters.memory else None,
             seed_low=_signed(parameters.seed),
@@ -349,14 +353,15 @@ class PagedEviction:
             **self._group,
             GUMBEL=parameters.sampling == "gumbel",
             SMOOTHING=parameters.smoothing,
+            STRATA=parameters.strata,
             SEARCH_TILE=max(
                 SELECT_TILE, min(SEARCH_TILE, triton.next_power_of_2(parameters.budget))
             ),
             TILE=SELECT_TILE,
             MOVE_TILE=min(64, MOVE_BYTES // (padded * self.kv_cache.element_size())),
             num_warps=4,
-            # Four programs share an SM.
-            maxnreg=128,
+            # Four programs share an SM; three where positions are searched as well.
+            maxnreg=128 if parameters.strata == 1 else 168,
         )
 
 

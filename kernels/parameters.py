@@ -71,6 +71,9 @@ class EvictionParameters:
         memory: what is left at an eviction of the attention received before, from 0 to 1. Above 0
             two numbers go along with each token (``remembering.py``); with ``protect_by``
             ``distinctness`` and smoothing 1 alone.
+        strata: parts of equally many tokens, by position, into which what is not protected is
+            divided; each keeps as many as the others (``strata.py``). At most ``window``. Above 1 a
+            number goes along with each token; with ``protect_by`` ``distinctness`` alone.
 
     Raises:
         ValueError: names the parameter that is out of its range or does not go with another.
@@ -88,6 +91,7 @@ class EvictionParameters:
     protect_by: ProtectBy = "value_range"
     ridge: float = 0.1
     memory: float = 0.0
+    strata: int = 1
 
     @classmethod
     def of(
@@ -118,6 +122,11 @@ class EvictionParameters:
         """What may differ between the sequences of a launch: budget, sinks and protected."""
         return self.budget, self.sinks, self.protected
 
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers go along with each token: the two of ``memory``, then the position."""
+        return 2 * (self.memory > 0) + (self.strata > 1)
+
     def __post_init__(self) -> None:
         if not 0 < self.window < self.budget:
             raise ValueError(f"window must be in [1, budget), got {self.window}")
@@ -135,6 +144,12 @@ class EvictionParameters:
             )
         if self.memory and self.smoothing > 1:
             raise ValueError(f"memory must be 0 with smoothing {self.smoothing}, got {self.memory}")
+        if not 1 <= self.strata <= self.window:
+            raise ValueError(f"strata must be in [1, window], got {self.strata}")
+        if self.strata > 1 and self.protect_by != "distinctness":
+            raise ValueError(
+                f"strata must be 1 with protect_by {self.protect_by!r}, got {self.strata}"
+            )
         if self.scoring == "attention":
             return
         if self.protect_by != "value_range":

@@ -30,7 +30,7 @@ from vase_vllm.kernels.paged import (
     slot_pointers,
     task_pages,
 )
-from vase_vllm.kernels.selection import HIGHEST, ordered_bits
+from vase_vllm.kernels.search import HIGHEST, ordered_bits
 
 MAX_SPLITS = 16
 """The most programs that share the candidates of one head."""

@@ -10,6 +10,7 @@ from vase_vllm.layout.arithmetic import cdiv
 SCRATCH_BYTES = 64 * 2**20
 """The most scratch memory of a launch that is worth having."""
 WORD_BYTES = 4
+INTEGERS = ("ordered", "places", "members")
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class HeadScratch:
         num_rows: query rows of a KV head, G * W; 0 if no attention is scored.
         sample_shape: (W, D) of the window's values where distinctness protects; else None.
         window_scores: words of the scores of the window's own tokens; 0 if nothing remembers them.
+        has_strata: whether candidates are divided by their positions.
     """
 
     num_rows: int = 0
     sample_shape: tuple[int, int] | None = None
     window_scores: int = 0
+    has_strata: bool = False
 
     @classmethod
     def of(cls, parameters: EvictionParameters, group_size: int, head_size: int) -> "HeadScratch":
@@ -34,6 +37,7 @@ class HeadScratch:
             num_rows=group_size * window if parameters.scoring == "attention" else 0,
             sample_shape=(window, head_size) if parameters.protect_by == "distinctness" else None,
             window_scores=padded_words(window) if parameters.memory else 0,
+            has_strata=parameters.strata > 1,
         )
 
     def words(self, capacity: int, num_splits: int) -> dict[str, int]:
@@ -48,6 +52,8 @@ class HeadScratch:
         """
         words = {"scores": capacity + self.window_scores, "ordered": capacity}
         words |= dict.fromkeys(("maxima", "sums"), padded_words(num_splits * self.num_rows))
+        if self.has_strata:
+            words |= dict.fromkeys(("places", "members"), capacity)
         if self.sample_shape is not None:
             window, head_size = self.sample_shape
             words |= {
@@ -71,7 +77,7 @@ class HeadScratch:
             memory: [bytes] uint8, with room for all heads.
 
         Returns:
-            By name, each [words] int32 (``ordered``) or fp32.
+            By name, each [words] fp32, or int32 (``ordered``, ``places``, ``members``).
         """
         words = {
             name: num_heads * num_words
@@ -80,7 +86,7 @@ class HeadScratch:
         used = memory[: WORD_BYTES * sum(words.values())].view(torch.int32)
         parts = dict(zip(words, used.split(list(words.values())), strict=True))
         return {
-            name: part if name == "ordered" else part.view(torch.float32)
+            name: part if name in INTEGERS else part.view(torch.float32)
             for name, part in parts.items()
         }
 

@@ -59,6 +59,7 @@ def test_protected_is_a_fraction_or_a_count(protected, count):
         ({"policy": "snapkv", "smoothing": 2}, "smoothing (2)", "odd"),
         ({"policy": "rkv", "lambda": 2}, "--kv-eviction-config.lambda", "less than or equal to 1"),
         ({"policy": "distinct", "protected": 1.5}, "protected (1.5)", "fraction up to 1"),
+        ({"policy": "distinct", "strata": 65}, "strata (65)", "lower strata"),
         ({"policy": "distinct", "ridge": 0}, "ridge", "greater than or equal to 0.0001"),
         ({"policy": "cur", "gaussian": "new"}, "gaussian", "'fixed' or 'redrawn'"),
         ({"evict_large": True, "magnitude": "none"}, "evict_large", "set magnitude"),

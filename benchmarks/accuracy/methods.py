@@ -88,7 +88,9 @@ POLICIES = (
     Method("distinct", "distinct"),
     Method("distinct-remembering", "distinct", {"memory": "0.9"}),
     Method("distinct-strata", "distinct", {"strata": "4"}),
+    Method("distinct-half", "distinct", {"protected": "0.5"}),
     Method("distinct-strata-half", "distinct", {"protected": "0.5", "strata": "4"}),
+    Method("distinct-half-remembering", "distinct", {"protected": "0.5", "memory": "0.9"}),
 )
 METHODS = (
     Method("full", None),

@@ -28,9 +28,16 @@ VARIANTS = {
     "distinct:memory=0.9": "`distinct`, memory 0.9",
     "distinct:protected=0.25,memory=0.9": "`distinct`, protected 0.25, memory 0.9",
     "distinct:protected=0.5": "`distinct`, protected 0.5",
+    "distinct:protected=0.5,memory=0.9": "`distinct`, protected 0.5, memory 0.9",
     "distinct:protected=0.5,strata=4": "`distinct`, protected 0.5, strata 4",
 }
-ON_THE_TESTBED = {"cur": "cur-redrawn", "distinct:memory=0.9": "distinct-remembering"}
+ON_THE_TESTBED = {
+    "cur": "cur-redrawn",
+    "distinct:memory=0.9": "distinct-remembering",
+    "distinct:protected=0.5": "distinct-half",
+    "distinct:protected=0.5,strata=4": "distinct-strata-half",
+    "distinct:protected=0.5,memory=0.9": "distinct-half-remembering",
+}
 """Names of the testbed's methods where they are not the policy's."""
 NONE = "–"
 

@@ -135,6 +135,9 @@ def look_at(
         if configuration.memory and launch.kernel in of_others:
             # Those of the configuration without memory.
             continue
+        if configuration.strata > 1 and launch.kernel is not select_and_move:
+            # Those of the configuration without strata.
+            continue
         by_parts = has_parts(launch) and configuration in PREDICTED
         whole = launch.kernel in SCORING or by_parts
         code, shared, num_warps = compile_launch(launch, architecture, whole)

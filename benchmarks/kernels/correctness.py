@@ -11,7 +11,14 @@ import torch
 from benchmarks.common.clock import Clock
 from benchmarks.common.results import Rows
 from benchmarks.kernels.eviction_report import is_right
-from benchmarks.kernels.policies import distinct, parameters_of, remembering, snapkv, unscored
+from benchmarks.kernels.policies import (
+    distinct,
+    divided,
+    parameters_of,
+    remembering,
+    snapkv,
+    unscored,
+)
 from benchmarks.kernels.workload import Shape, ring_is_right, wrong_heads
 from vase_vllm.kernels.checks import interpreted
 from vase_vllm.kernels.parameters import EvictionParameters
@@ -31,6 +38,7 @@ def correctness_shapes() -> dict[str, Shape]:
         shapes["snapkv"] = replace(base, parameters=snapkv(base.parameters))
         shapes["distinct"] = replace(base, parameters=distinct(base.parameters))
         shapes["remembering"] = replace(base, parameters=remembering(base.parameters))
+        shapes["strata"] = replace(base, parameters=divided(base.parameters))
         for name, parameters in unscored(base.parameters).items():
             shapes[name] = replace(base, parameters=parameters)
         return {f"smoke, {name}": shape for name, shape in shapes.items()}
@@ -67,6 +75,13 @@ def distinct_shapes(base: Shape, qwen3: Shape) -> dict[str, Shape]:
         "distinct, G=8": replace(qwen3, parameters=distinct(qwen3.parameters), group_size=8),
         "distinct, extra=4000": replace(small, extra=4000),
         "distinct, remembering": replace(qwen3, parameters=remembering(qwen3.parameters)),
+        "distinct, strata": replace(qwen3, parameters=divided(qwen3.parameters)),
+        "distinct, strata, extra=4000": replace(
+            base, parameters=divided(base.parameters), extra=4000
+        ),
+        "distinct, strata, remembering": replace(
+            qwen3, parameters=replace(divided(qwen3.parameters), memory=0.9)
+        ),
     }
     for dtype in (torch.float16, torch.float32):
         shapes[f"distinct, {dtype}"] = replace(small, dtype=dtype)

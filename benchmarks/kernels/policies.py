@@ -31,6 +31,11 @@ def remembering(parameters: EvictionParameters) -> EvictionParameters:
     return replace(distinct(parameters), memory=0.9)
 
 
+def divided(parameters: EvictionParameters) -> EvictionParameters:
+    """The policy ``distinct`` with strata, with the same budget, window and sinks."""
+    return replace(distinct(parameters), strata=4)
+
+
 def unscored(parameters: EvictionParameters) -> dict[str, EvictionParameters]:
     """The policies that score no attention, with the same budget, window and sinks."""
     sinks = parameters.sinks

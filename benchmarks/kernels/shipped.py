@@ -46,6 +46,7 @@ class Configuration:
     scoring: Scoring = "attention"
     protect_by: ProtectBy = "value_range"
     memory: float = 0.0
+    strata: int = 1
 
     def tile(self, limits: DeviceLimits) -> ScoringTile:
         """The tile of its two scoring launches."""
@@ -69,6 +70,7 @@ class Configuration:
         kind = self.sampling if self.scoring == "attention" else self.scoring
         if self.is_distinct:
             kind = "remembering" if self.memory else "distinct"
+            kind += " strata" if self.strata > 1 else ""
         return (
             f"D={self.head_size} G={self.group_size} {TYPE_NAMES[self.dtype]} "
             f"block={self.block_size} {kind}"
@@ -81,6 +83,7 @@ QUICK = (
     QWEN3_8B,
     QWEN3_8B_DISTINCT,
     replace(QWEN3_8B_DISTINCT, memory=0.9),
+    replace(QWEN3_8B_DISTINCT, strata=4),
     Configuration(128, 4, scoring="uniform"),
     Configuration(128, 4, sampling="greedy", scoring="age"),
 )
@@ -109,8 +112,9 @@ CONFIGURATIONS = (
         )
     ),
     *(
-        replace(shape, sampling="greedy", protect_by="distinctness", memory=0.9)
+        replace(shape, sampling="greedy", protect_by="distinctness", memory=0.9, strata=strata)
         for shape in (Configuration(256, 4), Configuration(256, 2, torch.float32))
+        for strata in (1, 4)
     ),
 )
 
@@ -131,10 +135,10 @@ def shipped_launches(configuration: Configuration, limits: DeviceLimits) -> Iter
         scoring=configuration.scoring,
         protect_by=configuration.protect_by,
         memory=configuration.memory,
+        strata=configuration.strata,
     )
     cell_bytes = 2 * head_size * configuration.dtype.itemsize
-    num_numbers = 2 if configuration.memory else 0
-    numbers = TokenStateLayout(num_numbers, BUDGET, block_size, cell_bytes)
+    numbers = TokenStateLayout(parameters.num_numbers, BUDGET, block_size, cell_bytes)
     num_state_blocks = RingLayout(WINDOW, group_size, block_size).num_blocks + numbers.num_blocks
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

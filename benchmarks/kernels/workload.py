@@ -12,9 +12,9 @@ from vase_vllm.kernels.torch_eviction import (
     attention_scores,
     largest,
     sampling_noise,
-    select_survivors,
     value_range,
 )
+from vase_vllm.kernels.torch_strata import by_strata, strata_of
 from vase_vllm.layout.arithmetic import cdiv
 from vase_vllm.layout.block_table_row import BlockTableRow, RowHeader
 from vase_vllm.layout.query_ring import RingLayout
@@ -71,9 +71,10 @@ class Shape:
     @property
     def token_state(self) -> TokenStateLayout:
         """Where the numbers lie that go along with the tokens."""
-        num_numbers = 2 if self.parameters.memory else 0
-        cell_bytes = 2 * self.head_size * self.dtype.itemsize
-        return TokenStateLayout(num_numbers, self.parameters.budget, self.block_size, cell_bytes)
+        parameters, cell_bytes = self.parameters, 2 * self.head_size * self.dtype.itemsize
+        return TokenStateLayout(
+            parameters.num_numbers, parameters.budget, self.block_size, cell_bytes
+        )
 
     @property
     def softmax_scale(self) -> float:
@@ -169,7 +170,7 @@ class Workload:
         return vectors[:, : shape.num_query_rows]
 
     def numbers(self, layer: int, row: int) -> torch.Tensor:
-        """What goes along with the tokens after an eviction, on the CPU: [H, 2, budget] fp32."""
+        """What goes along with the tokens after an eviction, on the CPU: [H, numbers, budget]."""
         shape = self.shape
         start = BlockTableRow.state_column(shape.num_cached, shape.block_size)
         blocks = self.block_table[row, start + shape.ring.num_blocks :].long()
@@ -231,7 +232,7 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
     magnitudes_before = {place: workload.magnitudes(*place) for place in places}
     received_before = {place: workload.received(*place) for place in places if parameters.memory}
     workload.evict(num_splits)
-    num_wrong = 0
+    num_wrong, slots = 0, torch.arange(shape.num_candidates, dtype=torch.float32)
     for layer, row in places:
         cells, scores = before[layer, row], scores_before[layer, row]
         heads, noise = torch.arange(shape.num_kv_heads), None
@@ -240,7 +241,6 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
                 parameters.seed, shape.num_candidates, 0, layer, heads, 1000 + row
             )
         magnitudes = magnitudes_before[layer, row]
-        keep = select_survivors(parameters, scores, magnitudes, noise)
         # Positions are whole numbers: one apart is far.
         priority = scores.clone() if parameters.scoring == "age" else scores.log()
         priority += 0.0 if noise is None else noise
@@ -248,21 +248,34 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
         protected = largest(magnitudes, parameters.protected)
         priority.masked_fill_(protected, torch.inf)
         num_near = _near_the_protected(magnitudes, protected)
+        strata = strata_of(~protected, slots.expand_as(priority), parameters.strata)
+        strata.clamp_max_(parameters.strata - 1)
+        ranks = priority
+        if parameters.strata > 1:
+            ranks = by_strata(priority, slots.expand_as(priority), parameters.strata)
+        keep = largest(ranks, parameters.budget - parameters.window)
         after = _fingerprints(workload.cells(layer, row).cpu()[:, : parameters.budget])
         for head, old in enumerate(_fingerprints(cells)):
             left = torch.isin(old, after[head])
             is_whole = bool(left[shape.num_candidates :].all())
             right = is_whole and int(left.sum()) == parameters.budget
             kept, of_all, left = keep[head], left, left[: shape.num_candidates]
-            threshold = priority[head][kept].min()
-            off = (priority[head][kept != left] - threshold).abs()
-            allowed = 2 * num_near[head] if parameters.protect_by == "distinctness" else 0
+            thresholds = _least_kept(priority[head], kept, strata[head])
+            off = (priority[head] - thresholds)[kept != left].abs()
+            # Another protected token may move the end of every stratum by one.
+            allowed = 0
+            if parameters.protect_by == "distinctness":
+                allowed = 2 * num_near[head] * parameters.strata
             right &= bool((off > TOLERANCE).sum() <= allowed)
             if right and parameters.memory:
                 asked = shape.num_cached - torch.arange(shape.num_cached)
                 asked.clamp_(max=parameters.window)
                 numbers = torch.stack([received_before[layer, row][head], asked])[:, of_all]
-                right = _alike(workload.numbers(layer, row)[head], numbers)
+                right = _alike(workload.numbers(layer, row)[head, :2], numbers)
+            if right and parameters.strata > 1:
+                # Slots are positions before a first eviction.
+                came_from = workload.numbers(layer, row)[head, -1].long()
+                right = torch.equal(_fingerprints(cells)[head, came_from], after[head])
             num_wrong += int(not right)
     return num_wrong
 
@@ -271,6 +284,13 @@ def _alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two times two numbers of the same tokens are alike, in whichever slots: [2, n]."""
     with_quotients = [torch.stack([*pair, pair[0] / pair[1]]) for pair in (found, expected)]
     return torch.allclose(*(rows.sort(dim=-1).values for rows in with_quotients), rtol=1e-3)
+
+
+def _least_kept(priority: torch.Tensor, kept: torch.Tensor, strata: torch.Tensor) -> torch.Tensor:
+    """The least priority that is kept of each candidate's stratum, of one head: [n]."""
+    least = torch.full((int(strata.max()) + 1,), torch.inf)
+    least.scatter_reduce_(0, strata[kept], priority[kept], "amin")
+    return least[strata]
 
 
 def _near_the_protected(magnitudes: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:

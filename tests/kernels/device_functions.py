@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from vase_vllm.kernels.paged import Batch, load_task
-from vase_vllm.kernels.selection import (
+from vase_vllm.kernels.search import (
     HIGHEST,
-    gumbel_noise,
     is_selected,
     k_largest,
     load_ordered,
     ordered_bits,
 )
+from vase_vllm.kernels.selection import gumbel_noise
 
 
 @triton.jit

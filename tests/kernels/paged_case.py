@@ -106,7 +106,7 @@ class Case:
     def state(self) -> TokenStateLayout:
         """Where the numbers lie that go along with the tokens."""
         return TokenStateLayout(
-            2 * (self.parameters.memory > 0),
+            self.parameters.num_numbers,
             self.parameters.budget,
             self.block_size,
             2 * self.head_size * self.dtype.itemsize,
@@ -204,12 +204,30 @@ class Pool:
                     ]
         sequence = case.sequences[row]
         if case.state.num_numbers and sequence.position > sequence.first:
-            received, asked = torch.rand(2, *self.numbers(cache, row)[0].shape, generator=generator)
-            self.put_numbers(cache, row, torch.stack([received, window * (0.5 + asked)]))
+            self.put_numbers(cache, row, self._drawn_numbers(cache, row, generator))
+
+    def _drawn_numbers(
+        self, cache: torch.Tensor, row: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Numbers as earlier evictions could have left them."""
+        case, sequence = self.case, self.case.sequences[row]
+        shape = self.numbers(cache, row)[0].shape
+        numbers = []
+        if case.parameters.memory:
+            received, asked = torch.rand(2, *shape, generator=generator)
+            numbers += [received, case.parameters.window * (0.5 + asked)]
+        if case.parameters.strata > 1:
+            num_positions = sequence.position - case.parameters.window - sequence.kept
+            order = torch.rand(num_positions, shape[1], generator=generator).argsort(dim=0)
+            numbers.append(sequence.kept + order[: shape[0]].float())
+        return torch.stack(numbers)
 
     def numbers(self, cache: torch.Tensor, row: int) -> torch.Tensor:
-        """Attention received by the tokens that an eviction leaves, and by how many queries it was
-        paid: [2, budget less a kept prompt, H]."""
+        """Numbers of the tokens that an eviction leaves: [numbers, budget less a kept prompt, H].
+
+        With memory the attention received, and by how many queries it was paid; with strata the
+        position.
+        """
         block, cell, word = self._number_places(row)
         return cache.view(torch.float32)[block, :, cell, word]
 
@@ -221,7 +239,8 @@ class Pool:
         """Block, cell and fp32 word of each number, from the words of the contract."""
         case, sequence = self.case, self.case.sequences[row]
         index = torch.arange(case.of(sequence).budget - sequence.kept)
-        index = torch.stack([index, case.parameters.budget + index])
+        first = case.parameters.budget * torch.arange(case.state.num_numbers)
+        index = first[:, None] + index
         cell_size = 2 * case.head_size * case.dtype.itemsize // 4
         front = BlockTableRow.NUM_HEADER - (-sequence.first // case.block_size)
         columns = front + case.ring.num_blocks + index // cell_size // case.block_size
@@ -302,9 +321,9 @@ class Pool:
                 all_keys, all_values = tokens.float().split(case.head_size, dim=-1)
                 keys, values = all_keys[:, :candidates], all_values[:, :candidates]
                 scores = self._scores(cache, row, keys)
+                numbers = self._numbers_after(cache, row, all_keys)
                 if parameters.memory:
-                    numbers = self._remembered(cache, row, all_keys)
-                    received, asked = numbers[:, :candidates].transpose(1, 2)
+                    received, asked = numbers[:2, :candidates].transpose(1, 2)
                     scores = received / asked
                 noise = None
                 if parameters.sampling == "gumbel":
@@ -324,12 +343,17 @@ class Pool:
                         keys.transpose(1, 2), values, key_sample, sample, parameters.ridge
                     )
                     separated &= _is_clear(magnitudes, parameters)
-                keep = select_survivors(parameters, scores, magnitudes, noise)
-                separated &= _separated(scores if noise is None else scores.log() + noise, keep)
+                if parameters.strata > 1:
+                    positions = numbers[-1, :candidates].T
+                    keep = _best_of_strata(parameters, scores, magnitudes, positions)
+                    separated &= _differ(scores)
+                else:
+                    keep = select_survivors(parameters, scores, magnitudes, noise)
+                    separated &= _separated(scores if noise is None else scores.log() + noise, keep)
                 head, source, target = plan_moves(parameters.budget, parameters.window, keep)
                 source_cells = cache[self.blocks(row, source), head, source % case.block_size]
                 cache[self.blocks(row, target), head, target % case.block_size] = source_cells
-                if parameters.memory:
+                if parameters.num_numbers:
                     numbers[:, target, head] = numbers[:, source, head]
                     left = numbers[:, sequence.kept : parameters.budget]
                     self.put_numbers(cache, row, left)
@@ -347,27 +371,41 @@ class Pool:
         queries = self._queries(cache, row)
         return attention_scores(queries, keys.transpose(1, 2), scale, parameters.smoothing)
 
-    def _remembered(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
-        """The numbers of all tokens of an eviction, query by query, keys [H, n + W, D].
+    def _numbers_after(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
+        """The numbers of all tokens of an eviction, keys [H, n + W, D].
 
         Returns:
-            [2, n + W, H].
+            [numbers, n + W, H].
         """
+        parameters, sequence = self.case.parameters, self.case.sequences[row]
+        num_tokens, position = keys.shape[1], sequence.position
+        budget = self.case.of(sequence).budget
+        before = self.numbers(cache, row)
+        numbers = torch.zeros(parameters.num_numbers, num_tokens, len(keys))
+        if parameters.strata > 1:
+            # From the newest token backwards, as far as they lie in order.
+            numbers[-1] = torch.arange(position - num_tokens, position)[:, None]
+        if position > sequence.first:
+            numbers[:, sequence.kept : budget] = before
+        if parameters.memory:
+            numbers[:2] *= parameters.memory
+            numbers[:2] += self._received(cache, row, keys)
+        return numbers
+
+    def _received(self, cache: torch.Tensor, row: int, keys: torch.Tensor) -> torch.Tensor:
+        """What the window's queries have paid each token, and how many: [2, n + W, H]."""
         parameters, sequence = self.case.parameters, self.case.sequences[row]
         scale = self.case.softmax_scale / parameters.temperature
         window, position = parameters.window, sequence.position
         queries = self._queries(cache, row).unflatten(1, (window, -1))
-        numbers = torch.zeros(2, keys.shape[1], len(keys))
-        if position > sequence.first:
-            budget = self.case.of(sequence).budget
-            numbers[:, sequence.kept : budget] = parameters.memory * self.numbers(cache, row)
+        received = torch.zeros(2, keys.shape[1], len(keys))
         for ago in range(window, 0, -1):
             of_position = queries[:, (position - ago) % window]
             num_seen = keys.shape[1] - ago + 1
             logits = of_position @ keys[:, :num_seen].transpose(1, 2) * scale
-            numbers[0, :num_seen] += logits.softmax(dim=-1).sum(dim=1).T
-            numbers[1, :num_seen] += 1
-        return numbers
+            received[0, :num_seen] += logits.softmax(dim=-1).sum(dim=1).T
+            received[1, :num_seen] += 1
+        return received
 
     def _queries(self, cache: torch.Tensor, row: int) -> torch.Tensor:
         case = self.case
@@ -382,6 +420,39 @@ class Pool:
             for head in range(case.num_kv_heads)
         ]
         return torch.stack(vectors).float()
+
+
+def _best_of_strata(
+    parameters: EvictionParameters,
+    scores: torch.Tensor,
+    magnitudes: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """The survivors where the rest of the budget goes to strata, head by head: [H, n] bool."""
+    magnitudes = magnitudes.clone()
+    magnitudes[:, : parameters.sinks] = torch.inf
+    keep = largest(magnitudes, parameters.protected)
+    scores = scores.nan_to_num(nan=-torch.inf)
+    for kept, score, position in zip(keep, scores, positions, strict=True):
+        ranked = sorted(torch.nonzero(~kept)[:, 0].tolist(), key=lambda slot: position[slot])
+        strata: list[list[int]] = [[] for _ in range(parameters.strata)]
+        for place, slot in enumerate(ranked):
+            strata[place * parameters.strata // len(ranked)].append(slot)
+        ascending = [sorted(slots, key=lambda slot: -slot) for slots in strata]
+        ascending = [sorted(slots, key=lambda slot: score[slot]) for slots in ascending]
+        num_left = parameters.budget - parameters.window - parameters.protected
+        while num_left:
+            best = [slots.pop() for slots in ascending if slots]
+            best = sorted(best, key=lambda slot: (-score[slot], slot))[:num_left]
+            kept[best] = True
+            num_left -= len(best)
+    return keep
+
+
+def _differ(scores: torch.Tensor) -> bool:
+    """Whether rounding cannot change the order of any two scores of a head."""
+    ordered = scores.sort(dim=-1).values
+    return bool((ordered.diff(dim=-1) > MARGIN * ordered[:, 1:]).all())
 
 
 def _separated(priority: torch.Tensor, keep: torch.Tensor) -> bool:

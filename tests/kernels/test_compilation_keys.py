@@ -33,6 +33,10 @@ KERNELS = {
         *("row_statistics", "candidate_scores", "window_scores", "remember_attention"),
         *("window_whitening", "token_distinctness", "select_and_move"),
     ),
+    "strata": (
+        *("row_statistics", "candidate_scores", "window_whitening", "token_distinctness"),
+        "select_and_move",
+    ),
     "uniform": ("select_and_move",),
     "age": ("select_and_move",),
 }
@@ -54,7 +58,7 @@ class Model:
 
     @property
     def parameters(self) -> EvictionParameters:
-        by_distinctness = self.policy in ("distinctness", "memory")
+        by_distinctness = self.policy in ("distinctness", "memory", "strata")
         return EvictionParameters(
             self.budget,
             self.window,
@@ -65,6 +69,7 @@ class Model:
             sampling="greedy" if self.policy == "age" else "gumbel",
             protect_by="distinctness" if by_distinctness else "value_range",
             memory=0.9 if self.policy == "memory" else 0.0,
+            strata=min(3, self.window) if self.policy == "strata" else 1,
         )
 
 

@@ -10,7 +10,7 @@ import pytest
     "name",
     [
         *("evict", "launch", "parameters", "philox", "remap", "ring", "scratch"),
-        *("torch_distinctness", "torch_eviction"),
+        *("torch_distinctness", "torch_eviction", "torch_strata"),
     ],
 )
 def test_examples_show_what_happens(name):

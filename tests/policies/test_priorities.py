@@ -114,6 +114,7 @@ class Shape(NamedTuple):
         if own["policy"] in HAS_PROTECTION:
             common["protected"] = self.protected
         assume(own.get("recent", 0) + self.sinks <= common["budget"])
+        assume(own.get("strata", 1) <= self.window)
         if own["policy"] == "triattention":
             own = own | {"statistics": statistics_file(self.group, self.head_size)}
         return DenseEviction.random(
@@ -216,6 +217,8 @@ def test_the_fused_kernel_takes_distinct():
     assert of_sequence.counts == (94, 30, 30 + 20)
     remembering = EvictionConfig.parse(settings | {"smoothing": 1, "memory": 0.5}).fused
     assert remembering == replace(config.fused, smoothing=1, memory=0.5)
+    divided = EvictionConfig.parse(settings | {"strata": 4}).fused
+    assert divided == replace(config.fused, strata=4)
 
 
 # What must hold

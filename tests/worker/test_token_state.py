@@ -164,7 +164,6 @@ def test_strata_go_by_the_positions_that_were_kept():
     """Of twelve candidates six are protected, and three parts keep one each of their two."""
     policy = DistinctPolicy(protected=6, strata=3)
     assert policy.num_numbers == 1
-    assert policy.fused(LIMITS) is None
     priority, numbers = policy.rank(candidates(0), None)
     assert numbers.tolist() == [[[float(p) for p in range(16)]]] * NUM_HEADS
     later = candidates(1)

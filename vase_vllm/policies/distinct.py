@@ -8,8 +8,9 @@ from pydantic import Field
 from vase_vllm.kernels.parameters import EvictionLimits, EvictionParameters
 from vase_vllm.kernels.torch_distinctness import similarity_to, value_distinctness
 from vase_vllm.kernels.torch_eviction import vase_priority
+from vase_vllm.kernels.torch_strata import by_strata
 from vase_vllm.policies.candidates import Candidates
-from vase_vllm.policies.positions import by_strata, token_positions
+from vase_vllm.policies.positions import token_positions
 from vase_vllm.policies.protecting import ProtectingPolicy
 from vase_vllm.policies.received import mean_received_attention
 
@@ -58,6 +59,11 @@ class DistinctPolicy(ProtectingPolicy):
     def check(self, limits: EvictionLimits) -> None:
         """See :meth:`Policy.check`."""
         super().check(limits)
+        if self.strata > limits.window:
+            raise ValueError(
+                f"strata ({self.strata}) must be at most window ({limits.window}): lower strata or "
+                "raise window"
+            )
         if self.memory and self.smoothing > 1:
             raise ValueError(
                 f"smoothing ({self.smoothing}) pools the attention of the last window alone: set "
@@ -97,8 +103,6 @@ class DistinctPolicy(ProtectingPolicy):
 
     def fused(self, limits: EvictionLimits) -> EvictionParameters | None:
         """See :meth:`Policy.fused`."""
-        if self.strata > 1:
-            return None
         return EvictionParameters.of(
             limits,
             protected=self.num_protected(limits),
@@ -108,4 +112,5 @@ class DistinctPolicy(ProtectingPolicy):
             protect_by="distinctness",
             ridge=self.ridge,
             memory=self.memory,
+            strata=self.strata,
         )
