@@ -341,7 +341,7 @@ class PagedEviction:
             layer_indices=self.layer_indices,
             slot_priority=self.slot_priority,
             nan_keys=self.nan_keys,
-            # Of no policy without strata.
+            # There where there are strata alone.
             places=scratch.get("places"),
             members=scratch.get("members"),
             num_priorities=0 if self.slot_priority is None else self.slot_priority.shape[1],

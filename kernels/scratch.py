@@ -11,6 +11,7 @@ SCRATCH_BYTES = 64 * 2**20
 """The most scratch memory of a launch that is worth having."""
 WORD_BYTES = 4
 INTEGERS = ("ordered", "places", "members")
+"""Arguments of int32; the others are fp32."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ class Method:
         policy: of ``--kv-eviction``; None is the full cache.
         settings: of ``--kv-eviction-config``, beside budget, window and seed.
         draws: whether it draws random numbers, so that several seeds say more than one.
-        ablation: of vase, beside which it is shown.
+        beside: the method of whose settings it has others, and beside which it is shown.
     """
 
     name: str
     policy: str | None
     settings: dict[str, str] = field(default_factory=dict)
     draws: bool = False
-    ablation: bool = False
+    beside: str | None = None
 
     @property
     def keeps_prompt(self) -> bool:
@@ -63,7 +63,7 @@ class Method:
 
 
 def _ablation(name: str, draws: bool, **settings: str) -> Method:
-    return Method(f"vase-{name}", "vase", settings, draws, ablation=True)
+    return Method(f"vase-{name}", "vase", settings, draws, beside="vase")
 
 
 def _prompt_kept(*methods: Method) -> tuple[Method, ...]:
@@ -86,11 +86,18 @@ POLICIES = (
     Method("streaming", "streaming"),
     Method("random", "random", draws=True),
     Method("distinct", "distinct"),
-    Method("distinct-remembering", "distinct", {"memory": "0.9"}),
-    Method("distinct-strata", "distinct", {"strata": "4"}),
-    Method("distinct-half", "distinct", {"protected": "0.5"}),
-    Method("distinct-strata-half", "distinct", {"protected": "0.5", "strata": "4"}),
-    Method("distinct-half-remembering", "distinct", {"protected": "0.5", "memory": "0.9"}),
+)
+DISTINCT = tuple(
+    Method(f"distinct-{name}", "distinct", settings, beside="distinct")
+    for name, settings in {
+        "remembering": {"memory": "0.9"},
+        "strata": {"strata": "4"},
+        "remembering-strata": {"memory": "0.9", "strata": "4"},
+        "less": {"protected": "0.375"},
+        "less-remembering": {"protected": "0.375", "memory": "0.9"},
+        "less-strata": {"protected": "0.375", "strata": "4"},
+        "more": {"protected": "0.75"},
+    }.items()
 )
 METHODS = (
     Method("full", None),
@@ -104,6 +111,8 @@ METHODS = (
     _ablation("variance", draws=True, magnitude="variance"),
     _ablation("l2", draws=True, magnitude="l2"),
     _ablation("evict-large", draws=False, evict_large="true"),
+    *DISTINCT,
+    *_prompt_kept(*DISTINCT),
 )
 
 

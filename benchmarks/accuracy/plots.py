@@ -13,7 +13,7 @@ COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#66
 COLORS += ("#1f78b4", "#a6761d", "#17becf", "#b2182b", "#000000")
 MARKERS = "osD^vPX<>*ph"
 TITLES = {"questions_right": "questions right, %", "look_ups_right": "look-ups right, %"}
-SPREAD = 1.025
+SPREAD = 1.015
 """Factor between the positions of two methods, so that their intervals do not hide each other."""
 
 
@@ -45,7 +45,7 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
         free: compression to the share of questions that are answered before any eviction.
     """
     figure, panels = pyplot.subplots(
-        len(TITLES), 3, figsize=(18, 4 * len(TITLES)), sharex=True, sharey=True, squeeze=False
+        len(TITLES), 4, figsize=(24, 4.4 * len(TITLES)), sharex=True, sharey=True, squeeze=False
     )
     for (mark, title), axes in zip(TITLES.items(), panels, strict=True):
         own = points.get(mark, {})
@@ -54,10 +54,12 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
             return {m.name: own[m.name] for m in methods if m.name in own and m.policy}
 
         axes[0].set_ylabel(title)
-        methods = [m for m in METHODS if not m.ablation]
+        methods = [m for m in METHODS if m.beside is None]
         _panel(axes[0], chosen([m for m in methods if not m.keeps_prompt]))
         _panel(axes[1], chosen([m for m in methods if m.keeps_prompt or m.name == "vase"]))
-        _panel(axes[2], chosen([m for m in METHODS if m.ablation or m.name == "vase"]))
+        for axis, name in zip(axes[2:], ("vase", "distinct"), strict=True):
+            beside = [m for m in METHODS if name in (m.name, m.beside) and not m.keeps_prompt]
+            _panel(axis, chosen(beside))
         for axis in axes:
             for _, mean, _, _ in own.get("full", []):
                 axis.axhline(100 * mean, color="black", linestyle="--", label="full cache")
@@ -69,7 +71,8 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
     compressions = sorted(
         {c for own in points.values() for line in own.values() for c, *_ in line if c > 1}
     )
-    titles = "methods", "with the prompt kept, equal memory", "ablations of vase"
+    titles = ("methods", "with the prompt kept, equal memory", "ablations of vase")
+    titles += ("settings of distinct",)
     for axis, title in zip(panels[0], titles, strict=True):
         axis.set_title(title)
         axis.set_xscale("log", base=2)

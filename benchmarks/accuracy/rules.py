@@ -65,7 +65,7 @@ POLICIES: dict[str, Rule] = {
     "h2o": policy("h2o"),
     "distinct": policy("distinct"),
     "distinct:protected=0.25": policy("distinct", protected=0.25),
-    "distinct:protected=0.5": policy("distinct", protected=0.5),
+    "distinct:protected=0.375": policy("distinct", protected=0.375),
 }
 OTHERS: dict[str, Rule] = {
     "range .25": parts([quarter_range]),

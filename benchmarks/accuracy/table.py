@@ -26,17 +26,19 @@ VARIANTS = {
     "rkv:smoothing=1": "`rkv`, smoothing 1",
     "h2o:recent=0.125": "`h2o`, recent 0.125",
     "distinct:memory=0.9": "`distinct`, memory 0.9",
+    "distinct:strata=4": "`distinct`, strata 4",
+    "distinct:memory=0.9,strata=4": "`distinct`, memory 0.9, strata 4",
+    "distinct:protected=0.375": "`distinct`, protected 0.375",
+    "distinct:protected=0.375,memory=0.9": "`distinct`, protected 0.375, memory 0.9",
     "distinct:protected=0.25,memory=0.9": "`distinct`, protected 0.25, memory 0.9",
-    "distinct:protected=0.5": "`distinct`, protected 0.5",
-    "distinct:protected=0.5,memory=0.9": "`distinct`, protected 0.5, memory 0.9",
-    "distinct:protected=0.5,strata=4": "`distinct`, protected 0.5, strata 4",
 }
 ON_THE_TESTBED = {
     "cur": "cur-redrawn",
     "distinct:memory=0.9": "distinct-remembering",
-    "distinct:protected=0.5": "distinct-half",
-    "distinct:protected=0.5,strata=4": "distinct-strata-half",
-    "distinct:protected=0.5,memory=0.9": "distinct-half-remembering",
+    "distinct:strata=4": "distinct-strata",
+    "distinct:memory=0.9,strata=4": "distinct-remembering-strata",
+    "distinct:protected=0.375": "distinct-less",
+    "distinct:protected=0.375,memory=0.9": "distinct-less-remembering",
 }
 """Names of the testbed's methods where they are not the policy's."""
 NONE = "–"
@@ -114,8 +116,10 @@ def questions_and_times(questions: dict[tuple[str, float], float], times: dict[s
 def state_bytes(label: str) -> int:
     """Bytes that a policy carries with each token, for each layer and KV head."""
     name, settings = parse_policy_label(label)
+    policy = find_policy(name)
     # triattention cannot be made without its file, which a default has not.
-    return 4 * find_policy(name).model_construct(**settings).num_numbers
+    made = policy(**settings) if settings else policy.model_construct()
+    return 4 * made.num_numbers
 
 
 def published() -> str:

@@ -19,7 +19,7 @@ def distinct(parameters: EvictionParameters) -> EvictionParameters:
     """The policy ``distinct``, with the same budget, window and sinks."""
     return replace(
         parameters,
-        protected=int(0.375 * parameters.budget),
+        protected=int(0.5 * parameters.budget),
         smoothing=1,
         sampling="greedy",
         protect_by="distinctness",

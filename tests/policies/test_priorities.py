@@ -210,11 +210,11 @@ def test_the_fused_kernel_takes_distinct():
     settings = {"policy": "distinct", "budget": 64, "window": 16, "ridge": 0.5, "smoothing": 3}
     config = EvictionConfig.parse(settings)
     assert config.fused == EvictionParameters(
-        64, 16, 24, smoothing=3, sampling="greedy", protect_by="distinctness", ridge=0.5
+        64, 16, 32, smoothing=3, sampling="greedy", protect_by="distinctness", ridge=0.5
     )
     # Beside a kept prompt of 30 tokens as many are protected as beside 4 sinks.
     of_sequence = config.policy.fused(config.limits_of(budget=64 + 30, kept=30))
-    assert of_sequence.counts == (94, 30, 30 + 20)
+    assert of_sequence.counts == (94, 30, 30 + 28)
     remembering = EvictionConfig.parse(settings | {"smoothing": 1, "memory": 0.5}).fused
     assert remembering == replace(config.fused, smoothing=1, memory=0.5)
     divided = EvictionConfig.parse(settings | {"strata": 4}).fused

@@ -33,7 +33,7 @@ class DistinctPolicy(ProtectingPolicy):
 
     name: ClassVar[str] = "distinct"
 
-    protected: int | float = Field(default=0.375, ge=0)
+    protected: int | float = Field(default=0.5, ge=0)
     """Tokens kept for their distinct keys and values: a fraction of the budget, or a count. The
     sinks are among them."""
     ridge: float = Field(default=0.1, ge=1e-4, le=1e4)
