@@ -126,6 +126,7 @@ def select_and_move(
             first_number = 0
             if numbers_stride is not None:
                 first_number = 2 * numbers_stride
+            # Again below, so that without strata no address is held through the searches.
             pages = task_pages(
                 task, kv_pointers, block_stride, head_stride, slot_stride, KV_TYPE, BLOCK_SIZE
             )

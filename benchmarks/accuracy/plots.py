@@ -71,8 +71,10 @@ def plot(points: Points, free: dict[int, float], path: Path) -> None:
     compressions = sorted(
         {c for own in points.values() for line in own.values() for c, *_ in line if c > 1}
     )
-    titles = ("methods", "with the prompt kept, equal memory", "ablations of vase")
-    titles += ("settings of distinct",)
+    titles = (
+        *("methods", "with the prompt kept, equal memory"),
+        *("ablations of vase", "settings of distinct"),
+    )
     for axis, title in zip(panels[0], titles, strict=True):
         axis.set_title(title)
         axis.set_xscale("log", base=2)

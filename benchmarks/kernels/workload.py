@@ -223,7 +223,8 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
     A head is right if exactly ``budget`` of its tokens are left, in the slots below the budget, and
     if the survivors are the reference's but for tokens whose priority is at the threshold. For each
     token whose distinctness is at the threshold of the protected, two others may be different: it
-    takes another's place among the protected, and that one a third's among the rest.
+    takes another's place among the protected, and that one a third's among the rest; with strata in
+    each of these, for their ends may move by one.
     """
     workload, parameters = Workload(shape, device), shape.parameters
     places = [(layer, row) for layer in range(shape.num_layers) for row in range(shape.num_due)]
@@ -262,7 +263,6 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
             kept, of_all, left = keep[head], left, left[: shape.num_candidates]
             thresholds = _least_kept(priority[head], kept, strata[head])
             off = (priority[head] - thresholds)[kept != left].abs()
-            # Another protected token may move the end of every stratum by one.
             allowed = 0
             if parameters.protect_by == "distinctness":
                 allowed = 2 * num_near[head] * parameters.strata
@@ -275,7 +275,7 @@ def wrong_heads(shape: Shape, device: torch.device, num_splits: int | None = Non
             if right and parameters.strata > 1:
                 # Slots are positions before a first eviction.
                 came_from = workload.numbers(layer, row)[head, -1].long()
-                right = torch.equal(_fingerprints(cells)[head, came_from], after[head])
+                right = torch.equal(old[came_from], after[head])
             num_wrong += int(not right)
     return num_wrong
 

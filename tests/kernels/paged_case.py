@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -60,6 +61,12 @@ def ragged(parameters: EvictionParameters, *surplus: int) -> tuple[Sequence, ...
     )
 
 
+def after_evictions(number: int, of: EvictionParameters, **changes: Any) -> Sequence:
+    """A sequence that is due, and has evicted so often before."""
+    first = of.budget + of.window
+    return Sequence(first, first + number * of.window, **changes)
+
+
 def one_for_each(
     own: list[EvictionParameters | None], server: EvictionParameters
 ) -> tuple[Sequence, ...]:
@@ -68,11 +75,28 @@ def one_for_each(
     Args:
         own: of each; None: the server's.
     """
-    sequences = []
-    for row, parameters in enumerate(own):
-        first = (parameters or server).budget + server.window
-        sequences.append(Sequence(first, first + row * server.window, 7 + row, parameters))
-    return tuple(sequences)
+    return tuple(
+        after_evictions(row, parameters or server, key=7 + row, parameters=parameters)
+        for row, parameters in enumerate(own)
+    )
+
+
+def budgets_of_their_own(server: EvictionParameters) -> tuple[Sequence, ...]:
+    """Kept prompts, whose tokens have no numbers, half the server's budget of 40, and all of it."""
+
+    def sequence(evictions: int, kept: int = 0, **own: int) -> Sequence:
+        parameters = replace(server, **own)
+        return after_evictions(
+            evictions, parameters, key=evictions, parameters=parameters, kept=kept
+        )
+
+    return (
+        sequence(0, kept=30, budget=40 + 30, sinks=30, protected=30 + 9),
+        sequence(2, kept=101, budget=40 + 101, sinks=101, protected=101 + 9),
+        sequence(1, budget=20, protected=7),
+        sequence(3, kept=3, budget=20 + 3, protected=7),
+        sequence(3),
+    )
 
 
 @dataclass(frozen=True)

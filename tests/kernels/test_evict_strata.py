@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.paged_case import Case, Pool, Sequence, check, ragged
+from tests.kernels.paged_case import (
+    Case,
+    Pool,
+    Sequence,
+    after_evictions,
+    budgets_of_their_own,
+    check,
+    ragged,
+)
 from vase_vllm.kernels.parameters import EvictionParameters
 
 DIVIDES = EvictionParameters(
@@ -19,8 +27,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 def case(parameters: EvictionParameters = DIVIDES, evictions: int = 2, **changes: object) -> Case:
     """One sequence, after so many evictions."""
-    first = parameters.budget + parameters.window
-    return Case(parameters, (Sequence(first, first + evictions * parameters.window),), **changes)
+    return Case(parameters, (after_evictions(evictions, parameters),), **changes)
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
@@ -89,21 +96,8 @@ def test_ragged_batch():
 
 
 def test_sequences_with_budgets_of_their_own():
-    """One launch: kept prompts, whose tokens have no positions, half the budget, the server's."""
-
-    def sequence(evictions: int, kept: int = 0, **own: int) -> Sequence:
-        parameters = replace(DIVIDES, **own)
-        first = parameters.budget + parameters.window
-        return Sequence(first, first + evictions * parameters.window, evictions, parameters, kept)
-
-    sequences = (
-        sequence(0, kept=30, budget=40 + 30, sinks=30, protected=30 + 9),
-        sequence(2, kept=101, budget=40 + 101, sinks=101, protected=101 + 9),
-        sequence(1, budget=20, protected=7),
-        sequence(3, kept=3, budget=20 + 3, protected=7),
-        sequence(3),
-    )
-    check(Case(DIVIDES, sequences, num_kv_heads=1))
+    """In one launch."""
+    check(Case(DIVIDES, budgets_of_their_own(DIVIDES), num_kv_heads=1))
 
 
 def test_more_heads_than_the_scratch_memory_holds():
@@ -125,8 +119,10 @@ def test_attention_that_is_not_finite(evictions):
 
 
 def test_strata_decide():
-    """So the tests above can fail: without strata other tokens survive."""
+    """So the tests above can fail: with two strata other tokens survive than with three."""
     pools = [Pool(case(replace(DIVIDES, strata=strata), evictions=0)) for strata in (3, 2)]
+    before = [one.caches[0].clone() for one in pools]
+    torch.testing.assert_close(*before, rtol=0, atol=0, equal_nan=True)
     for one in pools:
         one.evict()
     slots = torch.arange(DIVIDES.budget)
